@@ -46,8 +46,7 @@ class ComparedResult(Table):
 class GpuResult(Table):
     """What became of smoke_gpu.py; a failure is the build's."""
 
-    status: Literal["passed", "not run"]
-    "Whether the script ran on a GPU."
+    status: Literal["passed", "not run"] = Field(description="Whether the script ran on a GPU")
     reason: str = Field(default="", description="Why it was not run")
     device: str | None = Field(default=None, description="The GPU that it ran on")
     sm: str | None = Field(default=None, description="That GPU's architecture, as 90")
@@ -55,8 +54,7 @@ class GpuResult(Table):
     script: str | None = Field(default=None, description="Output of smoke_gpu.py")
     comparisons: tuple[ComparedResult, ...] = Field(default=(), description="What was compared with a reference")
     negative_control: str | None = Field(default=None, description="The wrong result that the comparison refused")
-    wall_s: float | None = None
-    "Duration in seconds."
+    wall_s: float | None = Field(default=None, description="Duration in seconds")
 
 
 class _Answer(SmokeResult):

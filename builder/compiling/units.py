@@ -22,22 +22,17 @@ _NO_UNIT = re.compile(r"^\.\./|(?:^|/)CMakeFiles/")
 class Unit(Table):
     """What one translation unit costs when it is compiled."""
 
-    wall_s: float
-    "Duration in seconds."
-    cpu_s: float
-    "CPU seconds."
+    wall_s: float = Field(description="Duration in seconds")
+    cpu_s: float = Field(description="CPU seconds")
     peak_memory: int = Field(description="Bytes")
 
 
 class CacheStatistics(Table):
     """What the compiler cache did; counts are compilations."""
 
-    hits: int
-    "Compilations taken from the cache."
-    misses: int
-    "Compilations not in the cache."
-    uncacheable: int
-    "Calls that cannot be cached."
+    hits: int = Field(description="Compilations taken from the cache")
+    misses: int = Field(description="Compilations not in the cache")
+    uncacheable: int = Field(description="Calls that cannot be cached")
     reasons: dict[str, int] = Field(default_factory=dict, description="Of the uncacheable, in ccache's words")
     saved_cpu_s: float = Field(
         description="CPU seconds that the hits took when they were compiled; unknown ones count nothing"
@@ -65,25 +60,26 @@ class DeviceNote(Table):
     """A device pass of a unit."""
 
     name: str = Field(alias="pass")
-    outcome: str
-    "`text`, `nvvm` or `ptx`, by which it was found; `miss`; `always runs`; or why its result is not kept."
+    outcome: str = Field(
+        description="`text`, `nvvm` or `ptx`, by which it was found; `miss`; `always runs`; or why its result is not kept"
+    )
     cpu_s: float
     wall_s: float
-    saved: dict[str, float]
-    "`cpu_s`, `wall_s` and `peak_memory` that a compilation took; empty if it ran."
+    saved: dict[str, float] = Field(description="`cpu_s`, `wall_s` and `peak_memory` that a compilation took; empty if it ran")
 
 
 class Note(Table):
     """A line of front.py's."""
 
     unit: str
-    outcome: str
-    "`hit`, `miss`, `off`, or why the cache only passed the call on."
+    outcome: str = Field(description="`hit`, `miss`, `off`, or why the cache only passed the call on")
     wall_s: float
     cpu_s: float
     peak_memory: int
-    device: tuple[DeviceNote, ...] = ()
-    "What its device passes did; nothing for a unit from the compiler cache. The costs above are those without the store."
+    device: tuple[DeviceNote, ...] = Field(
+        default=(),
+        description="Its device passes; empty for a unit from the compiler cache. The costs above are those without the store",
+    )
 
 
 def read(folder: Path) -> list[Note]:

@@ -1,4 +1,4 @@
-"""Bring what a recipe pins to this machine: the only part of a build that has the network. Nothing that comes is executed."""
+"""Fetch what a recipe pins: the only step of a build that uses the network. Fetched files are never executed."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ __all__ = ["Download", "Fetched", "download", "fetch", "fetch_git", "fetch_sdist
 
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
-    """Where everything is that a recipe pins."""
+    """Where the pinned files and repositories of a recipe are."""
 
     source: Path
     "The archive in the store, or the bare repository that holds the pinned commit."
     files: Mapping[str, Path] = field(default_factory=dict)
-    "The recipe's further files in the store, by sha256."
+    "The recipe's other files in the store, by sha256."
     repositories: Mapping[str, Path] = field(default_factory=dict)
-    "Bare repositories of submodules and of the recipe's further checkouts, by their commit."
+    "Bare repositories of submodules and of the recipe's other checkouts, by commit."
     trees: Mapping[str, Path] = field(default_factory=dict)
-    "Trees of other recipes that were built, by their place in the source."
+    "Trees built from other recipes, by their path in the source."
 
 
 def fetch(recipe: Recipe, settings: Settings, tick: Tick = no_tick, say: Say = silent) -> Fetched:
-    """Source and files of a recipe; what is here already costs no network. Files without a digest are left out.
+    """Fetch source and files of a recipe, except those that are already here. Files without a digest are skipped.
 
-    `say` gets one line for each part, when it is here and is what was pinned.
+    `say` gets one line for each part after its digest was checked.
 
     Raises:
-        FetchError: something is absent, yanked or unreachable.
-        DigestError: something is not what was pinned.
-        HostError: the source is in git and there is no git.
-        DiskFullError: no space in the store.
+        FetchError: a file does not exist, was yanked, or cannot be reached.
+        DigestError: a file differs from its pin.
+        HostError: the source is in git, and git is not installed.
+        DiskFullError: no space left in the store.
     """
     source = recipe.source
     further = {file.sha256: file for file in recipe.files if file.sha256}
@@ -78,7 +78,7 @@ def fetch(recipe: Recipe, settings: Settings, tick: Tick = no_tick, say: Say = s
 
 
 def absent(recipe: Recipe, settings: Settings) -> list[str]:
-    """Addresses of what a build would fetch: pinned, and not on this machine yet."""
+    """URLs of what a build would fetch: pinned, and not on this machine yet."""
     source = recipe.source
     checkouts: list[tuple[str, str]] = [(repository.url, repository.commit) for repository in recipe.repositories]
     files = {file.sha256: file.origin for file in recipe.files if file.sha256}

@@ -1,6 +1,6 @@
-"""Archives (tar, zip, Debian packages) unpacked without trust: nothing is written outside, through a link, or special.
+"""Unpack untrusted archives (tar, zip, Debian packages): no path outside of the tree, no write through a link, no device.
 
-Python's own tar filters (PEP 706) are not in the 3.11.2 of Debian 12, and zipfile has none: both go through one writer here.
+Debian 12 has Python 3.11.2, whose tarfile lacks filters (PEP 706), and zipfile has no filters: both use the one writer here.
 """
 
 from __future__ import annotations
@@ -35,35 +35,35 @@ BROKEN = (
     NotImplementedError,
     RuntimeError,
 )
-"What the readers raise on a damaged, encrypted or exotic archive."
+"What the readers raise on a damaged, encrypted or unsupported archive."
 DEB_MAGIC = b"!<arch>\ndebian-binary"
 "How a Debian package begins (deb(5))."
 EARLIEST = 315532800
-"1980-01-01, the first moment that a wheel, being a zip, can hold."
+"1980-01-01, the earliest time that a zip file, and so a wheel, can hold."
 LATEST = 4354819198
-"2107-12-31, the last one."
+"2107-12-31, the latest one."
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """One entry of an archive, named as it is there."""
+    """One entry of an archive, with the path that the archive gives it."""
 
     path: PurePosixPath
     mode: int
-    "Of a file, a folder or a symbolic link, as st_mode has it."
+    "st_mode of a file, a folder or a symbolic link."
     mtime: int
     target: str
-    "Of a symbolic link."
+    "Target of a symbolic link."
     open: Callable[[], IO[bytes]]
 
 
 def extract(archive: Path, into: Path, name: str, *, strip: bool) -> None:
-    """Unpack into the folder `into`; `strip` drops the top folder where there is exactly one.
+    """Unpack into the folder `into`; `strip` removes the top folder if there is exactly one.
 
     Raises:
-        SourceError: not an archive, or a member leaves the tree, goes through a link, overwrites a file that was there before,
-            is a device, a pipe or set-user-id. `name` is the archive's for the message.
+        SourceError: the file is not an archive; or a member leaves the tree, goes through a link, overwrites an existing file,
+            or is a device, a pipe or set-user-id. `name` is the archive's name in the message.
     """
     with _members(archive, name) as members:
         written: set[Path] = set()
@@ -73,10 +73,10 @@ def extract(archive: Path, into: Path, name: str, *, strip: bool) -> None:
 
 
 def extract_members(archive: Path, into: Path, name: str, places: Mapping[str, str | tuple[str, ...]]) -> None:
-    """Unpack single files and folders of an archive, each to its place, or its places, below `into`.
+    """Unpack single files and folders of an archive, each to one or more paths below `into`.
 
     Raises:
-        SourceError: as `extract`; or the archive has no such member.
+        SourceError: as in `extract`, or the archive has no such member.
     """
     with _members(archive, name) as members:
         written: set[Path] = set()
@@ -84,7 +84,7 @@ def extract_members(archive: Path, into: Path, name: str, places: Mapping[str, s
             start = PurePosixPath(wanted)
             chosen = [member for member in members if member.path == start or start in member.path.parents]
             if not any(not stat.S_ISDIR(member.mode) for member in chosen):
-                raise SourceError(f"{name} has no {wanted!r}", remedy="mend [[files]] members in the recipe")
+                raise SourceError(f"{name} has no {wanted!r}", remedy="correct `members` of [[files]] in the recipe")
             for place in (targets,) if isinstance(targets, str) else targets:
                 for member in chosen:
                     _write(replace(member, path=PurePosixPath(place) / member.path.relative_to(start)), into, written, name)
@@ -92,10 +92,10 @@ def extract_members(archive: Path, into: Path, name: str, places: Mapping[str, s
 
 
 def newest_mtime(archive: Path, name: str) -> int:
-    """The latest modification time in the archive, in seconds since 1970, within what a wheel can hold.
+    """The latest modification time in the archive, in seconds since 1970, limited to what a wheel can hold.
 
     Raises:
-        SourceError: not an archive.
+        SourceError: the file is not an archive.
     """
     with _members(archive, name) as members:
         return clamp(max((member.mtime for member in members), default=EARLIEST))
@@ -108,7 +108,7 @@ def clamp(moment: int) -> int:
 
 @contextmanager
 def _members(archive: Path, name: str) -> Iterator[list[Member]]:
-    """The members, readable inside the block. The store's files have no suffix, so the content decides."""
+    """The members, readable inside the `with` block. Files of the store have no suffix, so the content decides the format."""
     try:
         if _is_deb(archive):
             with _tar_of_deb(archive, name) as stream, tarfile.open(fileobj=stream) as tar:
@@ -121,9 +121,9 @@ def _members(archive: Path, name: str) -> Iterator[list[Member]]:
                 yield [_of_zip(opened, info, name) for info in opened.infolist()]
         else:
             kinds = ".tar.gz, .tar.xz, .tar.bz2, .zip, .whl or .deb"
-            raise SourceError(f"{name} is neither a tar nor a zip archive nor a Debian package", remedy=f"pin a {kinds}")
+            raise SourceError(f"{name} is not a tar archive, a zip archive or a Debian package", remedy=f"pin a {kinds}")
     except BROKEN as error:
-        raise SourceError(f"{name} cannot be unpacked: {error}", remedy="pin an archive that is whole") from error
+        raise SourceError(f"{name} cannot be unpacked: {error}", remedy="pin a complete archive") from error
 
 
 def _is_deb(archive: Path) -> bool:
@@ -133,10 +133,10 @@ def _is_deb(archive: Path) -> bool:
 
 @contextmanager
 def _tar_of_deb(archive: Path, name: str) -> Iterator[IO[bytes]]:
-    """The package's files as a tar, by Debian's own reader, on the disk of the store.
+    """The package's files as a tar archive, read with dpkg-deb into a temporary file beside the store's file.
 
     Raises:
-        SourceError: it is no package that dpkg-deb reads.
+        SourceError: dpkg-deb cannot read the package.
         HostError: dpkg-deb is missing.
     """
     if shutil.which("dpkg-deb") is None:
@@ -146,7 +146,7 @@ def _tar_of_deb(archive: Path, name: str) -> Iterator[IO[bytes]]:
         process = subprocess.run(command, stdout=stream, stderr=subprocess.PIPE, check=False)
         if process.returncode:
             reason = last_line(process.stderr.decode(errors="replace"))
-            raise SourceError(f"{name} cannot be unpacked: {reason}", remedy="pin a package that is whole")
+            raise SourceError(f"{name} cannot be unpacked: {reason}", remedy="pin a complete package")
         stream.seek(0)
         yield stream
 
@@ -164,7 +164,7 @@ def _of_tar(tar: tarfile.TarFile, info: tarfile.TarInfo, name: str) -> Member:
         except KeyError:
             stream = None
         if stream is None:
-            raise _refused(name, info.name, f"is a link to {info.linkname!r}, which is no file of the archive")
+            raise _refused(name, info.name, f"is a link to {info.linkname!r}, which is not a file of the archive")
         return stream
 
     return _member(info.name, kind | stat.S_IMODE(info.mode), int(info.mtime), info.linkname, content, name)
@@ -181,7 +181,7 @@ def _of_zip(opened: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> Member
 
 
 def _seconds(info: zipfile.ZipInfo) -> int:
-    # Local time of nobody knows where: read as UTC, which is the same everywhere. Some write month 0.
+    # A zip has local times without a time zone. UTC gives the same result on every machine. Some archives have month 0.
     year, month, *rest = info.date_time
     return calendar.timegm((year, min(max(month, 1), 12), *rest))
 
@@ -196,7 +196,7 @@ def _member(path: str, mode: int, mtime: int, target: str, content: Callable[[],
 
 
 def _stripped(members: list[Member]) -> list[Member]:
-    """Without the one top folder, when there is one that holds everything."""
+    """The members without the top folder, if one folder holds all of them."""
     tops = {member.path.parts[0] for member in members if member.path.parts}
     flat = any(len(member.path.parts) == 1 and not stat.S_ISDIR(member.mode) for member in members)
     if len(tops) != 1 or flat:
@@ -213,10 +213,10 @@ def _write(member: Member, into: Path, written: set[Path], name: str) -> None:
         place.mkdir(exist_ok=True)
         return
     if place in written:
-        # A tar that was appended to: the last one counts, as with tar itself.
+        # A tar that was appended to has the member twice: the last one counts, as for tar.
         place.unlink()
     elif place.is_symlink() or place.exists():
-        raise _refused(name, str(member.path), "overwrites what is there already")
+        raise _refused(name, str(member.path), "overwrites an existing file")
     written.add(place)
     if stat.S_ISLNK(member.mode):
         place.symlink_to(member.target)
@@ -227,23 +227,23 @@ def _write(member: Member, into: Path, written: set[Path], name: str) -> None:
 
 
 def make_parents(place: Path, tree: Path, name: str) -> None:
-    """Create the folders above `place` inside `tree`, none of which may be a link: who writes through one may leave the tree.
+    """Create the folders above `place` inside `tree`. None of them may be a link: writing through one could leave the tree.
 
     Raises:
-        SourceError: one is a link or a file.
+        SourceError: one of them is a link or a file.
     """
     folder = tree
     for part in place.parent.relative_to(tree).parts:
         folder /= part
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise _refused(
-                name, str(place.relative_to(tree)), f"goes through {str(folder.relative_to(tree))!r}, which is no folder"
+                name, str(place.relative_to(tree)), f"goes through {str(folder.relative_to(tree))!r}, which is not a folder"
             )
         folder.mkdir(exist_ok=True)
 
 
 def _check_links(tree: Path, written: set[Path], name: str) -> None:
-    """Only when all is there can one know where a chain of links ends."""
+    """Check links after everything is unpacked, when the end of a chain of links is known."""
     root = tree.resolve()
     for path in written:
         if path.is_symlink():

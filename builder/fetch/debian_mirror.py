@@ -1,4 +1,4 @@
-"""Which mirror of Debian's archive this machine uses."""
+"""The mirror of Debian's archive that this machine uses."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ OS_RELEASE = Path("/etc/os-release")
 
 
 def mirror(suite: str, settings: Settings) -> str:
-    """Base URL of the archive: the setting, else what apt uses on Debian, else mmdebstrap's default.
+    """Base URL of the archive: from the setting, else from apt on Debian, else mmdebstrap's default.
 
     Raises:
-        HostError: none of the three says.
+        HostError: none of the three names a mirror.
     """
     url = settings.debian_mirror or _apt_mirror(suite) or _mmdebstrap_mirror()
     if url is None:
         raise HostError(
-            "no Debian mirror is known: apt's sources name none and mmdebstrap, whose default would do, is not installed",
+            "no Debian mirror is known: apt's sources do not name one, and mmdebstrap, which has a default, is not installed",
             remedy="set GRACEFARM_DEBIAN_MIRROR to a mirror's URL, or install mmdebstrap",
         )
     return url.rstrip("/")
 
 
 def parse_sources(listing: str, suites: Sequence[str]) -> str | None:
-    """The Debian archive in the output of `apt-get update --print-uris`; suites in order of preference.
+    """URL of the Debian archive in the output of `apt-get update --print-uris`; `suites` in order of preference.
 
-    The listing names a Release file per configured suite, also where apt has never fetched one.
+    The listing names a Release file for each configured suite, even if apt has never fetched it.
     """
     sources = re.findall(r"^'((?:https?|file):[^']+?)/dists/([^/']+)/(?:In)?Release'", listing, flags=re.MULTILINE)
     for suite in suites:
         urls = [unquote(url) for url, name in sources if name == suite]
-        # Other archives have suites of that name too; Debian's own is by convention in a folder /debian.
+        # Other archives have suites with the same name; by convention Debian's archive is in a folder /debian.
         urls.sort(key=lambda url: not url.rstrip("/").endswith("/debian"))
         if urls:
             return urls[0]
@@ -46,13 +46,13 @@ def parse_sources(listing: str, suites: Sequence[str]) -> str | None:
 
 
 def parse_manual(text: str) -> str | None:
-    """The default mirror that mmdebstrap's manual (in its own text, as POD) states."""
+    """The default mirror that the manual of mmdebstrap states (as POD, in the program's file)."""
     match = re.search(r"If no I<MIRROR> option is provided,\s+L<(https?://[^>\s]+)>\s+is\s+used", text)
     return match[1] if match else None
 
 
 def _apt_mirror(suite: str) -> str | None:
-    """What this machine's apt is told, where this machine is Debian."""
+    """The mirror in apt's configuration, if this machine runs Debian."""
     release = (
         dict(re.findall(r'^(\w+)="?([^"\n]*)', OS_RELEASE.read_text(), flags=re.MULTILINE)) if OS_RELEASE.exists() else {}
     )

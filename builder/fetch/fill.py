@@ -1,4 +1,4 @@
-"""Fill in the digests that were not known where a recipe or stack was written: for a lock, or at first use."""
+"""Fill in digests that were unknown when a recipe or stack was written: for a lock, or at first use."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _SDIST = "pkg:pypi/"
 
 @dataclass(frozen=True, kw_only=True)
 class Filled:
-    """What became of each gap."""
+    """The result for each gap."""
 
     digests: tuple[tuple[Gap, str], ...]
-    "Each that could be read, with its gap."
+    "Each digest that could be read, with its gap."
     failed: tuple[GracefarmError, ...]
-    "One for each gap that is still there; names its address and the setting of a mirror."
+    "One for each remaining gap, with the URL and the setting for a mirror."
 
 
 def fill(
     missing: Sequence[Gap], stack: LoadedStack, settings: Settings, tick: Tick = no_tick, accepted: date | None = None
 ) -> Filled:
-    """Read each missing digest and write it into its file, comments and layout kept; one that cannot be had stops no other.
+    """Read each missing digest and write it into its file. Comments and layout are kept. A failure does not stop the others.
 
-    `accepted`: the day of a first use, which is written beside each digest. Then every file is read whole, and one whose index
-    says another digest is refused.
+    `accepted`: the day of a first use, which is written next to each digest. In that case every file is read completely, and
+    a file is refused if its index lists another digest.
     """
     filled, failed = [], []
     for number, gap in enumerate(missing):
@@ -77,20 +77,20 @@ def _source_digest(gap: Gap, settings: Settings, *, whole: bool) -> str:
 
 
 def _of_index(filename: str, url: str, sha256: str | None, index: str, settings: Settings, *, whole: bool) -> str:
-    """The digest that an index says of a file; `whole`, or without one: that of the file itself, which must not differ."""
+    """The digest that the index lists. With `whole`, or if it lists none: the digest of the file, which must not differ."""
     if sha256 is not None and not whole:
         return sha256
     read = unpinned.bring(url, filename, settings)
     if sha256 not in (None, read):
         raise DigestError(
-            f"{filename}: the file at {shown(url)} has sha256 {read}, the index {shown(index)} says {sha256}",
+            f"{filename}: the file at {shown(url)} has sha256 {read}, the index {shown(index)} lists {sha256}",
             remedy="nothing was written; find out which of the two is right before you pin one",
         )
     return read
 
 
 def write(gap: Gap, sha256: str, accepted: date | None = None) -> None:
-    """Put the digest where the gap was named, and beside it the day on which it was accepted, if it was."""
+    """Write the digest in place of the gap, with the day of acceptance if it was accepted at first use."""
     document = tomlkit.parse(gap.file.read_text())
     table: Any = document
     for name in gap.table:

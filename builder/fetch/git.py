@@ -1,11 +1,11 @@
-"""Git repositories by commit and tree: one bare, shallow repository per commit, whole or absent.
+"""Git repositories by commit and tree: one bare, shallow repository for each commit, complete or absent.
 
-    HOME/git/<commit>.git       the commit, its tree and blobs; no history where the server allows that
+    HOME/git/<commit>.git       the commit, its tree and blobs; without history if the server allows that
     HOME/git/<commit>.lock      held while one process fetches it
     HOME/git/config             the only configuration that git reads here
 
-Nothing of a repository is executed: no hooks, no templates, no filters (git-lfs among them), no configuration of the system or
-the user, no prompt, and only the protocols below.
+git runs without hooks, templates, filters (such as git-lfs), prompts, and configuration of the system or the user, and only
+with the protocols below. So nothing of a repository is executed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from gracefarm.process import die_with_us, last_line
 
 CONFIG = (files("builder") / "data" / "git-config").read_text()
 KEPT = ("GIT_SSL_", "GIT_PROXY_SSL_", "GIT_SSH", "GIT_HTTP_PROXY_")
-"git variables that say how to reach a server; the others would change what it does (GIT_DIR, inside a hook)."
+"Variables that say how git reaches a server. Others would change what git does, such as GIT_DIR inside a hook."
 TRANSIENT = (
     "could not resolve host",
     "timed out",
@@ -53,35 +53,35 @@ MISSING_OBJECT = re.compile(
     r"|cannot obtain needed \w+ ([0-9a-f]{40})",
     re.IGNORECASE,
 )
-"How git names an object that a repository should have: on the server's side, and where it reads plain files."
+"Messages of git about a missing object, from a server and from a repository that is read as plain files."
 REFUSED_ADDRESS = ("not found", "does not appear to be a git repository", "could not read username", "authentication failed")
 
 
 Pinned = GitSource | Submodule | Repository
-"What a recipe says of one repository at one commit."
+"One repository at one commit, as pinned in a recipe."
 Git = Callable[..., str]
-"git with its arguments; what it prints."
+"Runs git with arguments, returns its output."
 
 
 class GitError(Exception):
-    """git ended with an error; carries what it said."""
+    """git failed; has its error message."""
 
 
 def repository_path(settings: Settings, commit: str) -> Path:
-    """Where the bare repository of that commit is; it is there only when whole and checked."""
+    """Path of the bare repository of that commit; it exists only when complete and verified."""
     return settings.home / "git" / f"{commit}.git"
 
 
 def fetch_git(source: GitSource, settings: Settings, tick: Tick = no_tick, say: Say = silent) -> Path:
-    """The repository at the pinned commit, and beside it those of its submodules; there already: no network.
+    """Fetch the repository at the pinned commit and those of its submodules, if they are not in the store.
 
-    `say` gets a line for each repository that is what was pinned.
+    `say` gets a line for each verified repository.
 
     Raises:
         FetchError: the commit does not exist, the repository is absent or unreachable.
         DigestError: the commit has another tree, or a submodule's commit is not the one that the parent's tree names.
-        HostError: there is no git.
-        DiskFullError: no space.
+        HostError: git is not installed.
+        DiskFullError: no space left.
     """
     pins: dict[str, Pinned] = {source.url: source}
     pins |= {f"submodule {path}": module for path, module in sorted(source.submodules.items())}
@@ -97,15 +97,15 @@ def fetch_git(source: GitSource, settings: Settings, tick: Tick = no_tick, say: 
 
 
 def commit_line(what: str, pin: Pinned) -> str:
-    """One line for people about a commit that is here, by what was pinned of it."""
+    """One line of output about a commit that was checked against its pin."""
     return f"{shown(what)}: commit {pin.commit}" + (f", tree {pin.tree}, as pinned" if pin.tree else ", as pinned")
 
 
 def check_submodules(source: GitSource, settings: Settings) -> None:
-    """Each pinned submodule is a gitlink with exactly that commit in the tree that holds it.
+    """Check that each pinned submodule is a gitlink with exactly that commit in its parent's tree.
 
     Raises:
-        DigestError: the parent's tree says another commit, or has no submodule there.
+        DigestError: the parent's tree has another commit, or no submodule at that path.
     """
     for path, module in sorted(source.submodules.items()):
         parent, inner = enclosing(path, source.submodules)
@@ -117,7 +117,7 @@ def check_submodules(source: GitSource, settings: Settings) -> None:
         if mode != "160000":
             raise DigestError(
                 f"{shown(source.url)}: commit {commit} has no submodule at {inner!r}",
-                remedy="mend the path in [source.submodules]; `git ls-tree -r COMMIT | grep ^160000` lists them",
+                remedy="correct the path in [source.submodules]; `git ls-tree -r COMMIT | grep ^160000` lists them",
             )
         if entry != f"commit {module.commit}":
             raise DigestError(
@@ -127,7 +127,7 @@ def check_submodules(source: GitSource, settings: Settings) -> None:
 
 
 def enclosing(path: str, submodules: Mapping[str, object]) -> tuple[str, str]:
-    """The submodule that holds the submodule at `path` ('' for the repository itself), and the path inside it."""
+    """The submodule that contains the submodule at `path` ('' for the main repository), and the path inside it."""
     parent = max((other for other in submodules if path.startswith(f"{other}/")), key=len, default="")
     return parent, path[len(parent) + 1 :] if parent else path
 
@@ -135,15 +135,15 @@ def enclosing(path: str, submodules: Mapping[str, object]) -> tuple[str, str]:
 def run_git(
     arguments: Sequence[str], *, cwd: Path, config: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> str:
-    """What git prints, run with the configuration file `config` (None: none) and no other.
+    """Run git with the configuration file `config` (None: without configuration) and return its output.
 
     Raises:
-        HostError: there is no git.
+        HostError: git is not installed.
         GitError: git failed.
-        DiskFullError: git found no space.
+        DiskFullError: no space left.
     """
     if shutil.which("git") is None:
-        raise HostError("there is no git on this machine", remedy="install Debian's package git, as `builder doctor` says")
+        raise HostError("git is not installed", remedy="install Debian's package git; `builder doctor` prints the command")
     process = subprocess.run(
         die_with_us(["git", *arguments]),
         cwd=cwd,
@@ -164,7 +164,7 @@ def run_git(
 
 
 def git_config(home: Path) -> Path:
-    """Our configuration, written where it is not there as it should be."""
+    """Path of our git configuration, written if it is missing or differs."""
     config = home / "git" / "config"
     if not config.exists() or config.read_text() != CONFIG:
         atomic_write(config, CONFIG)
@@ -188,10 +188,10 @@ def _environment(config: Path | None) -> dict[str, str]:
 
 
 def fetch_commit(pin: Pinned, what: str, settings: Settings) -> None:
-    """One repository at one commit; there already: no network. `what` is its name for people.
+    """Fetch one repository at one commit, if it is not in the store. `what` is its name in messages.
 
     Raises:
-        FetchError, DigestError, HostError, DiskFullError: as `fetch_git`.
+        FetchError, DigestError, HostError, DiskFullError: as in `fetch_git`.
     """
     place = repository_path(settings, pin.commit)
     if not place.exists():
@@ -203,26 +203,26 @@ def fetch_commit(pin: Pinned, what: str, settings: Settings) -> None:
     tree = run_git(["rev-parse", f"{pin.commit}^{{tree}}"], cwd=place, config=git_config(settings.home)).strip()
     if pin.tree is not None and tree != pin.tree:
         raise DigestError(
-            f"{shown(what)}: commit {pin.commit} has tree {tree}, pinned is {pin.tree}",
-            remedy="find out which of the two is meant, then pin a commit and its own tree",
+            f"{shown(what)}: commit {pin.commit} has tree {tree}, but {pin.tree} is pinned",
+            remedy="find out which of the two is right, then pin a commit and its tree",
         )
 
 
 def _checked_url(pin: Pinned, settings: Settings) -> str:
-    """The address to ask. Plain http only where the user's own mirror setting says so."""
+    """The URL to fetch from. Plain http is accepted only from the user's mirror setting."""
     url = settings.redirect(pin.url)
     allowed = ("https", "ssh", "file") if url == pin.url else ("https", "ssh", "file", "http")
     scheme = urlsplit(url).scheme
     if scheme not in allowed or "::" in url.partition("://")[0]:
         raise FetchError(
-            f"{shown(url)} is not a git address that is fetched from",
+            f"{shown(url)} is not a supported git URL",
             remedy="write it as https://, ssh:// or file:// (http:// only as a mirror in GRACEFARM_MIRRORS)",
         )
     return url
 
 
 def _bring(pin: Pinned, what: str, url: str, repository: Path, settings: Settings) -> None:
-    """The commit into a new bare repository: alone where the server gives it, else out of all branches and tags."""
+    """Fetch the commit into a new bare repository: only that commit if the server allows it, else all branches and tags."""
     bare, credentials = split_credentials(url)
     environment, config = _authorization(bare, credentials), git_config(settings.home)
 
@@ -248,7 +248,7 @@ def _bring(pin: Pinned, what: str, url: str, repository: Path, settings: Setting
 
 
 def _require_commit(pin: Pinned, what: str, kind: str) -> None:
-    """An annotated tag has an id of its own, which is easily pinned by mistake."""
+    """Refuse other objects: an annotated tag also has an id, which is easily pinned by mistake."""
     if kind != "commit":
         raise FetchError(
             f"{shown(what)}: {pin.commit} is a {kind}, not a commit",
@@ -263,7 +263,7 @@ def _ask(git: Git, commit: str, url: str) -> None:
         message = str(error).lower()
         if _incomplete(message) or any(word in message for word in (*ABSENT, *REFUSED_ADDRESS, *TRANSIENT)):
             raise
-        # The server gives no single commits (protocol v0 without uploadpack.allowReachableSHA1InWant) or is dumb http.
+        # The server does not serve single commits (protocol v0 without uploadpack.allowReachableSHA1InWant, or dumb http).
         everything = ("+refs/heads/*:refs/all/heads/*", "+refs/tags/*:refs/all/tags/*")
         git("fetch", "--quiet", "--no-write-fetch-head", "--", url, *everything)
         try:
@@ -273,7 +273,7 @@ def _ask(git: Git, commit: str, url: str) -> None:
 
 
 def _authorization(url: str, credentials: tuple[str, str] | None) -> dict[str, str]:
-    """Credentials as a header for that host alone, in the environment: an argument list can be read by everybody."""
+    """Credentials as a header for only that host, in the environment: every user can read the arguments of a process."""
     if credentials is None:
         return {}
     parts = urlsplit(url)
@@ -286,7 +286,7 @@ def _authorization(url: str, credentials: tuple[str, str] | None) -> dict[str, s
 
 
 def _incomplete(message: str) -> bool:
-    """Whether the repository lacks objects of its own, which no further attempt brings."""
+    """Whether objects are missing in the repository, so that another attempt is useless."""
     return INCOMPLETE in message or MISSING_OBJECT.search(message) is not None
 
 
@@ -308,7 +308,7 @@ def _failure(pin: Pinned, url: str, message: str) -> FetchError:
     reason = shown(next(fatal, last_line(message)))
     if any(word in low for word in REFUSED_ADDRESS):
         return FetchError(
-            f"{shown(url)} is absent or not open to us: {reason}",
-            remedy="mend the address, give credentials in ~/.netrc or by an ssh key, or name a mirror in GRACEFARM_MIRRORS",
+            f"{shown(url)} does not exist or refuses access: {reason}",
+            remedy="correct the URL, give credentials in ~/.netrc or an ssh key, or name a mirror in GRACEFARM_MIRRORS",
         )
-    return FetchError(f"{shown(url)} cannot be had: {reason}", remedy=mirror_remedy(pin.url))
+    return FetchError(f"{shown(url)} cannot be fetched: {reason}", remedy=mirror_remedy(pin.url))

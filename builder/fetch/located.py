@@ -1,4 +1,4 @@
-"""Where a recipe's [[files]] entry is fetched from: an address, a file of the Python index, a package of Debian's archive."""
+"""Find the download of a recipe's [[files]] entry: a URL, a file of the Python index, or a package of Debian's archive."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def locate(file: File, sha256: str, settings: Settings) -> Download:
 
     Raises:
         FetchError: the index has no such project or version, cannot be reached, or has yanked the file.
-        DigestError: the index has the version, and no file with that digest.
+        DigestError: the index has the version, but no file with that digest.
         HostError: no mirror of Debian's archive is known.
     """
     if file.deb is not None and file.suite is not None:
@@ -44,11 +44,11 @@ def locate(file: File, sha256: str, settings: Settings) -> Download:
 def _choose(
     name: str, version: Version, sha256: str, packages: Sequence[DistributionPackage], index: str
 ) -> DistributionPackage:
-    """The one file of that version with that digest; of an index that says no digests, the version's only file."""
+    """The file of that version with that digest; or the version's only file, if the index lists no digests."""
     of_version = [package for package in packages if _is(package.version, version)]
     if not of_version:
         raise FetchError(
-            f"{name} {version}: the index {index} has the project, not this version", remedy="pin a version that it has"
+            f"{name} {version}: the index {index} has the project, but not this version", remedy="pin a version that it has"
         )
     chosen = next((package for package in of_version if package.digests.get("sha256") == sha256), None)
     if chosen is None and len(of_version) == 1 and "sha256" not in of_version[0].digests:
@@ -56,7 +56,7 @@ def _choose(
     if chosen is None:
         names = ", ".join(package.filename for package in of_version)
         raise DigestError(
-            f"{name} {version}: the index {index} says sha256 {sha256} of none of its files: {names}",
+            f"{name} {version}: the index {index} has no file with sha256 {sha256}, only other files: {names}",
             remedy="nothing was fetched; find out why it differs before you pin another digest",
         )
     if chosen.is_yanked:

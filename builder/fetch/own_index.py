@@ -1,4 +1,4 @@
-"""A wheel of an index of its own (PEP 503), as torch has one for each CUDA release: named by the stack, pinned by digest."""
+"""Fetch a wheel from an index that the stack names (PEP 503), such as torch's index for a CUDA release; pinned by digest."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from gracefarm.errors import DigestError, FetchError
 
 
 def fetch_wheel(wheel: LockedWheel, settings: Settings) -> tuple[Path, str]:
-    """The wheel of that digest in the store, and its file name, which the index says.
+    """The wheel with that digest in the store, and its file name on the index.
 
     Raises:
-        FetchError: the index cannot be reached, has no such file, or does not tell which of several it is.
-        DigestError: it has the version, with other digests only.
+        FetchError: the index cannot be reached, has no such file, or has several that cannot be told apart.
+        DigestError: the index has the version, but only with other digests.
     """
     fitting = _fitting(wheel.name, wheel.version, wheel.tags, wheel.index, settings)
     files = [file for file in fitting if file[2] == wheel.sha256] or [file for file in fitting if file[2] is None]
@@ -40,10 +40,10 @@ def fetch_wheel(wheel: LockedWheel, settings: Settings) -> tuple[Path, str]:
 
 
 def find_wheel(name: str, version: str, tags: Collection[Tag], index: str, settings: Settings) -> tuple[str, str, str | None]:
-    """File name, URL and, where the index says it, sha256 of the one wheel of that version that fits the tags.
+    """File name, URL and, if the index lists it, sha256 of the one wheel of that version that fits the tags.
 
     Raises:
-        FetchError: there is none, there are several without digests, or the index cannot be reached.
+        FetchError: no wheel fits, several fit and have no digests, or the index cannot be reached.
     """
     fitting = _fitting(name, version, tags, index, settings)
     _require_told(name, version, index, fitting)
@@ -53,7 +53,7 @@ def find_wheel(name: str, version: str, tags: Collection[Tag], index: str, setti
 def _fitting(
     name: str, version: str, tags: Collection[Tag], index: str, settings: Settings
 ) -> list[tuple[str, str, str | None]]:
-    """The wheels of that version, with or without a local part as +cu124, that this Python and architecture take."""
+    """The wheels of that version, with or without a local part such as +cu124, for this Python and architecture."""
     place, credentials = split_credentials(settings.redirect(index))
     try:
         page = simple.project_page(name, place, credentials)
@@ -74,10 +74,10 @@ def _fitting(
 
 
 def _require_told(name: str, version: str, index: str, files: Sequence[tuple[str, str, str | None]]) -> None:
-    """Which of several files is meant must be said by their digests: the bytes of one never go by the name of another."""
+    """Refuse several files without digests: the bytes of one must not be stored under the name of another."""
     if len(files) > 1 and any(sha256 is None for _, _, sha256 in files):
         names = ", ".join(filename for filename, _, _ in files)
         raise FetchError(
-            f"{name} {version}: {shown(index)} says no sha256 and has several wheels that fit: {names}",
-            remedy="take an index whose links end in #sha256=DIGEST (PEP 503), as the original's do, or leave one file in it",
+            f"{name} {version}: {shown(index)} has several wheels that fit, without a sha256: {names}",
+            remedy="use an index whose links end in #sha256=DIGEST (PEP 503), or keep only one of these files in it",
         )

@@ -19,10 +19,10 @@ _MANIFESTS = (
 
 
 def digest(image: Image, settings: Settings) -> str:
-    """Hex sha256 of the manifest (or index of manifests) that the image's tag leads to now; anonymous, as for public images.
+    """Hex sha256 of the manifest (or index of manifests) that the image's tag names now; read without credentials.
 
     Raises:
-        FetchError: the registry does not answer, or has no such tag.
+        FetchError: the registry cannot be reached or has no such tag.
     """
     url = settings.redirect(image.manifest)
     try:
@@ -37,12 +37,12 @@ def digest(image: Image, settings: Settings) -> str:
         ) from error
     match = re.fullmatch(r"sha256:([0-9a-f]{64})", answer.headers.get("docker-content-digest", ""))
     if match is None:
-        raise FetchError(f"{url} says no digest", remedy="write it into stack.toml by hand")
+        raise FetchError(f"{url} returns no digest", remedy="write the digest into stack.toml by hand")
     return match[1]
 
 
 def token(client: httpx.Client, challenge: str) -> dict[str, str]:
-    """An anonymous token, as the challenge says where."""
+    """An anonymous token from the server that the challenge names."""
     wanted = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
     if "realm" not in wanted:
         return {}
@@ -53,7 +53,7 @@ def token(client: httpx.Client, challenge: str) -> dict[str, str]:
         body = dict(answer.json())
     except (TypeError, ValueError) as error:
         raise FetchError(
-            f"{wanted['realm']} gives no token: its answer is no JSON object",
-            remedy="see what answers there, or name a mirror",
+            f"{wanted['realm']} returns no token: its answer is not a JSON object",
+            remedy="check which server answers there, or name a mirror",
         ) from error
     return {"Authorization": f"Bearer {body.get('token') or body.get('access_token')}"}

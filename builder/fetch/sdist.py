@@ -1,6 +1,6 @@
-"""Source distributions from the Python index, by the simple API (PEP 503, PEP 691).
+"""Fetch source distributions from the Python index with the simple API (PEP 503, PEP 691).
 
-Never `pip download`: it runs the sdist's setup.py to learn its name. Here the page names the file and its bytes are stored.
+`pip download` is not used, since it runs the sdist's setup.py to find its name. Here nothing of the sdist is executed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 def fetch_sdist(source: SdistSource, settings: Settings, tick: Tick = no_tick) -> Path:
-    """The sdist of that name, version and sha256 in the store; there already: no network.
+    """Fetch the sdist of that name, version and sha256, if it is not in the store.
 
     Raises:
-        FetchError: project, version or sdist absent, sdist yanked, index unreachable.
+        FetchError: project, version or sdist does not exist, the sdist was yanked, or the index cannot be reached.
         DigestError: the index has an sdist of that version with another sha256.
-        DiskFullError: no space in the store.
+        DiskFullError: no space left in the store.
     """
     sha256 = pinned(source)
     place = store_path(settings, sha256)
@@ -40,24 +40,24 @@ def fetch_sdist(source: SdistSource, settings: Settings, tick: Tick = no_tick) -
 
 
 def pinned(source: SdistSource | FileSource) -> str:
-    """The digest of a source, which a plan without gaps has.
+    """The digest of a source; a plan without gaps has one.
 
     Raises:
-        ConfigError: it is not known yet.
+        ConfigError: the digest is unknown.
     """
     if source.sha256 is None:
         raise ConfigError(
-            f"the digest of {source.origin} is not known yet: {source.sha256_unknown}",
+            f"the digest of {source.origin} is unknown: {source.sha256_unknown}",
             remedy="run `builder lock` with the recipe's name",
         )
     return source.sha256
 
 
 def find(name: str, version: str, settings: Settings) -> tuple[str, str, str | None, str]:
-    """File name, address and, if the index gives one, digest of a version's sdist; and the index.
+    """File name, URL and, if the index lists it, digest of a version's sdist; and the index.
 
     Raises:
-        FetchError: as `fetch_sdist`.
+        FetchError: as in `fetch_sdist`.
     """
     wanted = SdistSource(kind="sdist", name=name, version=version, sha256_unknown="it is asked for")
     package, url, index = _on_index(wanted, settings)
@@ -65,7 +65,7 @@ def find(name: str, version: str, settings: Settings) -> tuple[str, str, str | N
 
 
 def _on_index(source: SdistSource, settings: Settings) -> tuple[DistributionPackage, str, str]:
-    """The sdist on the configured index, its address and the index."""
+    """The sdist on the configured index, its URL, and the index."""
     # Its clients and parsers take longer to import than `builder build` takes to find that a build exists.
     from builder.fetch import simple
 
@@ -77,21 +77,21 @@ def _on_index(source: SdistSource, settings: Settings) -> tuple[DistributionPack
 
 
 def choose(source: SdistSource, packages: Sequence[DistributionPackage], index: str) -> DistributionPackage:
-    """The file on a project's page that the recipe pins, or the only sdist while its digest is not known; pure.
+    """The file on a project's page that the recipe pins, or an sdist of that version while its digest is unknown.
 
     Raises:
-        FetchError: no such version, no sdist of it, or it was yanked.
-        DigestError: there are sdists of it, none with the pinned digest.
+        FetchError: there is no such version, it has no sdist, or the sdist was yanked.
+        DigestError: the version has sdists, but none with the pinned digest.
     """
     wanted = f"{source.name} {source.version}"
     of_version = [package for package in packages if _version(package.version) == Version(source.version)]
     if not of_version:
         versions = sorted({version for package in packages if (version := _version(package.version))})
         raise FetchError(
-            f"{wanted}: the index {index} has the project, not this version",
-            remedy=f"pin one that it has: {', '.join(map(str, versions[-5:]))}"
+            f"{wanted}: the index {index} has the project, but not this version",
+            remedy=f"pin a version that it has: {', '.join(map(str, versions[-5:]))}"
             if versions
-            else "the project has no files at all",
+            else "the project has no files; pin another project",
         )
     sdists = [package for package in of_version if package.package_type == "sdist"]
     if not sdists:
@@ -101,12 +101,12 @@ def choose(source: SdistSource, packages: Sequence[DistributionPackage], index: 
             remedy="pin its repository instead: [source] kind = 'git' with commit and tree",
         )
     sdist = next((package for package in sdists if source.sha256 in (None, package.digests.get("sha256"))), None)
-    # An index without digests in its links is allowed by PEP 503; then the download itself is the check.
+    # PEP 503 allows links without digests; the digest is checked after the download.
     sdist = sdist or next((package for package in sdists if "sha256" not in package.digests), None)
     if sdist is None:
         theirs = ", ".join(f"{package.filename} with sha256 {package.digests['sha256']}" for package in sdists)
         raise DigestError(
-            f"{wanted}: pinned is sha256 {source.sha256}, the index {index} has {theirs}",
+            f"{wanted}: sha256 {source.sha256} is pinned, but the index {index} has {theirs}",
             remedy="nothing was fetched; find out why it differs before you pin another digest",
         )
     if sdist.is_yanked:

@@ -1,4 +1,4 @@
-"""A project's page of the simple API, as HTML or JSON, from a server or a folder."""
+"""Read a project's page of the simple API, as HTML or JSON, from a server or a folder."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from builder.fetch.urls import shown
 from gracefarm.errors import FetchError
 
 DEFAULT_INDEX = PYPI_SIMPLE_ENDPOINT
-INDEX_REMEDY = "see that this machine reaches the index, or name another one: GRACEFARM_PYTHON_INDEX=URL of its simple API"
+INDEX_REMEDY = "check the network to the index, or name another one: GRACEFARM_PYTHON_INDEX=URL of its simple API"
 TIMEOUT = (15.0, 30.0)
 "Seconds to connect and between two answers."
 
 
 def project_page(project: str, index: str, credentials: tuple[str, str] | None) -> ProjectPage:
-    """The project's page, with bounded retries.
+    """The project's page, with a limited number of retries.
 
     Raises:
-        FetchError: the project is absent, or the index cannot be reached or is none.
+        FetchError: the project does not exist, or the index cannot be reached or is not an index.
     """
     if urlsplit(index).scheme == "file":
         return _local_page(project, index)
@@ -48,10 +48,10 @@ def project_page(project: str, index: str, credentials: tuple[str, str] | None) 
             except NoSuchProjectError as error:
                 raise _no_project(project, index) from error
             except (UnsupportedContentTypeError, UnsupportedRepoVersionError, requests.JSONDecodeError) as error:
-                raise FetchError(f"{shown(index)} does not answer as a simple API", remedy=INDEX_REMEDY) from error
+                raise FetchError(f"{shown(index)} is not a simple API", remedy=INDEX_REMEDY) from error
             except requests.HTTPError as error:
                 status = error.response.status_code if error.response is not None else 0
-                reason = f"it says {status}"
+                reason = f"HTTP status {status}"
                 if status not in TRANSIENT:
                     break
             except requests.RequestException as error:
@@ -60,7 +60,7 @@ def project_page(project: str, index: str, credentials: tuple[str, str] | None) 
 
 
 def _reason(error: requests.RequestException) -> str:
-    """The innermost sentence: requests wraps the system's in three layers of its own."""
+    """The innermost message: requests wraps the system's error in three others."""
     inner: BaseException = error
     while (following := inner.__cause__ or inner.__context__) is not None:
         inner = following
@@ -68,7 +68,7 @@ def _reason(error: requests.RequestException) -> str:
 
 
 def _local_page(project: str, index: str) -> ProjectPage:
-    """A page of a static index in a folder."""
+    """A project's page of a static index in a folder."""
     folder = f"{index.rstrip('/')}/{canonicalize_name(project)}/"
     place = Path(url2pathname(urlsplit(folder).path)) / "index.html"
     try:
@@ -81,5 +81,5 @@ def _local_page(project: str, index: str) -> ProjectPage:
 def _no_project(project: str, index: str) -> FetchError:
     return FetchError(
         f"{project}: the index {shown(index)} has no such project",
-        remedy="mend [source] name in the recipe, or name the index that has it: GRACEFARM_PYTHON_INDEX",
+        remedy="correct `name` of [source] in the recipe, or set GRACEFARM_PYTHON_INDEX to an index that has the project",
     )

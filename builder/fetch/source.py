@@ -1,4 +1,4 @@
-"""The source tree of a build: what was fetched, unpacked fresh, with the recipe's files and patches, all times set alike."""
+"""The source tree of a build: the unpacked source with the recipe's files and patches, and one time for all files."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from gracefarm.files import atomic_directory, full_disk, remove_tree
 
 
 def unpack(recipe: LoadedRecipe, fetched: Fetched, into: Path, source_date_epoch: int, say: Say = silent) -> Path:
-    """Make the tree at `into` (what was there goes) and return it; it is there whole or not at all.
+    """Create the tree at `into` (an existing one is replaced) and return it; it is complete or absent.
 
-    An archive loses its one top folder. A git tree gets a `.git` of one commit that answers `git rev-parse HEAD` and
-    `git describe --always`, and none of the tags, which can move. Then come the recipe's files, then its patches in order; at
-    last every time is set to `source_date_epoch` (seconds since 1970) and every mode to 644 or 755. A file of the recipe whose
-    digest is not known is left out. `say` gets one line for each part.
+    The top folder of an archive is removed. A git tree gets a `.git` with one commit, so that `git rev-parse HEAD` and
+    `git describe --always` work; it has no tags, since tags can move. Then the recipe's files are added and its patches
+    applied, in order. Finally every time is set to `source_date_epoch` (seconds since 1970) and every mode to 644 or 755.
+    A file of the recipe whose digest is unknown is left out. `say` gets one line for each part.
 
     Raises:
-        SourceError: an archive that cannot be trusted or read, a file's place that is taken, a patch that does not apply.
-        HostError: git is needed (a git source, a patch) and not there.
-        DiskFullError: no space.
+        SourceError: an archive is unsafe or cannot be read, the path of a file exists already, or a patch does not apply.
+        HostError: git is required (for a git source or a patch) and not installed.
+        DiskFullError: no space left.
     """
     remove_tree(into)
     with full_disk(into.parent), atomic_directory(into) as tree:
@@ -48,7 +48,7 @@ def unpack(recipe: LoadedRecipe, fetched: Fetched, into: Path, source_date_epoch
         for text in recipe.data.wheel.licenses:
             if not any(Path(text).is_relative_to(place) for place in _left_out(recipe.data, fetched)):
                 _require_text(recipe.data, tree, text)
-                say(f"licence {text} is there")
+                say(f"licence {text} exists")
         _settle(tree, source_date_epoch, [place / ".git" for place in repositories])
         for place in repositories:
             _refresh(place)
@@ -56,13 +56,13 @@ def unpack(recipe: LoadedRecipe, fetched: Fetched, into: Path, source_date_epoch
 
 
 def _left_out(recipe: Recipe, fetched: Fetched) -> list[str]:
-    """Places of files whose digest is not known, and of trees that are not built."""
+    """Paths of files whose digest is unknown, and of trees that are not built."""
     unknown = [file.path for file in recipe.files if file.sha256_unknown]
     return [*unknown, *(taken.path for taken in recipe.trees if taken.path not in fetched.trees)]
 
 
 def pack(tree: Path, into: Path, moment: int) -> None:
-    """Keep the exact patched source, as it is before the build touches it, without git's own folders."""
+    """Keep the patched source, as it is before the build changes it, without the folders of git."""
     remove_tree(into)
     into.mkdir(parents=True)
     with (into / "source.tar").open("wb") as stream, tarfile.open(fileobj=stream, mode="w") as tar:
@@ -73,7 +73,7 @@ def pack(tree: Path, into: Path, moment: int) -> None:
 
 
 def finish(packed: Path, wheel: Path, into: Path, moment: int) -> Path:
-    """The kept source as an sdist of the wheel's name and version beside it, with its METADATA as PKG-INFO."""
+    """Write the kept source as an sdist with the wheel's name and version, and the wheel's METADATA as PKG-INFO."""
     with zipfile.ZipFile(wheel) as archive:
         metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         text = archive.read(metadata)
@@ -104,9 +104,9 @@ def _anonymous(info: tarfile.TarInfo, moment: int) -> tarfile.TarInfo:
 
 
 def source_date_epoch(recipe: Recipe, fetched: Fetched) -> int:
-    """The moment that the build calls now, in seconds since 1970: the commit's, or the newest in the archive.
+    """SOURCE_DATE_EPOCH of the build, in seconds since 1970: the time of the commit, or the newest time in the archive.
 
-    Within 1980 and 2107, which is what a wheel can hold.
+    It is between 1980 and 2107, the times that a wheel can hold.
 
     Raises:
         SourceError: the archive cannot be read.
@@ -123,13 +123,13 @@ def _title(recipe: Recipe) -> str:
 
 
 def _populate(recipe: Recipe, fetched: Fetched, tree: Path) -> list[Path]:
-    """Fill the tree; returns the folders that are git work trees."""
+    """Fill the tree; return the folders that are git work trees."""
     places, checkouts = [], []
     if isinstance(recipe.source, GitSource):
         _export(fetched.source, recipe.source.commit, tree)
         places.append(tree)
         for path, module in sorted(recipe.source.submodules.items()):
-            # A parent sorts before what lies in it.
+            # A parent sorts before its submodules.
             _, inner = enclosing(path, recipe.source.submodules)
             checkouts.append((path, module.commit, f"submodule {inner}"))
     else:
@@ -143,7 +143,7 @@ def _populate(recipe: Recipe, fetched: Fetched, tree: Path) -> list[Path]:
 
 
 def _export(repository: Path, commit: str, into: Path) -> None:
-    """Check a commit out of the store into a repository of its own, so that a build cannot reach the store's objects."""
+    """Check out a commit from the store into a separate repository, so that a build cannot access the store's objects."""
     config = repository.parent / "config"
     into.mkdir(exist_ok=True)
     try:
@@ -167,7 +167,7 @@ def _place_trees(recipe: Recipe, fetched: Fetched, tree: Path, say: Say) -> None
         archive.make_parents(place, tree, f"tree {taken.path} of {recipe.name}")
         if place.exists() or place.is_symlink():
             raise SourceError(
-                f"tree {taken.path} of {recipe.name}: the source has something at that place already",
+                f"tree {taken.path} of {recipe.name}: this path exists in the source already",
                 remedy="give it another path in [[trees]]",
             )
         shutil.copytree(fetched.trees[taken.path], place, symlinks=True)
@@ -177,7 +177,7 @@ def _place_trees(recipe: Recipe, fetched: Fetched, tree: Path, say: Say) -> None
 def _place_files(recipe: Recipe, fetched: Fetched, tree: Path, say: Say) -> None:
     for file in recipe.files:
         if file.sha256_unknown is not None:
-            say(f"file {file.path} from {shown(file.origin)} is left out: its digest is not known ({file.sha256_unknown})")
+            say(f"file {file.path} from {shown(file.origin)} is left out: its digest is unknown ({file.sha256_unknown})")
             continue
         _place_file(recipe, file, fetched, tree)
         say(f"file {file.path}")
@@ -196,8 +196,8 @@ def _place_file(recipe: Recipe, file: File, fetched: Fetched, tree: Path) -> Non
         return
     if place.is_symlink() or place.exists():
         raise SourceError(
-            f"{name}: the source has something at that place already",
-            remedy="give it another path, or change it by a patch",
+            f"{name}: this path exists in the source already",
+            remedy="give it another path, or change the existing file with a patch",
         )
     if origin:
         shutil.copyfile(origin, place)
@@ -206,7 +206,7 @@ def _place_file(recipe: Recipe, file: File, fetched: Fetched, tree: Path) -> Non
 
 
 def keep_licenses(recipe: Recipe, tree: Path, into: Path) -> None:
-    """Copy the licence texts that the recipe names into the folder `into`, as they are before the build touches the source."""
+    """Copy the licence texts that the recipe names into the folder `into`, before the build changes the source."""
     remove_tree(into)
     for text in recipe.wheel.licenses:
         (into / text).parent.mkdir(parents=True, exist_ok=True)
@@ -217,7 +217,8 @@ def _require_text(recipe: Recipe, tree: Path, text: str) -> None:
     place = tree / text
     if not place.resolve().is_relative_to(tree.resolve()) or not place.is_file() or not place.stat().st_size:
         raise SourceError(
-            f"licence {text} of {recipe.name}: the source has no such text", remedy="correct [wheel] licenses in the recipe"
+            f"licence {text} of {recipe.name}: the source has no such file",
+            remedy="correct `licenses` of [wheel] in the recipe",
         )
 
 
@@ -225,9 +226,9 @@ def substitute(recipe: Recipe, tree: Path, say: Say = silent) -> None:
     """Replace the texts that the recipe names in the tree.
 
     Raises:
-        SourceError: a file is not there, or does not have the text as often as the recipe says.
+        SourceError: a file does not exist, or does not have the text as often as the recipe states.
     """
-    remedy = "correct [[substitutions]] in the recipe against the source as pinned"
+    remedy = "correct [[substitutions]] in the recipe for the pinned source"
     for substitution in recipe.substitutions:
         place, title = tree / substitution.path, f"substitution in {substitution.path} of {recipe.name}"
         if place.is_symlink() or not place.is_file() or not place.resolve().is_relative_to(tree.resolve()):
@@ -237,28 +238,29 @@ def substitute(recipe: Recipe, tree: Path, say: Say = silent) -> None:
         except UnicodeDecodeError as error:
             raise SourceError(f"{title}: the file is not UTF-8", remedy="write a patch instead") from error
         if (count := text.count(substitution.find)) != substitution.count:
-            wanted = f"{substitution.find.strip()!r} is there {count} times, not {substitution.count}"
+            wanted = f"{substitution.find.strip()!r} occurs {count} times, not {substitution.count}"
             raise SourceError(f"{title}: {wanted}", remedy=remedy)
         place.write_text(text.replace(substitution.find, substitution.replace))
-        say(f"substitution in {substitution.path}: its text is there {count} {'time' if count == 1 else 'times'}")
+        say(f"substitution in {substitution.path}: {count} {'occurrence' if count == 1 else 'occurrences'}")
 
 
 def _apply(patch: Path, tree: Path, recipe: LoadedRecipe) -> None:
-    """`git apply`: exact context, all of a patch or nothing, never through a link.
+    """Run `git apply`: exact context, all of a patch or nothing, never through a link.
 
-    Without a repository: one around the tree would make git skip every file silently, and attributes of one in it would count.
+    Without a repository: in a repository around the tree, git would silently skip every file, and the attributes of a
+    repository in the tree would count.
     """
     try:
         run_git(["apply", "--whitespace=nowarn", "--", str(patch.resolve())], cwd=tree, environment={"GIT_DIR": os.devnull})
     except GitError as error:
         raise SourceError(
             f"patch {patch.name} of {recipe.key} does not apply: {_where(patch, str(error))}",
-            remedy=f"make the patch anew against {recipe.data.name} {recipe.data.version} as pinned, or remove it",
+            remedy=f"rebase the patch on the pinned {recipe.data.name} {recipe.data.version}, or remove it",
         ) from error
 
 
 def _where(patch: Path, message: str) -> str:
-    """File and hunk of a refusal, from git's `patch failed: FILE:LINE` and the patch itself; else git's own words."""
+    """File and hunk that do not apply, from git's `patch failed: FILE:LINE` and the patch; else git's message."""
     failed = re.search(r"^error: patch failed: (.*):(\d+)$", message, re.MULTILINE)
     if failed is None:
         return "; ".join(
@@ -273,7 +275,7 @@ def _where(patch: Path, message: str) -> str:
 
 
 def _hunks(patch: Path, file: str) -> list[re.Match[str]]:
-    """The headers of a file's hunks, each with the line that it starts at."""
+    """The headers of a file's hunks, each with its first line."""
     hunks, changed = [], ""
     for line in patch.read_text(errors="replace").splitlines():
         if line.startswith("--- "):
@@ -284,10 +286,10 @@ def _hunks(patch: Path, file: str) -> list[re.Match[str]]:
 
 
 def _settle(tree: Path, moment: int, besides: list[Path]) -> None:
-    """One time and one of two modes for everything but the folders `besides`; links are not followed."""
+    """Set one time, and mode 644 or 755, for everything except the folders `besides`; links are not followed."""
     for folder, folders, files in os.walk(tree):
         folders[:] = [name for name in folders if Path(folder, name) not in besides]
-        # Setting a time changes no other one, so the order does not matter.
+        # Setting a time does not change another time, so the order does not matter.
         for name in (*folders, *files):
             _stamp(Path(folder, name), moment)
     _stamp(tree, moment)
@@ -301,9 +303,9 @@ def _stamp(path: Path, moment: int) -> None:
 
 
 def _refresh(place: Path) -> None:
-    """Tell git's index the times just set, or every `git describe --dirty` would read all files again."""
+    """Update git's index with the new times: otherwise `git describe --dirty` would read all files again."""
     try:
         run_git(["update-index", "-q", "--refresh"], cwd=place)
     except GitError:
-        # A patched file is reported by the exit code; that it differs is true.
+        # The exit code reports a patched file, which is expected.
         return

@@ -1,11 +1,11 @@
-"""The content-addressed store: a file is in it whole and verified, or not at all.
+"""The content-addressed store: a file in it is complete and verified.
 
     HOME/store/sha256/ab/<sha256>             the file, read-only
-    HOME/store/sha256/ab/<sha256>.partial     what has come so far; the next run goes on from it
+    HOME/store/sha256/ab/<sha256>.partial     the received part; the next run continues from it
     HOME/store/sha256/ab/<sha256>.validator   the ETag or date that the partial file belongs to (RFC 9110, If-Range)
     HOME/store/locks/<sha256>                 held while one process fetches that file
 
-Any number of processes may fetch into one store: the first takes the digest's lock, the others wait and find the file.
+Any number of processes may fetch into one store: the first takes the lock of the digest, the others wait and find the file.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from gracefarm.files import CHUNK, full_disk, lock, sha256_file, sync_directory
 
 WORKERS = 8
 Request = Callable[[Transfer], None]
-"One attempt to get what is missing over HTTP."
+"One attempt to get the missing part over HTTP."
 
 
 def store_path(settings: Settings, sha256: str) -> Path:
-    """Where the store keeps the file of that digest; it is there only when whole and verified."""
+    """Path of the file with that digest; it exists only when complete and verified."""
     return settings.home / "store" / "sha256" / sha256[:2] / sha256
 
 
 def download(downloads: Sequence[Download], settings: Settings, tick: Tick = no_tick) -> dict[str, Path]:
-    """Bring the files into the store, eight at a time, and return their places by sha256.
+    """Fetch the files into the store, eight at a time, and return their paths by sha256.
 
-    What is there already costs no network. `tick` gets bytes, in the caller's thread.
+    Files that are in the store are not fetched again. `tick` gets bytes, in the caller's thread.
 
     Raises:
-        FetchError: a file is absent (404) or cannot be reached after bounded retries.
-        DigestError: other bytes came than were pinned; they were not kept.
-        DiskFullError: no space; what came stays for the next run.
+        FetchError: a file does not exist (404) or cannot be reached after all retries.
+        DigestError: the file differs from its pin; it was not kept.
+        DiskFullError: no space left; the received part is kept for the next run.
     """
     places = {file.sha256: store_path(settings, file.sha256) for file in downloads}
     missing = {file.sha256: file for file in downloads if not places[file.sha256].exists()}
@@ -60,7 +60,7 @@ def download(downloads: Sequence[Download], settings: Settings, tick: Tick = no_
 
 
 def _run(transfers: list[Transfer], settings: Settings, cancelled: threading.Event, tick: Tick) -> None:
-    """Work in threads, show progress from this one; the first failure stops the others between two chunks."""
+    """Download in threads, show progress in this one; the first failure stops the others after the current chunk."""
     # httpx takes longer to import than `builder build` takes to find that a build exists.
     from builder.fetch import web
 
@@ -91,7 +91,7 @@ def _show(futures: dict[Future[None], Transfer], pending: set[Future[None]], tic
 
 
 def _bring(transfer: Transfer, settings: Settings, request: Request) -> None:
-    """One file into the store, under its lock."""
+    """Fetch one file into the store, under its lock."""
     sha256 = transfer.download.sha256
     with full_disk(settings.home):
         transfer.path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,10 +105,10 @@ def _bring(transfer: Transfer, settings: Settings, request: Request) -> None:
 
 
 def receive(transfer: Transfer, request: Request) -> None:
-    """Fill the partial file, with bounded retries while no new byte comes.
+    """Complete the partial file, with a limited number of retries without a new byte.
 
     Raises:
-        FetchError: it is absent or cannot be reached.
+        FetchError: the file does not exist or cannot be reached.
     """
     failures, furthest = 0, size_of(transfer.partial)
     while True:
@@ -121,7 +121,7 @@ def receive(transfer: Transfer, request: Request) -> None:
             furthest = max(furthest, reached)
             if failures >= ATTEMPTS:
                 raise FetchError(
-                    f"{transfer.download.what}: {shown(transfer.url)} cannot be had: {shown(str(error))} "
+                    f"{transfer.download.what}: {shown(transfer.url)} cannot be fetched: {shown(str(error))} "
                     f"({ATTEMPTS} attempts without a new byte)",
                     remedy=mirror_remedy(transfer.download.url),
                 ) from error
@@ -138,12 +138,12 @@ def _attempt(transfer: Transfer, request: Request) -> None:
         request(transfer)
     else:
         raise FetchError(
-            f"{transfer.download.what}: {shown(transfer.url)} is not an http, https or file URL", remedy="mend the URL"
+            f"{transfer.download.what}: {shown(transfer.url)} is not an http, https or file URL", remedy="correct the URL"
         )
 
 
 def _copy(transfer: Transfer) -> None:
-    """A file of this machine; copied from its beginning, for nothing is saved by going on."""
+    """Copy a local file from its beginning, since resuming a local copy saves nothing."""
     place = Path(url2pathname(urlsplit(transfer.url).path))
     transfer.discard()
     try:
@@ -156,7 +156,7 @@ def _copy(transfer: Transfer) -> None:
 
 
 def _verify(transfer: Transfer, request: Request) -> None:
-    """Compare digests; a wrong one after going on from an earlier run's bytes is given one fresh start."""
+    """Compare digests; if a resumed file has a wrong one, fetch it once more from its beginning."""
     expected = transfer.download.sha256
     got = sha256_file(transfer.partial)
     if got != expected and transfer.resumed:
@@ -168,13 +168,13 @@ def _verify(transfer: Transfer, request: Request) -> None:
     size = size_of(transfer.partial)
     transfer.discard()
     raise DigestError(
-        f"{transfer.download.what}: {shown(transfer.url)} has sha256 {got} ({size} bytes), pinned is {expected}",
+        f"{transfer.download.what}: {shown(transfer.url)} has sha256 {got} ({size} bytes), but {expected} is pinned",
         remedy="the file was not kept; find out why it differs before you pin another digest",
     )
 
 
 def publish(transfer: Transfer, path: Path) -> None:
-    """Make the partial file the store's file at `path`."""
+    """Move the partial file to its path in the store."""
     with transfer.partial.open("rb") as stream:
         os.fsync(stream.fileno())
     transfer.partial.chmod(0o444)

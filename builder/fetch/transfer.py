@@ -1,4 +1,4 @@
-"""A download under way: what it wants, how far it is, and the three ways in which it fails."""
+"""A running download: its file, its progress, and the three ways in which it fails."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from builder.fetch.urls import shown
 from gracefarm.errors import FetchError
 
 ATTEMPTS = 4
-"Attempts in a row without a new byte; one that brought bytes starts the count again."
+"Attempts in a row without a new byte; an attempt that received bytes resets the count."
 FIRST_DELAY = 0.5
 LONGEST_DELAY = 30.0
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
-"HTTP statuses that may be others a little later."
+"HTTP statuses of temporary failures."
 
 
 def mirror_remedy(url: str) -> str:
-    """What to do about a server that cannot be used, with the prefix that a mirror of `url` replaces."""
+    """The remedy for a server that cannot be used, with the prefix that a mirror of `url` replaces."""
     parts = urlsplit(url)
     prefix = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/"
     return (
-        f"see that this machine reaches {prefix}, or name a mirror that it reaches: GRACEFARM_MIRRORS='{prefix}=REPLACEMENT'"
+        f"check the network to {prefix}, or name a mirror that this machine reaches: GRACEFARM_MIRRORS='{prefix}=REPLACEMENT'"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Download:
-    """One file by URL and digest; `what` is its name for people, `size` its length in bytes where it is known."""
+    """One file by URL and digest; `what` is its name in messages, `size` its length in bytes, if known."""
 
     url: str
     sha256: str
@@ -41,7 +41,7 @@ class Download:
 
 @dataclass(kw_only=True)
 class Transfer:
-    """A download under way: a worker thread counts bytes, the caller's thread shows them."""
+    """A running download: a worker thread counts bytes, the caller's thread shows them."""
 
     download: Download
     url: str
@@ -60,7 +60,7 @@ class Transfer:
         return self.path.with_name(f"{self.path.name}.validator")
 
     def check(self) -> None:
-        """Leave the thread when the caller has given up."""
+        """Raise if the caller has cancelled the download."""
         if self.cancelled.is_set():
             raise CancelledError
 
@@ -71,11 +71,11 @@ class Transfer:
 
 
 class CancelledError(Exception):
-    """Another download failed or the user interrupted; what has come so far stays for the next run."""
+    """Another download failed or the user interrupted; the received part is kept for the next run."""
 
 
 class TransientError(Exception):
-    """This attempt failed, another may not; `delay` is the server's wish in seconds."""
+    """A temporary failure; `delay` is the number of seconds that the server asks to wait."""
 
     def __init__(self, reason: str, delay: float = 0.0) -> None:
         super().__init__(reason)
@@ -83,23 +83,23 @@ class TransientError(Exception):
 
 
 def delay(failures: int, wish: float = 0.0) -> float:
-    """Seconds to wait after so many failures in a row; `wish` is the server's."""
+    """Seconds to wait after this number of failures in a row; `wish` is the delay that the server asks for."""
     return min(max(FIRST_DELAY * 2.0 ** (failures - 1), wish), LONGEST_DELAY)
 
 
 def pause(attempt: int) -> None:
-    """Wait before the attempt of that number (from 0, which does not wait)."""
+    """Wait before an attempt, except before attempt 0."""
     if attempt:
         time.sleep(delay(attempt))
 
 
 def size_of(path: Path) -> int:
-    """Its length in bytes, 0 where it is not there."""
+    """The file's length in bytes, 0 if it does not exist."""
     return path.stat().st_size if path.exists() else 0
 
 
 def append(transfer: Transfer, chunks: Iterator[bytes]) -> None:
-    """Write the chunks behind what is there."""
+    """Append the chunks to the partial file."""
     with transfer.partial.open("ab") as stream:
         for chunk in chunks:
             stream.write(chunk)
@@ -109,8 +109,8 @@ def append(transfer: Transfer, chunks: Iterator[bytes]) -> None:
 
 
 def absent(transfer: Transfer, reason: str) -> FetchError:
-    """The error for a file that is not where the URL says."""
+    """The error for a file that does not exist at its URL."""
     return FetchError(
-        f"{transfer.download.what} is absent: {shown(transfer.url)}: {reason}",
+        f"{transfer.download.what} does not exist: {shown(transfer.url)}: {reason}",
         remedy="pin a file that exists, or name a mirror that has it: GRACEFARM_MIRRORS='PREFIX=REPLACEMENT'",
     )

@@ -1,4 +1,4 @@
-"""A file whose digest nobody knows yet: for `builder lock` alone, never for a build."""
+"""Fetch a file whose digest is unknown: only for `builder lock` and first use, never for a build."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gracefarm.files import full_disk, sha256_file
 
 
 def bring(url: str, what: str, settings: Settings) -> str:
-    """The sha256 of what is at `url` now; the file itself goes into the store, so that a build need not fetch it again.
+    """The sha256 of the file at `url`. The file is kept in the store, so that a build does not fetch it again.
 
     Raises:
-        FetchError: it cannot be had; names the address and the setting of a mirror.
+        FetchError: the file cannot be fetched; names the URL and the setting for a mirror.
     """
     transfer = Transfer(
         download=Download(url=url, sha256="", what=what),

@@ -1,4 +1,4 @@
-"""URLs as people and clients may see them: credentials go to the client apart from the URL, and never into a sentence."""
+"""URLs without credentials for messages; clients get credentials separately."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def shown(text: str) -> str:
 
 
 def split_credentials(url: str) -> tuple[str, tuple[str, str] | None]:
-    """The URL without `user:password@`, and these two, decoded; for ssh the user is part of the address and stays."""
+    """The URL without `user:password@`, and user and password, decoded; in ssh URLs the user stays."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or parts.username is None:
         return url, None
@@ -25,13 +25,13 @@ def split_credentials(url: str) -> tuple[str, tuple[str, str] | None]:
 
 
 def same_host(url: str, other: str) -> bool:
-    """Whether credentials given for `one` may be sent to `other`: scheme, host and port agree."""
+    """Whether credentials for `url` may be sent to `other`: scheme, host and port are equal."""
     first, second = urlsplit(url), urlsplit(other)
     return (first.scheme, first.hostname, first.port) == (second.scheme, second.hostname, second.port)
 
 
 def with_credentials(url: str, credentials: tuple[str, str] | None) -> str:
-    """`url` with `user:password@` put back, for a function that takes one string; it is split again before use."""
+    """`url` with `user:password@`, for a function that takes one string; it is split again before use."""
     if credentials is None or "@" in urlsplit(url).netloc:
         return url
     user, password = (quote(part, safe="") for part in credentials)

@@ -1,6 +1,6 @@
-"""HTTP for the store: what is missing of a file, by range where the server gives ranges.
+"""HTTP for the store: fetch the missing part of a file, with a range request if the server supports ranges.
 
-A module of its own because httpx takes longer to import than `builder build` takes to find that a build exists.
+A separate module, because httpx takes longer to import than `builder build` takes to find that a build exists.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ TIMEOUT = httpx.Timeout(30.0, connect=15.0)
 @contextmanager
 def requests() -> Iterator[Callable[[Transfer], None]]:
     """A function for any number of threads that makes one attempt at a transfer."""
-    # identity: a .tar.gz must come as the bytes that were pinned, not as what a server's compression makes of them.
+    # identity: the server must send the pinned bytes of a .tar.gz, without compression.
     headers = {"Accept-Encoding": "identity", "User-Agent": "gracefarm"}
     with httpx.Client(timeout=TIMEOUT, follow_redirects=True, headers=headers) as client:
         yield partial(request, client)
 
 
 def request(client: httpx.Client, transfer: Transfer) -> None:
-    """Ask for what is missing; the server may send all of it anew."""
+    """Request the missing part; the server may send the whole file."""
     url, credentials = split_credentials(transfer.url)
     have = size_of(transfer.partial)
     try:
         with client.stream("GET", url, headers=_range(transfer, have), auth=credentials or _netrc()) as response:
             if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE and have:
-                # The partial file is as long as the whole or longer: its digest decides, and a wrong one starts anew.
+                # The partial file is complete or too long: its digest decides, and a wrong one starts again.
                 transfer.resumed = True
                 return
             _check_status(transfer, response)
             resumed = response.status_code == httpx.codes.PARTIAL_CONTENT and _starts_at(response, have)
             if response.status_code == httpx.codes.PARTIAL_CONTENT and not resumed:
                 transfer.discard()
-                raise TransientError("the server sent another range than it was asked for")
+                raise TransientError("the server sent another range than requested")
             if not resumed:
                 transfer.discard()
                 _remember(transfer, response)
@@ -51,11 +51,11 @@ def request(client: httpx.Client, transfer: Transfer) -> None:
             transfer.resumed, transfer.done = resumed, have
             length = response.headers.get("Content-Length", "")
             transfer.total = have + int(length) if length.isdigit() else transfer.total
-            # As they come: gathered to larger chunks, the last ones before a break would be lost.
+            # Write chunks as they arrive: larger chunks would lose the last bytes before an interruption.
             append(transfer, response.iter_raw())
     except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.TooManyRedirects) as error:
         raise FetchError(
-            f"{transfer.download.what}: {shown(transfer.url)}: {shown(str(error))}", remedy="mend the URL"
+            f"{transfer.download.what}: {shown(transfer.url)}: {shown(str(error))}", remedy="correct the URL"
         ) from error
     except httpx.TransportError as error:
         raise TransientError(str(error) or type(error).__name__) from error
@@ -73,7 +73,7 @@ def _starts_at(response: httpx.Response, offset: int) -> bool:
 
 
 def _remember(transfer: Transfer, response: httpx.Response) -> None:
-    """Keep what If-Range may name: a strong ETag, else the date."""
+    """Keep a validator for If-Range: a strong ETag, else the date."""
     etag = response.headers.get("ETag", "")
     validator = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified", "")
     if validator:
@@ -82,20 +82,20 @@ def _remember(transfer: Transfer, response: httpx.Response) -> None:
 
 def _check_status(transfer: Transfer, response: httpx.Response) -> None:
     status = response.status_code
-    cause = f"{transfer.download.what}: {shown(transfer.url)}: the server says {status}"
+    cause = f"{transfer.download.what}: {shown(transfer.url)}: HTTP status {status}"
     if status in (httpx.codes.NOT_FOUND, httpx.codes.GONE):
-        raise absent(transfer, f"the server says {status}")
+        raise absent(transfer, f"HTTP status {status}")
     if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
         remedy = "give credentials for that host in ~/.netrc, or name another mirror in GRACEFARM_MIRRORS"
         raise FetchError(cause, remedy=remedy)
     if status in TRANSIENT:
         delay = response.headers.get("Retry-After", "")
-        raise TransientError(f"the server says {status}", float(delay) if delay.isdigit() else 0.0)
+        raise TransientError(f"HTTP status {status}", float(delay) if delay.isdigit() else 0.0)
     if status not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
         raise FetchError(cause, remedy=mirror_remedy(transfer.download.url))
 
 
 def _netrc() -> httpx.Auth | None:
-    """Credentials as curl, git and pip find them; None where there is no such file."""
+    """Credentials from ~/.netrc, as for curl, git and pip; None if there is no such file."""
     path = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
     return httpx.NetRCAuth(str(path)) if path.is_file() else None

@@ -15,6 +15,7 @@ from typing import Literal
 
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
+from pydantic import Field
 
 from builder.audit.contents import UNREADABLE
 from builder.flow import build
@@ -43,10 +44,8 @@ class Difference(Table):
     """One place where two wheels are not the same."""
 
     file: str
-    where: str
-    "A section, `only in the first`, `only in the second`, or how the file differs as a whole."
-    device: bool = False
-    "Device code, or what follows from it."
+    where: str = Field(description="A section, `only in the first`, `only in the second`, or how the file differs as a whole")
+    device: bool = Field(default=False, description="Device code, or what follows from it")
 
 
 class Comparison(Table):

@@ -1,1 +1,1 @@
-"""What a build stands on: the Debian root, the environment with torch, CUDA's packages, uv."""
+"""What a build runs in: the Debian root, the environment with torch, the CUDA packages, uv."""

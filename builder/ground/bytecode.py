@@ -1,4 +1,4 @@
-"""Byte code: made by the root's native Python, once for each wheel, and linked into every environment that has the wheel."""
+"""Byte code: compiled by the root's native Python, once for each wheel, and linked into every environment with that wheel."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from gracefarm.files import atomic_directory, lock
 from gracefarm.process import tail
 
 NATIVE_PYTHON = "/usr/libexec/gracefarm/python-native"
-"The host's own Python inside every root: what it byte-compiles, the target's Python takes."
+"The host's Python inside every root; the target's Python can load its byte code."
 INSIDE = "/env"
-"Where the sandbox sees an environment."
+"Path of the environment in the sandbox."
 
 
 @dataclass(frozen=True, kw_only=True)
 class NativePython:
-    """A Python of the host's architecture that byte-compiles for the target's of the same version."""
+    """A Python of the host's architecture that byte-compiles for the target's Python of the same version."""
 
     folder: Path | None = None
-    "Its own folder, which the sandbox sees as /build; None: it is in the root."
+    "Its folder, which is /build in the sandbox; None: it is in the root."
     command: tuple[str, ...] = (NATIVE_PYTHON,)
 
 
@@ -46,14 +46,14 @@ ROOTS_OWN = NativePython()
 def compile_files(
     root: Path, inside: str, folder: Path, names: Iterable[str] | None = None, *, python: NativePython = ROOTS_OWN
 ) -> None:
-    """Byte-compile Python files (`names`, relative; None: all) of `folder`, which the sandbox sees as `inside`.
+    """Byte-compile Python files (`names`, relative; None: all) of `folder`, which is `inside` in the sandbox.
 
-    A Python of the host does it: a .pyc does not depend on the architecture, and emulated it takes ten times as long.
-    The paths in tracebacks are those inside.
+    The host's Python is used: a .pyc does not depend on the architecture, and emulation takes ten times as long.
+    Tracebacks have the paths of the sandbox.
 
     Raises:
-        RootError: the compiler itself failed; a file that is no Python is no failure.
-        HostError: no sandbox can be started here.
+        RootError: the byte compiler failed; a file that is not Python is skipped.
+        HostError: the sandbox cannot be started.
     """
     wanted = [str(path.relative_to(folder)) for path in folder.rglob("*.py")] if names is None else list(names)
     box = Sandbox(
@@ -95,7 +95,7 @@ def fill_in(
     tick: Tick,
     python: NativePython = ROOTS_OWN,
 ) -> None:
-    """Give every module its .pyc: from the store where its wheel was compiled before, else made and put there."""
+    """Give every module its .pyc: from the store, if its wheel was compiled before; else compile it and store it."""
     modules = dict(_modules(site))
     home = settings.home / "environments" / "bytecode"
     keys = {wheel: f"{LAYOUT} {stack.python} {wheel.sha256}" for wheel in locked}
@@ -127,7 +127,7 @@ def _store(site: Path, names: Sequence[str], store: Path) -> None:
     tag = f"cpython-{site.parent.name.removeprefix('python').replace('.', '').rstrip('t')}"
     with atomic_directory(store) as folder:
         for name in names:
-            # The free-threaded build may add its t.
+            # The free-threaded build may add a t.
             for suffix in (tag, f"{tag}t"):
                 compiled = Path(name).parent / "__pycache__" / f"{Path(name).stem}.{suffix}.pyc"
                 if (site / compiled).is_file():
@@ -141,5 +141,5 @@ def _link_tree(store: Path, site: Path) -> None:
         if names:
             into.mkdir(parents=True, exist_ok=True)
         for name in names:
-            (into / name).unlink(missing_ok=True)  # numpy 1.26 has .pyc files of its own in its wheel
+            (into / name).unlink(missing_ok=True)  # the wheel of numpy 1.26 contains .pyc files
             os.link(os.path.join(parent, name), into / name)  # noqa: PTH118 tens of thousands of files

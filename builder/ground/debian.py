@@ -1,4 +1,4 @@
-"""Debian's archive: which mirror, which packages a request needs (apt decides), what a lock says about each."""
+"""Debian's archive: the mirror, the packages that a request requires (apt decides), and their lines in a lock."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MIRROR_REMEDY = "name a Debian mirror that this machine reaches: GRACEFARM_DEBIA
 
 
 def table(name: str, debs: Iterable[Deb]) -> list[str]:
-    """The lines of a lock's table of packages, after an empty one."""
+    """The lines of a lock's table of packages, after an empty line."""
     lines = [
         f'    {{ name = "{deb.name}", arch = "{deb.arch}", version = "{deb.version}", size = {deb.size}, '
         f'sha256 = "{deb.sha256}", path = "{deb.path}" }},'
@@ -39,13 +39,13 @@ def table(name: str, debs: Iterable[Deb]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Solver:
-    """An apt of our own: one suite, an empty system, nothing of this machine's configuration."""
+    """An isolated apt: one suite, no installed packages, without this machine's configuration."""
 
     folder: Path
     url: str
 
     def solve(self, requests: Sequence[str]) -> list[Deb]:
-        """What `requests` (NAME:ARCH) and all that they depend on come to.
+        """The packages of `requests` (NAME:ARCH) and all their dependencies.
 
         Raises:
             RootError: apt finds no solution.
@@ -53,7 +53,7 @@ class Solver:
         return self._listed("install", "--yes", *requests)
 
     def alone(self, requests: Sequence[str]) -> list[Deb]:
-        """`requests` without what they depend on.
+        """The packages of `requests` without their dependencies.
 
         Raises:
             RootError: the suite does not have one of them.
@@ -68,7 +68,7 @@ class Solver:
         """A line such as `'URL' NAME_VERSION_ARCH.deb SIZE SHA256:DIGEST`."""
         match = re.fullmatch(r"'([^']+)' ([^_]+)_([^_]+)_([^_]+)\.deb (\d+) SHA256:([0-9a-f]{64})", line.strip())
         if match is None or not match[1].startswith(f"{self.url}/"):
-            raise RootError(f"apt's answer is not understood: {line!r}", remedy="use Debian's or Ubuntu's own apt")
+            raise RootError(f"apt printed a line that cannot be parsed: {line!r}", remedy="use the apt of Debian or Ubuntu")
         return Deb(
             name=match[2],
             arch=match[4],
@@ -79,10 +79,10 @@ class Solver:
         )
 
     def run_apt(self, *arguments: str) -> str:
-        """What `apt-get ARGUMENTS` prints.
+        """The output of `apt-get ARGUMENTS`.
 
         Raises:
-            RootError: it failed.
+            RootError: apt-get failed.
         """
         process = subprocess.run(
             ["apt-get", *arguments],
@@ -96,7 +96,7 @@ class Solver:
             errors = [line for line in (process.stdout + process.stderr).splitlines() if line.startswith(("E:", " "))]
             raise RootError(
                 f"apt-get {arguments[0]} failed: {' '.join(' '.join(errors).split())}",
-                remedy="mend [root] in stack.toml",
+                remedy="correct [root] in stack.toml",
                 repeat=f"apt-get {' '.join(arguments)}",
             )
         return process.stdout
@@ -106,15 +106,15 @@ class Solver:
 def solver(
     suite: str, architecture: Arch, foreign: Sequence[Arch], settings: Settings, component: str = "main"
 ) -> Iterator[Solver]:
-    """A Solver for one suite, its lists freshly fetched and checked by Debian's signature, in a folder that lasts as long.
+    """A Solver for one suite, in a temporary folder. Its package lists are fetched and checked with Debian's signature.
 
     Raises:
-        HostError: there is no apt, or no keyring of Debian's.
+        HostError: apt or Debian's keyring is not installed.
         FetchError: the lists cannot be fetched.
     """
     if shutil.which("apt-get") is None or not KEYRING.exists():
         raise HostError(
-            "resolving a root needs apt and Debian's keyring",
+            "locking a root requires apt and Debian's keyring",
             remedy="on Debian or Ubuntu: apt-get install debian-archive-keyring",
         )
     url = debian_mirror.mirror(suite, settings)
@@ -123,7 +123,7 @@ def solver(
         for needed in ("state/lists/partial", "cache/archives/partial", "etc/apt.conf.d", "etc/preferences.d"):
             (folder / needed).mkdir(parents=True)
         (folder / "status").touch()
-        # The suite alone: -updates and -security would move under a lock.
+        # Only the suite: packages of -updates and -security are replaced often, and a lock would name missing files.
         (folder / "etc" / "sources.list").write_text(f"deb [signed-by={KEYRING}] {url} {suite} {component}\n")
         architectures = " ".join(f'"{arch.debian}";' for arch in (architecture, *foreign))
         configuration = (files("builder") / "data" / "apt.conf").read_text()
@@ -139,11 +139,11 @@ def solver(
 
 
 def fetch(debs: Sequence[Deb], suite: str, stack: str, settings: Settings, tick: Tick) -> dict[str, Path]:
-    """The packages of a lock in the store, by sha256.
+    """Fetch the packages of a lock into the store; paths by sha256.
 
     Raises:
-        FetchError: one cannot be had from the mirror.
-        DigestError: the mirror has other bytes than were pinned.
+        FetchError: the mirror does not have a package.
+        DigestError: a package of the mirror differs from its pin.
         HostError: no mirror is known.
     """
     url = debian_mirror.mirror(suite, settings)
@@ -153,20 +153,20 @@ def fetch(debs: Sequence[Deb], suite: str, stack: str, settings: Settings, tick:
     except FetchError as error:
         raise FetchError(
             error.cause,
-            remedy=f"{MIRROR_REMEDY}; a package that Debian has replaced since is on a snapshot mirror, "
-            f"or make the lock again: builder lock {stack}",
+            remedy=f"{MIRROR_REMEDY}; for a package that Debian has replaced use a snapshot mirror, "
+            f"or write the lock again: builder lock {stack}",
             repeat=error.repeat,
         ) from error
 
 
 def unpack(archive: Path, into: Path, deb: Deb, options: Sequence[str] = ()) -> None:
-    """Unpack a package into a folder; `options` are further ones of tar, and members where not all are wanted.
+    """Unpack a package into a folder; `options` are additional options of tar, and members if not all are wanted.
 
     Raises:
-        RootError: it cannot be unpacked.
+        RootError: the package cannot be unpacked.
         HostError: dpkg-deb or tar is missing.
     """
-    # No set-user-id bits either, which come with the permissions.
+    # Permissions are not restored, and so no set-user-id bits.
     command = ["tar", "--extract", "--file=-", f"--directory={into}", "--keep-directory-symlink", "--no-same-owner"]
     command += ["--no-same-permissions", "--warning=no-timestamp", *options]
     try:

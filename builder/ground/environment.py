@@ -1,7 +1,7 @@
 """Environments: the target's site-packages from requirements.lock, as the virtual environment /env of the sandbox.
 
-uv unpacks the wheels (hard links from its cache); the root's native Python byte-compiles them, once per wheel. An environment
-is read-only and shared by all builds; `fresh` makes a copy of links for one wheel more.
+uv unpacks the wheels (hard links from its cache); the root's native Python byte-compiles them, once for each wheel. An
+environment is read-only and shared by all builds; `fresh` makes a copy of hard links, to which one more wheel can be added.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ SHEBANG = f"#!{bytecode.INSIDE}/bin/python3\n".encode()
 def ensure(
     stack: LoadedStack, target: Arch, root: Path, settings: Settings, tick: Tick = no_tick, *, host: Arch | None = None
 ) -> Path:
-    """The environment's folder, assembled if it is not there; any number of processes may ask, one assembles.
+    """The environment's folder; assembled if it does not exist. Several processes may call this: one assembles, others wait.
 
-    `host`: the machine that runs it, of which the interpreter's launcher depends; None: this one.
+    `host`: the machine that runs it, since the interpreter's launcher depends on it; None: this machine.
 
     Raises:
         ConfigError: see `wheels`.
-        FetchError, DigestError: a wheel cannot be had, or is not the pinned one.
-        RootError: a wheel cannot be unpacked, or torch is not the build that the stack names.
+        FetchError, DigestError: a wheel cannot be fetched, or differs from its pin.
+        RootError: a wheel cannot be unpacked, or torch is for another CUDA than the stack.
         HostError, DiskFullError.
     """
     host = host or host_arch()
@@ -53,10 +53,10 @@ def ensure(
     name = pins.environment_digest(stack, target)
     final = settings.home / "environments" / name
     if final.is_dir():
-        # The digest does not say what the stack expects of its torch: another stack may have assembled the same wheels.
+        # The digest does not contain the stack's CUDA: another stack may have assembled the same wheels.
         torch_facts.check(stack, final / "lib" / f"python{stack.python}" / "site-packages")
         return final
-    with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process assembles this")):
+    with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process is assembling this")):
         if not final.is_dir():
             python = bytecode.ROOTS_OWN
             with atomic_directory(final) as folder:
@@ -76,10 +76,10 @@ def ensure(
 
 
 def ensure_toolchain(stack: LoadedStack, host: Arch, settings: Settings, tick: Tick = no_tick) -> Path:
-    """The folder with the CUDA compiler of the host: nvidia/cu13/bin/nvcc and what it needs.
+    """The folder with the CUDA compiler of the host: nvidia/cu13/bin/nvcc and its parts.
 
     Raises:
-        ConfigError: see `wheels`; or the stack names no compiler.
+        ConfigError: see `wheels`; or the stack does not name a compiler.
         FetchError, DigestError, RootError, HostError, DiskFullError: see `ensure`.
     """
     stack = stack.base  # the same compilers for every Python
@@ -92,7 +92,7 @@ def ensure_toolchain(stack: LoadedStack, host: Arch, settings: Settings, tick: T
     final = settings.home / "toolchains" / name
     if final.is_dir():
         return final
-    with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process assembles this")):
+    with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process is assembling this")):
         if not final.is_dir():
             with atomic_directory(final) as folder:
                 if locked:
@@ -100,14 +100,14 @@ def ensure_toolchain(stack: LoadedStack, host: Arch, settings: Settings, tick: T
                 toolkit.unpack(stack, host, folder, settings, tick)
                 if not any(os.access(nvcc, os.X_OK) for nvcc in folder.glob("nvidia/cu*/bin/nvcc")):
                     raise RootError(
-                        "the toolchain's wheels and packages hold no nvcc", remedy="mend [toolchain] in stack.toml"
+                        "the toolchain's wheels and packages have no nvcc", remedy="correct [toolchain] in stack.toml"
                     )
                 _make_read_only(folder)
     return final
 
 
 def ensure_tools(stack: LoadedStack, host: Arch, settings: Settings, tick: Tick = no_tick) -> Path | None:
-    """The folder with the programs of the host that a recipe requires to build; None: it requires none.
+    """The folder with programs of the host that a recipe requires for its build; None: it requires no programs.
 
     Raises:
         ConfigError, FetchError, DigestError, RootError, HostError, DiskFullError: see `ensure`.
@@ -117,11 +117,11 @@ def ensure_tools(stack: LoadedStack, host: Arch, settings: Settings, tick: Tick 
         return None
     name = pins.digest_of("tools", stack.python, host, locked)
     final = settings.home / "toolchains" / name
-    with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process assembles this")):
+    with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process is assembling this")):
         if not final.is_dir():
             with atomic_directory(final) as folder:
                 wheels.install(locked, _where(stack, host, folder), stack.data.name, settings, tick)
-                # A wheel's scripts of Python would run under this program's interpreter.
+                # Python scripts of a wheel would run with the interpreter of this program.
                 for script in sorted((folder / "bin").glob("*")):
                     if script.read_bytes()[:4] != ELF_MAGIC:
                         script.unlink()
@@ -130,16 +130,16 @@ def ensure_tools(stack: LoadedStack, host: Arch, settings: Settings, tick: Tick 
 
 
 def programs(tools: Path) -> list[str]:
-    """The folders of programs in what `ensure_tools` made, relative: as wheels of CMake have theirs, then scripts."""
+    """The folders with programs below a folder of `ensure_tools`, relative: where wheels of CMake have them, then scripts."""
     places = [*sorted(tools.glob("*/data/bin")), tools / "bin"]
     return [str(place.relative_to(tools)) for place in places if place.is_dir()]
 
 
 def fresh(environment: Path, into: Path) -> Path:
-    """A copy of an environment, for wheels to be added to.
+    """A copy of an environment, to which wheels can be added.
 
-    It is of hard links, so `into` must be on the environment's file system; installing replaces files and never writes
-    through a link.
+    Its files are hard links, so `into` must be on the environment's file system. Installing replaces files and never writes
+    into a linked file.
 
     Raises:
         RootError: the copy cannot be made.
@@ -165,9 +165,9 @@ def _copy_links(folder: Path, into: Path) -> None:
 
 
 def add(into: Path, wheel: Path, glibc: str) -> None:
-    """Install one wheel more in a copy that `fresh` made, without what it depends on.
+    """Install one more wheel in a copy that `fresh` made, without its dependencies.
 
-    `glibc` is the highest manylinux level that the stack allows, as 2_34: stacks that differ in it share environments.
+    `glibc` is the highest manylinux level that the stack allows, as 2_34: stacks with different levels share environments.
 
     Raises:
         InstallError: the wheel does not fit the environment's Python or architecture, or is damaged.
@@ -188,17 +188,17 @@ def add(into: Path, wheel: Path, glibc: str) -> None:
 
 
 def _check_tags(wheel: Path, python: str, glibc: str, arch: Arch) -> None:
-    """uv takes a wheel that it is given by path, whatever its tags say."""
+    """Check a wheel's tags, since uv installs any wheel that is given by path."""
     try:
         _, _, _, has = parse_wheel_filename(wheel.name)
     except InvalidWheelFilename as error:
         raise InstallError(
-            f"{wheel.name} is not a wheel's file name: {error}", remedy="name it as the standard says"
+            f"{wheel.name} is not a valid file name of a wheel: {error}", remedy="rename it as the wheel format requires"
         ) from error
     if has.isdisjoint(tags_of(python, glibc, arch)):
         raise InstallError(
             f"{wheel.name} is not for Python {python} on {arch} with glibc {glibc.replace('_', '.')}",
-            remedy="take the wheel, stack and --target that belong together",
+            remedy="use a stack and a --target that fit the wheel",
         )
 
 
@@ -207,7 +207,7 @@ def _where(stack: LoadedStack, arch: Arch, site: Path) -> list[str]:
 
 
 def _lay_out(folder: Path, stack: LoadedStack, target: Arch) -> None:
-    """What makes it a virtual environment; the keys of ours are for `fresh` and mean nothing to Python."""
+    """Write the files that make it a virtual environment. Python ignores the keys gracefarm-*, which are for `fresh`."""
     (folder / "bin").mkdir()
     home = "/usr/bin" if stack.interpreter is None else f"{tree.PREFIX}/bin"
     (folder / "pyvenv.cfg").write_text(
@@ -223,13 +223,13 @@ def _lay_out(folder: Path, stack: LoadedStack, target: Arch) -> None:
 
 
 def _relocate_scripts(folder: Path, site: Path) -> None:
-    """Scripts go from where `uv pip install --target` puts them to bin/, name /env's Python, and RECORD says so."""
+    """Move scripts from where `uv pip install --target` puts them to bin/, with the Python of /env, and update RECORD."""
     if not (site / "bin").is_dir():
         return
     moved: dict[str, list[str]] = {}
     for script in sorted((site / "bin").iterdir()):
         data = script.read_bytes()
-        # uv wrote the Python that runs this program; with a long path, as a shell script of two lines.
+        # uv wrote the path of the Python that runs this program; a long path is written as a shell script of two lines.
         text = re.sub(rb"\A#!(?:[^\n]*python[^\n]*\n|/bin/sh\n'''exec' [^\n]*\n' '''\n)", SHEBANG, data, count=1)
         place = folder / "bin" / script.name
         place.unlink(missing_ok=True)
@@ -248,7 +248,7 @@ def _relocate_scripts(folder: Path, site: Path) -> None:
 
 
 def _make_read_only(folder: Path) -> None:
-    """No stray write reaches what all builds share; folders stay writable, so that it can be removed."""
+    """Make the shared files read-only; folders stay writable, so that the environment can be removed."""
     for parent, _, names in os.walk(folder):
         for name in names:
             path = os.path.join(parent, name)  # noqa: PTH118 tens of thousands of files

@@ -1,4 +1,4 @@
-"""A new stack from a template: what the Python index says of a torch release, on the compiler root of another stack."""
+"""A new stack from a template: a torch release of the Python index, on the compiler root of another stack."""
 
 from __future__ import annotations
 
@@ -26,40 +26,40 @@ if TYPE_CHECKING:
     from pypi_simple import DistributionPackage
 
 RUNTIME = "nvidia-cuda-runtime"
-"A torch that is built for CUDA requires it; its version begins with CUDA's."
+"A torch for CUDA requires it; its version begins with the version of CUDA."
 TOOLKIT = "cuda-toolkit"
-"NVIDIA's distribution without files, whose extras pin the parts of one release of CUDA."
+"NVIDIA's distribution without files; its extras pin the parts of one release of CUDA."
 EXTRAS = ("nvcc", "cccl", "cudart", "cuobjdump")
 COMPILER = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl", RUNTIME)
 CUOBJDUMP = "nvidia-cuda-cuobjdump"
-"Came to the index with 13.2, and reads what earlier releases compiled."
+"On the index since 13.2; it can read the output of earlier releases."
 NEWEST = 8
-"Releases that an error names."
+"Number of releases that an error names."
 
 
 @dataclass(frozen=True, kw_only=True)
 class TorchRelease:
-    """What the Python index says of a release of torch, for the targets of a stack."""
+    """A release of torch on the Python index, for the targets of a stack."""
 
     version: str
     cuda: str
     "As 13.2."
     resolved_before: date
     compiler: tuple[str, ...]
-    "Requirements of the CUDA compiler of that release."
+    "Requirements for the CUDA compiler of that release."
     pythons: frozenset[str]
-    "Of those that were asked about: what it has wheels for, for every target."
+    "The requested Python versions for which it has wheels for every target."
 
 
 def release_of(version: str, base: LoadedStack, pythons: Sequence[str], settings: Settings, today: date) -> TorchRelease:
-    """Read a release of torch on the Python index; `pythons`: versions that are asked about, as 3.13 or 3.14t.
+    """Read a release of torch on the Python index; `pythons`: the Python versions to look for, as 3.13 or 3.14t.
 
     Raises:
-        UsageError: the index has no such release (names the nearest).
-        ConfigError: its wheels do not fit the stack's targets, or have no CUDA, or one whose compiler no wheel has.
+        UsageError: the index has no such release (names the nearest ones).
+        ConfigError: its wheels do not fit the stack's targets, have no CUDA, or have a CUDA without wheels for the compiler.
         FetchError: the index cannot be reached.
     """
-    from builder.fetch import simple  # brings requests
+    from builder.fetch import simple  # imports requests
 
     index, credentials = split_credentials(settings.index_url or simple.DEFAULT_INDEX)
     wheels = [wheel for wheel in simple.project_page("torch", index, credentials).packages if wheel.package_type == "wheel"]
@@ -68,12 +68,12 @@ def release_of(version: str, base: LoadedStack, pythons: Sequence[str], settings
     fitting = frozenset(python for python in pythons if all(_fits(own, python, base, arch) for arch in base.data.glibc))
     if base.data.python not in fitting:
         raise ConfigError(
-            f"torch {known} has no wheels for Python {base.data.python}, which the root of {base.data.name} has, "
-            f"and {' and '.join(base.data.glibc)}",
+            f"torch {known} has no wheels for {' and '.join(base.data.glibc)} "
+            f"with Python {base.data.python}, the Python of the root of {base.data.name}",
             remedy="choose another torch, or a root with another Python: --like STACK",
         )
     uploaded = max((wheel.upload_time.date() for wheel in own if wheel.upload_time is not None), default=date.min)
-    # Of yesterday, so that what is uploaded later today changes no lock.
+    # Yesterday, so that later uploads of today do not change a lock.
     before = max(today - timedelta(days=1), uploaded)
     probe = _probe(base, before)
     (cuda,) = {_cuda(known, probe, arch, settings) for arch in base.data.glibc}
@@ -87,7 +87,7 @@ def release_of(version: str, base: LoadedStack, pythons: Sequence[str], settings
 
 
 def _version(asked: str, wheels: Sequence[DistributionPackage], index: str) -> str:
-    """The release that is asked for, as the index writes it."""
+    """The requested release, as the index writes it."""
     known = sorted({wheel.version for wheel in wheels if wheel.version and not wheel.is_yanked}, key=Version)
     try:
         match = next((version for version in known if Version(version) == Version(asked)), None)
@@ -105,7 +105,7 @@ def _fits(wheels: Sequence[DistributionPackage], python: str, base: LoadedStack,
 
 
 def _probe(base: LoadedStack, before: date) -> LoadedStack:
-    """The base, for resolutions of what the new stack will have."""
+    """The base stack with the new date, to resolve requirements of the new stack."""
     environment = base.data.environment.model_copy(
         update={"resolved_before": before.isoformat(), "left_out": (), "wheels": ()}
     )
@@ -113,24 +113,24 @@ def _probe(base: LoadedStack, before: date) -> LoadedStack:
 
 
 def _cuda(version: str, probe: LoadedStack, arch: Arch, settings: Settings) -> str:
-    """The CUDA that the release's wheel for an architecture is built for, as 13.2, by what it requires.
+    """The CUDA of the release's wheel for an architecture, as 13.2, from its requirements.
 
     Raises:
-        ConfigError: it is built for none, or for one of the 12 series, of which no wheel holds the compiler.
+        ConfigError: it has no CUDA, or CUDA 12, for which no wheel contains the compiler.
     """
     required = _versions([f"torch=={version}"], probe, arch, settings)
     if RUNTIME in required:
         return ".".join(required[RUNTIME].split(".")[:2])
     other = sorted(name for name in required if name.startswith(RUNTIME))
-    what = f"is built for a CUDA whose compiler no wheel has ({other[0]})" if other else "has no CUDA"
+    what = f"is built for a CUDA without wheels for its compiler ({other[0]})" if other else "has no CUDA"
     raise ConfigError(
         f"torch {version} of the Python index {what} on {arch}",
-        remedy="choose a newer torch, or write a stack by hand as stacks/cu124, with the wheel of torch's own index",
+        remedy="choose a newer torch, or write a stack by hand, as stacks/cu124, with a wheel of torch's index",
     )
 
 
 def _compiler(version: str, probe: LoadedStack, settings: Settings) -> tuple[str, ...]:
-    """The parts of CUDA's compiler, of the release that torch requires."""
+    """The parts of the CUDA compiler of the release that torch requires."""
     texts = [f"torch=={version}", f"{TOOLKIT}[{','.join(EXTRAS)}]"]
     versions = _versions(texts, probe, min(probe.data.glibc), settings)
     cuobjdump = f"{CUOBJDUMP}=={versions[CUOBJDUMP]}" if CUOBJDUMP in versions else f"{CUOBJDUMP}>=13.2"
@@ -138,12 +138,12 @@ def _compiler(version: str, probe: LoadedStack, settings: Settings) -> tuple[str
 
 
 def _versions(texts: Sequence[str], probe: LoadedStack, arch: Arch, settings: Settings) -> dict[str, str]:
-    """What uv chooses for these requirements, by canonical name."""
+    """The versions that uv chooses for these requirements, by canonical name."""
     return {name: version for name, version, _, _ in resolve.resolution(texts, probe, arch, settings)}
 
 
 def render(name: str, release: TorchRelease, base: LoadedStack) -> str:
-    """The text of stack.toml; what is not of torch or CUDA is as the base has it."""
+    """The text of stack.toml; everything except torch and CUDA is copied from the base."""
     data = base.data
     values = {
         "name": name,

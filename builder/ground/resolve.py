@@ -1,4 +1,4 @@
-"""New locks of a stack: uv resolves its wheels, apt its Debian packages."""
+"""New locks of a stack: uv resolves the wheels, apt the Debian packages."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ LockedRow = tuple[str, str, str, str]
 
 
 def requirements_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_tick) -> str:
-    """The text of a new requirements.lock: one resolution per architecture, one wheel per distribution and architecture.
+    """The text of a new requirements.lock: one resolution for each architecture, with one wheel for each distribution.
 
     Raises:
-        ConfigError: the requirements contradict each other, or a distribution has no wheel that fits.
+        ConfigError: the requirements are in conflict, or a distribution has no wheel that fits.
         FetchError: the index cannot be reached.
     """
     archs = sorted({*stack.root.hosts, *stack.data.glibc})
@@ -47,7 +47,7 @@ def requirements_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_ti
     )
     lines = [title, f"# Written by `{stack.lock_command}`, not by hand. pip and uv read it with --require-hashes."]
     for wheel in stack.data.environment.wheels:
-        lines += [f"# {wheel.title} is not here: stack.toml pins it on an index of its own."]
+        lines += [f"# {wheel.title} is not in this file: stack.toml pins it on another index."]
     for (name, version, filename, sha256), where in sorted(files.items()):
         marker = "" if len(where) == len(archs) else f' ; platform_machine == "{min(where)}"'
         lines += [f"# {filename}", f"{name}=={version}{marker} --hash=sha256:{sha256}"]
@@ -55,10 +55,10 @@ def requirements_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_ti
 
 
 def build_lock(recipe: LoadedRecipe, stacks: Sequence[LoadedStack], settings: Settings, tick: Tick = no_tick) -> str:
-    """The text of a new requirements.lock of a recipe: what it needs to build, for each stack's Python and its targets.
+    """The text of a new requirements.lock of a recipe: its build requirements for each stack's Python and targets.
 
     Raises:
-        ConfigError: the requirements contradict each other, or a distribution has no wheel that fits.
+        ConfigError: the requirements are in conflict, or a distribution has no wheel that fits.
         FetchError: the index cannot be reached.
     """
     places: dict[LockedRow, list[str]] = {}
@@ -76,7 +76,7 @@ def build_lock(recipe: LoadedRecipe, stacks: Sequence[LoadedStack], settings: Se
 
 
 def resolution(texts: Sequence[str], stack: LoadedStack, arch: Arch, settings: Settings) -> Iterator[LockedRow]:
-    """Name, version, file name and sha256 of each wheel: uv reads the index, the tags choose the file."""
+    """Name, version, file name and sha256 of each wheel: uv chooses the versions, the tags choose the files."""
     supported = {tag: rank for rank, tag in enumerate(tags(stack, arch))}
     with TemporaryDirectory(prefix="gracefarm-lock-") as name:
         wanted, answer = Path(name, "requirements.in"), Path(name, "pylock.toml")
@@ -86,14 +86,14 @@ def resolution(texts: Sequence[str], stack: LoadedStack, arch: Arch, settings: S
         if stack.data.environment.resolved_before:
             command.append(f"--exclude-newer={stack.data.environment.resolved_before}")
         if stack.data.environment.left_out:
-            # An override replaces what anybody requires; this one never applies.
+            # An override replaces the requirements of all distributions; this one never applies.
             overrides = Path(name, "overrides.txt")
             overrides.write_text(
                 "".join(f"{left_out} ; python_version < '3'\n" for left_out in stack.data.environment.left_out)
             )
             command.append(f"--override={overrides}")
         uv.run(
-            command, settings, lambda message: ConfigError(f"no resolution for {arch}: {message}", remedy="mend stack.toml")
+            command, settings, lambda message: ConfigError(f"no resolution for {arch}: {message}", remedy="correct stack.toml")
         )
         resolved = tomllib.loads(answer.read_text())["packages"]
     for package in resolved:
@@ -103,12 +103,12 @@ def resolution(texts: Sequence[str], stack: LoadedStack, arch: Arch, settings: S
             _, _, build, wheel_tags = parse_wheel_filename(filename)
             ranks = [supported[tag] for tag in wheel_tags if tag in supported]
             if ranks:
-                # As pip chooses: the best tag, then the highest build number.
+                # The order of pip: the best tag, then the highest build number.
                 fitting.append((min(ranks), tuple(-part if isinstance(part, int) else 0 for part in build), filename, wheel))
         if not fitting:
             raise ConfigError(
                 f"{package['name']} {package['version']} has no wheel for {arch} with glibc {glibc(stack, arch)}",
-                remedy="pin a version in stack.toml that has one",
+                remedy="pin a version with such a wheel in stack.toml",
             )
         _, _, filename, wheel = min(fitting, key=lambda fit: fit[:3])
         yield canonicalize_name(package["name"]), str(package["version"]), filename, wheel["hashes"]["sha256"]
@@ -120,10 +120,10 @@ def _head(what: str, stack: LoadedStack, suite: str) -> list[str]:
 
 
 def root_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_tick) -> str:
-    """The text of a new root.lock: apt's answer, from the suite as it is today, for each pair that stack.toml names.
+    """The text of a new root.lock: apt's solution in the current suite, for each pair of host and target in stack.toml.
 
     Raises:
-        HostError: no apt, keyring or mirror.
+        HostError: apt, the keyring or a mirror is missing.
         FetchError: the package lists cannot be fetched.
         RootError: apt finds no solution.
     """
@@ -140,10 +140,10 @@ def root_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_tick) -> s
 
 
 def toolchain_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_tick) -> str | None:
-    """The text of a new toolchain.lock; None where the stack needs none.
+    """The text of a new toolchain.lock; None if the stack requires no Debian packages for its compiler.
 
     Raises:
-        HostError, FetchError, RootError: as `debian.solver`.
+        HostError, FetchError, RootError: as in `debian.solver`.
     """
     spec = stack.data.toolchain.debian
     if spec is None:

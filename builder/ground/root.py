@@ -1,8 +1,8 @@
-"""The root: the read-only Debian tree that the sandbox sees, assembled from root.lock without running maintainer scripts.
+"""The root: the read-only Debian tree of the sandbox, assembled from root.lock without maintainer scripts.
 
-Where host and target differ, the compilers are the host's and Python is the target's: /usr/bin/python3.11 is a native launcher
-that starts the real one under qemu-user. /opt/gracefarm/bin, first on PATH in a build, makes the stack's compilers answer to
-their plain names. docs/reference/stacks.md describes the layout.
+If host and target differ, the compilers are the host's and Python is the target's: /usr/bin/python3.11 is a native launcher
+that starts the target's Python with qemu-user. /opt/gracefarm/bin is first on PATH in a build and has the stack's compilers
+under their plain names. docs/reference/stacks.md describes the layout.
 """
 
 from __future__ import annotations
@@ -31,39 +31,39 @@ _MERGED = ("bin", "sbin", "lib", "lib64")
 _FOLDERS = ("etc", "dev", "proc", "sys", "tmp", "run", "home", "env", "build")
 "etc and mount points."
 _LEFT_OUT = ("doc", "man", "info", "locale", "lintian", "bug", "doc-base", "icons", "applications", "bash-completion", "zsh")
-"Folders of usr/share that no build reads."
+"Folders of usr/share that builds do not read."
 _PLAIN = {
     "usr/bin/awk": "mawk",
     "usr/bin/which": "which.debianutils",
     "usr/bin/sh": "dash",
 }
-"What maintainer scripts would have linked."
+"Links that maintainer scripts would have made."
 _COMPILERS = {"cc": "gcc", "gcc": "gcc", "c++": "g++", "g++": "g++", "cpp": "cpp", "gcov": "gcov"}
 _COMPILERS |= {f"gcc-{tool}": f"gcc-{tool}" for tool in ("ar", "nm", "ranlib")}
 
 
 def ensure(stack: LoadedStack, host: Arch, target: Arch, settings: Settings, tick: Tick = no_tick) -> Path:
-    """The root's folder, assembled if it is not there; any number of processes may ask, one assembles.
+    """The root's folder; assembled if it does not exist. Several processes may call this: one assembles, the others wait.
 
     Raises:
         ConfigError: see `packages`.
-        FetchError: a package cannot be had from the mirror.
-        DigestError: the mirror has other bytes than were pinned.
-        RootError: a package cannot be unpacked, or a root that was whole has lost qemu, its Python or its compiler.
+        FetchError: the mirror does not have a package.
+        DigestError: a package of the mirror differs from its pin.
+        RootError: a package cannot be unpacked, or qemu, Python or the compiler was removed from an assembled root.
         HostError: dpkg-deb, tar or the sandbox is missing.
-        DiskFullError: no space.
+        DiskFullError: no space left.
     """
     name = packages.root_digest(stack, host, target)
     final = settings.home / "roots" / name
     if final.is_dir():
         if (program := lost(final, stack, host, target)) is not None:
             raise RootError(
-                f"the root {final} has lost {program}",
-                remedy="`builder doctor --fix` removes that root; the next build assembles it anew from the store",
+                f"{program} is missing in the root {final}",
+                remedy="remove the root with `builder doctor --fix`; the next build assembles it again from the store",
                 repeat="builder doctor --fix",
             )
         return final
-    with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process assembles this root")):
+    with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process is assembling this root")):
         if not final.is_dir():
             pinned = packages.of_root(stack, host, target)
             places = debian.fetch(pinned, stack.root.suite, stack.data.name, settings, tick)
@@ -75,7 +75,7 @@ def ensure(stack: LoadedStack, host: Arch, target: Arch, settings: Settings, tic
 
 
 def lost(folder: Path, stack: LoadedStack, host: Arch, target: Arch) -> str | None:
-    """The first program without which an assembled root is of no use and which is not there any more; None when whole."""
+    """The first required program that is missing in an assembled root; None if all exist."""
     gcc = f"{target.triplet}-gcc-{stack.data.toolchain.gcc}"
     programs = [f"/usr/bin/python{stack.data.python}", NATIVE_PYTHON, f"/usr/bin/{gcc}"]
     if host is not target:
@@ -92,7 +92,7 @@ def _unpack_all(
     target: Arch,
     tick: Tick,
 ) -> None:
-    """Unpack in parallel, biggest first; the target's packages last, for those of both architectures share files."""
+    """Unpack in parallel, largest first; the target's packages last, since packages of both architectures share files."""
     for name in _MERGED:
         (folder / "usr" / name).mkdir(parents=True)
         (folder / name).symlink_to(f"usr/{name}")
@@ -115,7 +115,7 @@ def _unpack_all(
 
 
 def _wanted(deb: Deb, stack: LoadedStack, host: Arch, target: Arch) -> tuple[str, ...]:
-    """Files to take from a package of which we need few; () for all."""
+    """The files to unpack, for a package of which only a few are needed; () for all."""
     if host is not target and deb.name == "qemu-user-static":
         return (f"./usr/bin/qemu-{target}-static", f"./usr/lib/binfmt.d/qemu-{target}.conf")
     if host is not target and deb.name == packages.native_python(stack) and deb.arch == host.debian:
@@ -132,7 +132,7 @@ def _unpack(archive: Path, folder: Path, deb: Deb, wanted: tuple[str, ...]) -> N
 
 
 def _lay_out(folder: Path, stack: LoadedStack, host: Arch, target: Arch) -> None:
-    """What maintainer scripts would have done, where a build needs it, and what is ours."""
+    """Do what maintainer scripts would have done, as far as a build requires it, and add our files."""
     for name in _FOLDERS:
         (folder / name).mkdir(exist_ok=True)
     for source in (files("builder") / "data" / "root" / "etc").iterdir():
@@ -151,9 +151,9 @@ def _lay_out(folder: Path, stack: LoadedStack, host: Arch, target: Arch) -> None
 
 
 def _link_compilers(folder: Path, gcc: int, target: Arch) -> None:
-    """Plain names and names with the target's triplet for gcc of one version and binutils.
+    """Link gcc of one version and binutils under their plain names and their names with the target's triplet.
 
-    Links, not copies: gcc finds its parts from the place that the link leads to.
+    gcc finds its parts relative to the target of the link, so copies would not work.
     """
     tools, links = folder / "usr/bin", folder / BIN
     prefix = f"{target.triplet}-"
@@ -163,16 +163,16 @@ def _link_compilers(folder: Path, gcc: int, target: Arch) -> None:
         own = f"{prefix}{versioned}-{gcc}"
         if not (tools / own).exists():
             raise RootError(
-                f"the root has no /usr/bin/{own}", remedy="mend [root] or [toolchain] gcc in stack.toml, then lock"
+                f"the root has no /usr/bin/{own}", remedy="correct [root], or gcc of [toolchain], in stack.toml, then lock"
             )
         for name in (plain, f"{prefix}{plain}"):
             _link(links / name, f"/usr/bin/{own}")
 
 
 def _link_host_compilers(folder: Path, gcc: int, host: Arch) -> None:
-    """Names with the host's triplet for its own compilers, where the root has them: for programs that a build runs itself.
+    """Link the host's compilers under names with the host's triplet, if the root has them, for programs that a build runs.
 
-    Plain `as` and `ld` are the target's here, so each is told of its own.
+    Plain `as` and `ld` are the target's, so each compiler gets -B with the folder of the host's.
     """
     for plain, versioned in _COMPILERS.items():
         program = f"usr/bin/{host.triplet}-{versioned}-{gcc}"
@@ -191,7 +191,7 @@ def _lay_out_python(folder: Path, python: str, host: Arch, target: Arch) -> None
     interpreter = folder / f"usr/bin/python{python}"
     native = folder / NATIVE_PYTHON[1:]
     if not interpreter.is_file():
-        raise RootError(f"the root has no /usr/bin/python{python}", remedy="mend [root] in stack.toml, then lock")
+        raise RootError(f"the root has no /usr/bin/python{python}", remedy="correct [root] in stack.toml, then lock")
     if host is target:
         native.symlink_to(f"/usr/bin/python{python}")
     else:
@@ -204,7 +204,7 @@ def _lay_out_python(folder: Path, python: str, host: Arch, target: Arch) -> None
 
 
 def _pretend(folder: Path, host: Arch, target: Arch) -> None:
-    """uname and arch speak of the target, pkg-config of its libraries."""
+    """Make uname and arch name the target, and pkg-config find its libraries."""
     (folder / OWN / "native").mkdir()
     for name in ("uname", "arch"):
         program = folder / "usr/bin" / name
@@ -215,7 +215,7 @@ def _pretend(folder: Path, host: Arch, target: Arch) -> None:
 
 
 def _install(script: str, place: Path, host: Arch, target: Arch, python: str = "") -> None:
-    """One of our scripts, its @WORDS@ filled in."""
+    """Install one of our scripts with its @WORDS@ replaced."""
     text = (files("builder") / "data" / "root" / script).read_text()
     for word, value in {"HOST": host, "TARGET": target, "PYTHON": python, "TRIPLET": target.triplet}.items():
         text = text.replace(f"@{word}@", value)

@@ -1,4 +1,4 @@
-"""CUDA's compiler out of Debian's packages, where no wheels hold it: laid out as the wheels of newer releases lay it out."""
+"""The CUDA compiler from Debian packages, for releases without wheels, in the layout of the wheels of newer releases."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from gracefarm.errors import RootError
 
 
 def unpack(stack: LoadedStack, host: Arch, folder: Path, settings: Settings, tick: Tick = no_tick) -> None:
-    """Fetch the packages and lay the compiler out as nvidia/cuN in `folder`.
+    """Fetch the packages and arrange the compiler as nvidia/cuN in `folder`.
 
     Raises:
-        FetchError, DigestError: a package cannot be had from the mirror, or is not the pinned one.
-        RootError: a package cannot be unpacked, or lacks a part.
+        FetchError, DigestError: the mirror does not have a package, or it differs from its pin.
+        RootError: a package cannot be unpacked, or a part is missing.
         HostError: dpkg-deb is missing.
     """
     spec = stack.data.toolchain.debian
@@ -40,5 +40,5 @@ def unpack(stack: LoadedStack, host: Arch, folder: Path, settings: Settings, tic
                 shutil.move(Path(name, source), home / place)
             except FileNotFoundError as error:
                 titles = ", ".join(deb.title for deb in debs)
-                raise RootError(f"{titles} has no /{source}", remedy="mend [toolchain.debian] in stack.toml") from error
+                raise RootError(f"{titles} has no /{source}", remedy="correct [toolchain.debian] in stack.toml") from error
     (home / "bin" / "nvcc.profile").write_text(PROFILE)

@@ -1,4 +1,4 @@
-"""What the torch of an environment says of itself, read and not imported."""
+"""Facts about the torch of an environment, read without importing it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gracefarm.errors import RootError
 
 
 def read(site: Path) -> dict[str, object]:
-    """The constants of torch/version.py, read and not imported; empty without torch."""
+    """The constants of torch/version.py, without importing it; empty without torch."""
     place = site / "torch" / "version.py"
     values: dict[str, object] = {}
     if place.is_file():
@@ -23,10 +23,10 @@ def read(site: Path) -> dict[str, object]:
 
 
 def check(stack: LoadedStack, site: Path) -> None:
-    """The version number does not tell a CUDA build from a CPU build; torch/version.py does, without an import.
+    """Check the CUDA version in torch/version.py, since torch's version number is the same for CUDA and CPU builds.
 
     Raises:
-        RootError: it is for another CUDA than the stack says.
+        RootError: torch is for another CUDA than the stack.
     """
     wanted = stack.torch
     if wanted is None:
@@ -34,15 +34,15 @@ def check(stack: LoadedStack, site: Path) -> None:
     cuda = read(site).get("cuda")
     if cuda != wanted.cuda:
         raise RootError(
-            f"the locked torch {wanted.version} is built for CUDA {cuda}, the stack wants {wanted.cuda}",
-            remedy="lock a wheel of torch with that CUDA: its file name does not tell, torch/version.py does",
+            f"the locked torch {wanted.version} is built for CUDA {cuda}, but the stack has CUDA {wanted.cuda}",
+            remedy="lock a wheel of torch with that CUDA; torch/version.py in the wheel names its CUDA",
         )
 
 
 def cxx11_abi(site: Path) -> bool | None:
     """_GLIBCXX_USE_CXX11_ABI of the environment's torch, from its CMake files; None without torch.
 
-    The CPU wheel of 2.4.0 for aarch64 has the old one; what links with torch must have the same.
+    The CPU wheel of 2.4.0 for aarch64 has the old ABI; objects that link with torch must have the same ABI.
     """
     place = site / "torch" / "share" / "cmake" / "Torch" / "TorchConfig.cmake"
     if not place.is_file():

@@ -1,4 +1,4 @@
-"""Run uv, with nothing of the user's configuration but how to reach the index."""
+"""Run uv. Of the user's configuration it gets only the settings for reaching the index."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _KEPT = frozenset(
         *("UV_HTTP_TIMEOUT", "UV_NATIVE_TLS", "UV_SYSTEM_CERTS", "UV_INSECURE_HOST", "UV_KEYRING_PROVIDER", "UV_OFFLINE"),
     }
 )
-"What says how to reach the index. All else that uv reads could change what is installed."
+"Variables for reaching the index. Others that uv reads could change what is installed."
 
 
 def platform(stack: LoadedStack, arch: Arch) -> list[str]:
-    """The options that name a stack's Python and libc on an architecture."""
+    """The options of uv for a stack's Python and libc on an architecture."""
     return [f"--python-platform={arch}-manylinux_{glibc(stack, arch)}", f"--python-version={stack.python.rstrip('t')}"]
 
 
@@ -42,15 +42,15 @@ def run(
 
     Raises:
         FetchError: the index or a file of it cannot be reached.
-        DigestError: a wheel is not the pinned one.
-        GracefarmError: what `failure` makes of uv's message.
+        DigestError: a wheel differs from its pin.
+        GracefarmError: the result of `failure` for uv's message.
     """
     environment = {name: os.environ[name] for name in sorted(_KEPT) if name in os.environ}
     environment |= {"UV_NO_CONFIG": "1", "UV_NO_PROGRESS": "1", "NO_COLOR": "1", "UV_PYTHON_DOWNLOADS": "never"}
     if settings is not None:
         environment["UV_CACHE_DIR"] = str(settings.home / "uv")
         if settings.index_url:
-            # Not an argument: the URL may carry a password.
+            # Not an argument, since the URL may contain a password.
             environment["UV_DEFAULT_INDEX"] = settings.index_url
     try:
         program = uv.find_uv_bin()
@@ -69,17 +69,19 @@ def run(
 
 
 def _error(output: str, failure: Callable[[str], GracefarmError]) -> Exception:
-    """uv's own words without credentials, as the failure class that they mean."""
+    """uv's message without credentials, as an error of the class that it means."""
     kind, words = explain(output)
     message = shown(words)[:1500]
     match kind:
         case "disk":
             return OSError(errno.ENOSPC, message)
         case "digest":
-            return DigestError(f"a wheel is not the one that was pinned: {message}", remedy="see that your index is honest")
+            return DigestError(
+                f"a wheel differs from its pin: {message}", remedy="check that your package index serves the pinned file"
+            )
         case "absent" | "unreachable":
             return FetchError(
-                f"the Python index failed: {message}", remedy="see that the index has it: GRACEFARM_PYTHON_INDEX=URL"
+                f"the Python index failed: {message}", remedy="use an index that has the wheels: GRACEFARM_PYTHON_INDEX=URL"
             )
         case _:
             return failure(message)

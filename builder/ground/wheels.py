@@ -1,4 +1,4 @@
-"""Wheels into an environment: those of a lock, their digests checked, or a single file. uv unpacks them."""
+"""Install wheels into an environment with uv: the wheels of a lock, with their digests checked, or a single file."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from gracefarm.errors import ConfigError, GracefarmError, RootError
 
 
 def require_digests(stack: LoadedStack, locked: Sequence[LockedWheel]) -> None:
-    """Refuse wheels whose digest is a gap.
+    """Refuse wheels whose digest is unknown.
 
     Raises:
-        ConfigError: one is; names its index and the command that fills it in.
+        ConfigError: a digest is unknown; names its index and the command that fills it in.
     """
     for wheel in locked:
         if not wheel.sha256:
             raise ConfigError(
-                f"{wheel.name} {wheel.version} of stack {stack.data.name} has no digest yet; it is on {shown(wheel.index)}",
-                remedy="fill it in where that index is reached, or by a mirror: "
+                f"{wheel.name} {wheel.version} of stack {stack.data.name} has no digest yet (index: {shown(wheel.index)})",
+                remedy="fill it in on a machine that reaches that index, or name a mirror: "
                 f"GRACEFARM_MIRRORS='{wheel.index}=REPLACEMENT'",
                 repeat=f"builder lock {stack.data.name} --digests",
             )
 
 
 def install(locked: Sequence[LockedWheel], where: Sequence[str], title: str, settings: Settings, tick: Tick = no_tick) -> None:
-    """Unpack locked wheels, their digests checked, to `where` as uv's options name it (--python, --target); no requirement is
-    followed.
+    """Install locked wheels, with their digests checked, but without dependencies; `where` has uv's options for the place
+    (--python, --target).
 
     Raises:
         FetchError, DigestError, RootError, HostError.
@@ -64,17 +64,17 @@ def install(locked: Sequence[LockedWheel], where: Sequence[str], title: str, set
 
 
 def install_file(wheel: Path, where: Sequence[str], failure: Callable[[str], GracefarmError]) -> None:
-    """Install one wheel file, and nothing that it requires, to `where` as uv's options name it.
+    """Install one wheel file without its dependencies; `where` has uv's options for the place.
 
     Raises:
-        GracefarmError: what `failure` makes of uv's message.
+        GracefarmError: the result of `failure` for uv's message.
     """
     command = ["pip", "install", "--quiet", *where, "--no-deps", "--no-index", "--reinstall", "--no-cache", str(wheel)]
     uv.run(command, None, failure)
 
 
 def _own_wheels(locked: Sequence[LockedWheel], folder: Path, settings: Settings) -> dict[str, Path]:
-    """The wheels of indexes of their own, fetched and put into `folder` by their names; by sha256."""
+    """Fetch the wheels that are pinned on other indexes and link them into `folder` by name; paths by sha256."""
     places = {}
     for wheel in locked:
         if wheel.index:

@@ -1,1 +1,1 @@
-"""What will be built, as values: recipe, stack, locks, plan and its build id."""
+"""The values that describe a build: recipe, stack, locks, and the plan with its build id."""

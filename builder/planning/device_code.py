@@ -1,6 +1,6 @@
-"""Architectures of device code: which a CUDA release compiles for, which a cell takes, and how torch and CMake call them.
+"""Architectures of device code: those that a CUDA release supports, those of a cell, and their names for torch and CMake.
 
-`90` is code for devices of compute capability 9.0; `90a` has the instructions that this capability alone has; `100f` has those
+`90` is code for devices of compute capability 9.0; `90a` adds instructions that only this capability has; `100f` adds those
 that a family of capabilities shares (CUDA C++ Programming Guide, "Compute Capabilities").
 """
 
@@ -18,7 +18,7 @@ from gracefarm import tables
 from gracefarm.errors import ConfigError, UsageError
 
 _NONE = "none"
-"In place of an architecture: no PTX."
+"Instead of an architecture: no PTX."
 _VALUE = re.compile(r"\d{2,3}[af]?")
 _ALWAYS, _BEFORE_13 = ("11.8", None), ("11.8", "13.0")
 _RELEASES: Mapping[str, tuple[str, str | None]] = {
@@ -31,17 +31,17 @@ _RELEASES: Mapping[str, tuple[str, str | None]] = {
     "101f": ("12.9", "13.0"),
     **dict.fromkeys(("88", "110", "110a", "110f"), ("13.0", None)),
 }
-"""First CUDA release that compiles for a value, and the first that no longer does; NVIDIA's release notes. 12.4.131 and
-13.0.88 agree (tests/integration/test_device_code.py asks them)."""
+"""First CUDA release that supports a value, and the first that does not support it any more, from NVIDIA's release notes.
+tests/integration/test_device_code.py compares nvcc 12.4.131 and 13.0.88 with it."""
 _UNKNOWN_TO_TORCH = frozenset({"88"})
-"Not among the values that torch's cpp_extension.py takes in TORCH_CUDA_ARCH_LIST (read in 2.4.0 and 2.11.0)."
+"Values that torch's cpp_extension.py does not accept in TORCH_CUDA_ARCH_LIST (read in 2.4.0 and 2.11.0)."
 
 
 def parse(text: str) -> tuple[str, ...]:
-    """The values of a list as `90+100f`, each once, in the order of their numbers.
+    """The values of a list such as `90+100f`, without duplicates, sorted by number.
 
     Raises:
-        UsageError: it is no such list.
+        UsageError: the text is not such a list.
     """
     values = dict.fromkeys(text.split("+"))
     for value in values:
@@ -55,27 +55,29 @@ def parse(text: str) -> tuple[str, ...]:
 
 
 def parse_ptx(text: str) -> str:
-    """An architecture for PTX, as `90`, or `none`.
+    """An architecture for PTX, such as `90`, or `none`.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: the text is neither.
     """
     if text != _NONE and not (text.isdecimal() and _VALUE.fullmatch(text)):
-        raise UsageError(f"PTX cannot be for {text!r}", remedy=f"name an architecture without a letter, as 90, or {_NONE}")
+        raise UsageError(
+            f"{text!r} is not an architecture for PTX", remedy=f"name an architecture without a letter, as 90, or {_NONE}"
+        )
     return text
 
 
 def first(*choices: str | None) -> str | None:
-    """The architecture of the PTX by the first of the choices that says anything; None: no PTX."""
+    """The architecture of the PTX from the first choice that is set; None: no PTX."""
     chosen = next((choice for choice in choices if choice is not None), _NONE)
     return None if chosen == _NONE else chosen
 
 
 def require(recipe: LoadedRecipe, stack: LoadedStack, ptx: str | None) -> None:
-    """Refuse architectures that CUDA, torch or the recipe's source does not know.
+    """Refuse architectures that CUDA, torch or the recipe's source does not support.
 
     Raises:
-        ConfigError: names the value, and the nearest one that is known.
+        ConfigError: an architecture is not supported; names the nearest supported one.
     """
     supported, compiles = recipe.data.wheel.sm_supported, known(stack.data.cuda)
     extra = [value for values in recipe.data.wheel.sm_extra.values() for value in values]
@@ -87,13 +89,13 @@ def require(recipe: LoadedRecipe, stack: LoadedStack, ptx: str | None) -> None:
             )
         if stack.data.torch is not None and value in _UNKNOWN_TO_TORCH:
             raise ConfigError(
-                f"torch {stack.data.torch.version} of stack {stack.data.name} does not know sm_{value}",
-                remedy="leave it out of the list of architectures",
+                f"torch {stack.data.torch.version} of stack {stack.data.name} does not support sm_{value}",
+                remedy="remove it from the list of architectures",
             )
         if value.endswith("f") and value[:-1] in stack.sm:
             raise ConfigError(
-                f"sm_{value[:-1]} and sm_{value} cannot be in one wheel: nvcc makes one of them",
-                remedy=f"name sm_{value}, which runs on the whole family, or sm_{value[:-1]}",
+                f"sm_{value[:-1]} and sm_{value} cannot be in one wheel: nvcc compiles only one of them",
+                remedy=f"choose sm_{value}, which runs on the whole family, or sm_{value[:-1]}",
             )
     for value in stack.sm if supported else ():
         if value not in supported:
@@ -104,10 +106,10 @@ def require(recipe: LoadedRecipe, stack: LoadedStack, ptx: str | None) -> None:
 
 
 def refuse_known_bad(recipe: LoadedRecipe, stack: LoadedStack) -> None:
-    """Refuse a combination of which the recipe knows that its wheel is wrong.
+    """Refuse a combination that the recipe lists as bad.
 
     Raises:
-        ConfigError: it is one; gives the reason and the link.
+        ConfigError: the combination is listed; gives the reason and the link.
     """
     release = stack.data.torch
     for bad in recipe.data.known_bad:
@@ -123,24 +125,24 @@ def refuse_known_bad(recipe: LoadedRecipe, stack: LoadedStack) -> None:
             architectures = f" for {', '.join(f'sm_{value}' for value in named)}" if named else ""
             raise ConfigError(
                 f"{recipe.key} on stack {stack.data.name}{architectures} is known to be bad: {bad.reason} ({bad.link})",
-                remedy="choose other architectures with --sm, or another stack; [[known_bad]] in the recipe names what is bad",
+                remedy="choose other architectures with --sm, or another stack; see [[known_bad]] in the recipe",
             )
 
 
 def torch_list(sm: Iterable[str]) -> str:
-    """The value of TORCH_CUDA_ARCH_LIST, as `9.0 10.0a`. torch (2.11) knows no families and refuses them: it gets their base,
-    and our nvcc compiles for the family."""
+    """The value of TORCH_CUDA_ARCH_LIST, such as `9.0 10.0a`. torch 2.11 refuses families: it gets the base architecture, and
+    our nvcc compiles for the family."""
     names = (re.sub(r"(\d)(a?)$", r".\1\2", _base(value)) for value in sm)
     return " ".join(dict.fromkeys(names))
 
 
 def cmake_list(sm: Iterable[str]) -> str:
-    """The value of CMAKE_CUDA_ARCHITECTURES, as `90-real;100a-real`; families as in `torch_list`."""
+    """The value of CMAKE_CUDA_ARCHITECTURES, such as `90-real;100a-real`; families as in `torch_list`."""
     return ";".join(dict.fromkeys(f"{_base(value)}-real" for value in sm))
 
 
 def filled(text: str, sm: Iterable[str]) -> str:
-    """A recipe's text with the architectures in place of `{sm}` (90;100a), `{sm_dotted}` (9.0;10.0a) and `{sm_gencode}`."""
+    """A recipe's text with `{sm}` (90;100a), `{sm_dotted}` (9.0;10.0a) and `{sm_gencode}` replaced by the architectures."""
     values = tuple(sm)
     options = (f"-gencode=arch=compute_{value},code=sm_{value}" for value in values)
     forms = {
@@ -158,7 +160,7 @@ def _base(value: str) -> str:
 
 
 def known(cuda: str) -> tuple[str, ...]:
-    """The values that a CUDA release, as 13.0, compiles for."""
+    """The values that a CUDA release, such as 13.0, supports."""
     release = Version(cuda)
     values = [
         value

@@ -1,4 +1,4 @@
-"""The functions of NVIDIA's driver library: libcuda.so.1 comes with the driver, and CUDA's headers declare it."""
+"""The functions of NVIDIA's driver library: libcuda.so.1 is part of the driver, and CUDA's headers declare its functions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ SONAME = "libcuda.so.1"
 HEADERS = ("cuda.h", "cudaGL.h", "cudaEGL.h", "cudaVDPAU.h")
 _DECLARATION = re.compile(r"\bCUresult\s+(?:CUDAAPI\s+)?(cu[A-Z]\w*)\s*\(")
 _RENAME = re.compile(r"^\s*#\s*define\s+cu[A-Z]\w*\s+(?:__CUDA_API_(PTDS|PTSZ)\()?(cu[A-Z]\w*)", re.MULTILINE)
-"cuda.h renames functions by macros: cuMemAlloc is cuMemAlloc_v2, and cuMemAlloc_v2_ptds with a default stream per thread."
+"cuda.h renames functions with macros: cuMemAlloc is cuMemAlloc_v2, or cuMemAlloc_v2_ptds with a default stream per thread."
 _PROFILER = re.compile(r"\bPFN_(cuProfiler\w+)_v\d+\)")
 
 
 def headers(packages: Path, compiler: Path | None = None) -> Path | None:
-    """The folder of cuda.h: of a CUDA toolkit, else of NVIDIA's wheels among `packages`; None: there is none."""
+    """The folder of cuda.h in a CUDA toolkit, else in NVIDIA's wheels in `packages`; None: it does not exist."""
     own = [compiler / "include"] if compiler is not None else []
     folders = [*own, *sorted(packages.glob("nvidia/*/include"))]
     return next((folder for folder in folders if (folder / "cuda.h").is_file()), None)
@@ -23,16 +23,16 @@ def headers(packages: Path, compiler: Path | None = None) -> Path | None:
 
 @cache
 def symbols(include: Path) -> frozenset[str]:
-    """Functions that the headers in a folder declare, by the names that the library exports."""
+    """Functions that the headers in a folder declare, with the names that the library exports."""
     names: set[str] = set()
     for header in HEADERS:
         text = _text(include / header)
         names.update(_DECLARATION.findall(text))
         for stream, name in _RENAME.findall(text):
             names |= {name, f"{name}_{stream.lower()}"} if stream else {name}
-    # cudaProfiler.h comes in a wheel of its own; the types of its three functions are here.
+    # cudaProfiler.h is in another wheel; the types of its three functions are here.
     names.update(_PROFILER.findall(_text(include / "cudaProfilerTypedefs.h")))
-    # Windows' driver has these, and the text of cudaGL.h does not tell.
+    # Only the driver for Windows has these, which cudaGL.h does not show.
     return frozenset(name for name in names if not name.startswith("cuWGL"))
 
 

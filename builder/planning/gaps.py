@@ -1,6 +1,6 @@
-"""Digests that were not known where a recipe or stack was written, and what speaks for those that are known.
+"""Gaps: digests that were unknown when a recipe or stack was written; and evidence for known digests.
 
-A gap is named there, refused by a build, and filled in by a lock or at first use.
+The recipe or stack names a gap, a build refuses it, and a lock or a first use fills it in.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from builder.planning.sources import GitSource
 from builder.planning.stack import Arch, LoadedStack
 
 _SOURCE = "source"
-"The name of a recipe's source for people."
+"The name of a recipe's source in messages."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gap:
-    """One digest that is not known yet."""
+    """One unknown digest."""
 
     file: Path
-    "The TOML file that says so."
+    "The TOML file that has the gap."
     table: tuple[str, ...]
-    "The array of tables in it."
+    "The array of tables in that file."
     entry: Mapping[str, str]
-    "What only that one of the tables says; empty: it is one table."
+    "Keys that identify the table in the array; empty: it is a single table."
     what: str
     url: str
     reason: str
@@ -37,22 +37,22 @@ class Gap:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What speaks for one known digest."""
+    """The evidence for one known digest."""
 
     what: str
     sha256: str
     first_use: FirstUse | None
-    "None: it was not read at first use."
+    "None: the digest was not read at first use."
     witnesses: tuple[Witness, ...]
 
     @property
     def confirmed(self) -> bool:
-        """Somebody beside the place that the file comes from says the same."""
+        """Whether the digest was pinned by a person, or a source other than the file's server has the same digest."""
         return bool(self.witnesses) or self.first_use is None
 
     @property
     def sentence(self) -> str:
-        """For people."""
+        """The evidence in words."""
         if self.witnesses:
             return f"confirmed by {', '.join(witness.source for witness in self.witnesses)}"
         assert self.first_use is not None
@@ -60,7 +60,7 @@ class Evidence:
 
 
 def evidence(recipe: LoadedRecipe, stack: LoadedStack, target: Arch) -> list[Evidence]:
-    """Of the digests of a recipe and of what a stack has for a target, those about which something is written."""
+    """The digests of a recipe, and of a stack for a target, that have witnesses or were accepted at first use."""
     data = stack.data
     source = recipe.data.source
     downloads: list[tuple[str, DigestFields]] = [
@@ -77,7 +77,7 @@ def evidence(recipe: LoadedRecipe, stack: LoadedStack, target: Arch) -> list[Evi
 
 
 def of_recipe(recipe: LoadedRecipe) -> list[Gap]:
-    """The recipe's own gaps."""
+    """The gaps of the recipe."""
     place, source = recipe.folder / "recipe.toml", recipe.data.source
     own = []
     if not isinstance(source, GitSource) and source.sha256_unknown is not None:
@@ -97,7 +97,7 @@ def of_recipe(recipe: LoadedRecipe) -> list[Gap]:
 
 
 def of_stack(stack: LoadedStack) -> list[Gap]:
-    """The gaps of the stack, as far as the recipe takes it."""
+    """The gaps of the stack in the distributions that the recipe uses."""
     place, table = stack.folder / "stack.toml", ("environment", "wheels")
     return [
         Gap(
@@ -114,7 +114,7 @@ def of_stack(stack: LoadedStack) -> list[Gap]:
 
 
 def of_images(stack: LoadedStack, target: Arch | None = None) -> list[Gap]:
-    """The gaps of the stack's container images, which builds in a container alone stand on; of one target, or of all."""
+    """The gaps of the stack's container images, which only builds in a container use; for one target, or for all."""
     place = stack.folder / "stack.toml"
     return [
         Gap(

@@ -1,4 +1,4 @@
-"""Whether a licence allows that what it covers is passed on."""
+"""Whether a licence allows redistribution."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import re
 from collections.abc import Iterator
 
 _NOT_PASSED_ON = re.compile(r"LicenseRef-.*|CC-BY(?:-NC)?-ND-.*|CC-BY-NC-.*", re.IGNORECASE)
-"""What SPDX does not list is a maker's own terms, which a person has to read. Of Creative Commons' licences, ND allows no
-changed copies, as a wheel is one of its source, and NC no commercial use, which a public index cannot exclude."""
+"""A licence that SPDX does not list has terms that a person has to read. Among the Creative Commons licences, ND forbids
+modified copies, such as a wheel of its source, and NC forbids commercial use, which a public index cannot exclude."""
 
 
 def redistributable(expression: str) -> bool:
-    """Whether an SPDX expression allows it: all parts joined by AND, one of those joined by OR."""
+    """Whether an SPDX expression allows redistribution: all parts joined by AND, or one of the parts joined by OR."""
     words = iter(re.findall(r"[()]|[^\s()]+", expression))
     return _any(words)
 
 
 def _any(words: Iterator[str]) -> bool:
-    """Up to the closing parenthesis, or the end. AND binds more than OR."""
+    """Evaluate up to the closing parenthesis, or the end. AND binds more tightly than OR."""
     allowed, all_parts = False, True
     for word in words:
         match word.upper():
@@ -28,7 +28,7 @@ def _any(words: Iterator[str]) -> bool:
             case "OR":
                 allowed, all_parts = allowed or all_parts, True
             case "WITH":
-                next(words, None)  # an exception only allows more
+                next(words, None)  # an exception only grants more
             case "AND":
                 pass
             case _:

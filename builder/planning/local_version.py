@@ -1,6 +1,6 @@
-"""The version of a wheel: the recipe's, and a local part for what the wheel depends on of its stack (PEP 440).
+"""The version of a wheel: the recipe's version, and a local part for the CUDA and torch that it depends on (PEP 440).
 
-`1.7.0+cu130.torch2.11`: CUDA 13.0 and torch 2.11. What upstream calls its own, as `2.8.3+hdim64.128`, comes before.
+`1.7.0+cu130.torch2.11`: CUDA 13.0 and torch 2.11. A local part of the recipe's version, as of `2.8.3+hdim64.128`, comes first.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from itertools import product
 from packaging.version import InvalidVersion, Version
 
 _APPENDED = re.compile(r"(?:(?:cu|cuda|pt|torch)\d+(?:\.\d+)*|cxx11abi(?:true|false|0|1)|\.)+")
-"What builds for CUDA and torch append to a local version, as cu12torch2.6cxx11abifalse or pt26cu124."
+"Text that builds for CUDA and torch append to a local version, such as cu12torch2.6cxx11abifalse or pt26cu124."
 
 
 def named(version: str, cuda: str | None, torch: str | None) -> str:
-    """A recipe's version, of a wheel that depends on that CUDA (as 13.0) and that torch (as 2.11.0); None: on none."""
+    """A recipe's version with the local part for CUDA (as 13.0) and torch (as 2.11.0); None: no dependency on it."""
     own = Version(version)
     parts = [own.local] if own.local else []
     if cuda is not None:
@@ -26,9 +26,9 @@ def named(version: str, cuda: str | None, torch: str | None) -> str:
 
 
 def is_of(built: str, version: str, appends: str | None = None) -> bool:
-    """Is `built`, the version that a package's build gave its wheel, the recipe's with nothing but what upstream appends?
+    """Whether `built`, the version from a package's build, is the recipe's version, with or without text for CUDA and torch.
 
-    `appends`: text that the recipe says of it, where it is not about CUDA and torch.
+    `appends`: other text that upstream appends, from the recipe.
     """
     try:
         had, wanted = Version(built), Version(version)
@@ -42,7 +42,7 @@ def is_of(built: str, version: str, appends: str | None = None) -> bool:
 
 
 def same(one: str, other: str) -> bool:
-    """Are both spellings of one version?"""
+    """Whether both are spellings of one version."""
     try:
         return Version(one) == Version(other)
     except InvalidVersion:
@@ -50,7 +50,7 @@ def same(one: str, other: str) -> bool:
 
 
 def could_be(name: Version, version: str, cuda: str, torch: str | None) -> bool:
-    """Can a wheel of a recipe's version, built with that CUDA and torch, have that version? None of the parts is needed."""
+    """Whether a wheel of a recipe's version, built with that CUDA and torch, can have the version `name`."""
     known = product((None, cuda), (None, torch))
     return name in {Version(named(version, *parts)) for parts in known}
 

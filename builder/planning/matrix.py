@@ -1,4 +1,4 @@
-"""The matrix: which cells (recipe, stack, Python, target, architectures) a selector names; nothing is loaded."""
+"""The matrix: the cells (recipe, stack, Python, target, architectures) that a selector names, without loading recipes."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from gracefarm.errors import UsageError
 from gracefarm.tables import Table
 
 FILE = "matrix.toml"
-"At the top of a project."
+"In the project's top folder."
 AXES = ("recipe", "stack", "python", "target", "sm", "torch", "cuda")
 ROOT = "root"
-"Of the axis python: the stack's own Python."
+"Value of the axis python: the Python of the stack's root."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One wheel: what is asked for, by name."""
+    """One wheel, by the names of its parts."""
 
     recipe: str
     stack: str
     interpreter: str | None
-    "A folder of interpreters/; None: the stack's own Python."
+    "A folder of interpreters/; None: the Python of the stack's root."
     target: Arch
     sm: tuple[str, ...] | None
-    "None: the stack's."
+    "None: the stack's architectures."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What a project has, of which a selector chooses."""
+    """Recipes, stacks and interpreters of a project, from which a selector chooses."""
 
     recipes: Mapping[str, str]
-    "Each with the stack that it takes where none is asked for."
+    "Each recipe with its default stack."
     stacks: Mapping[str, Stack]
     interpreters: Sequence[str]
     "Sorted by version."
@@ -60,14 +60,14 @@ def _selector(text: str) -> str:
 class MatrixTable(Table):
     """matrix.toml."""
 
-    keep_torch: int = Field(default=4, ge=1, description="Releases of torch that are kept; older ones are listed by --prune")
+    keep_torch: int = Field(default=4, ge=1, description="Number of torch releases to keep; --prune lists older ones")
     selectors: dict[str, Annotated[str, AfterValidator(_selector)]] = Field(
-        default_factory=dict, description="Selectors by name, as `default`"
+        default_factory=dict, description="Selectors by name, such as `default`"
     )
 
 
 def read(project: Path) -> MatrixTable:
-    """The project's matrix.toml; an empty one where it has none.
+    """The project's matrix.toml; an empty one if the file does not exist.
 
     Raises:
         ConfigError: it does not fit the schema.
@@ -76,7 +76,7 @@ def read(project: Path) -> MatrixTable:
 
 
 def named(text: str, project: Path) -> str:
-    """A selector as the command line has it: its text, or the name of one in matrix.toml.
+    """A selector from the command line: its text, or a name in matrix.toml.
 
     Raises:
         UsageError: there is no selector of that name.
@@ -86,14 +86,14 @@ def named(text: str, project: Path) -> str:
     selectors = read(project).selectors
     if text not in selectors:
         raise UsageError(
-            f"{text!r} is neither a selector nor the name of one",
-            remedy=f"write AXIS=VALUE, or name one of {FILE}: {', '.join(sorted(selectors)) or 'it has none'}",
+            f"{text!r} is neither a selector nor the name of a selector",
+            remedy=f"write AXIS=VALUE, or a name from {FILE}: {', '.join(sorted(selectors)) or 'it has no selectors'}",
         )
     return selectors[text]
 
 
 def parts(text: str) -> list[str]:
-    """Selectors that a semicolon joins."""
+    """Selectors that are joined with semicolons."""
     return text.split(";")
 
 
@@ -101,7 +101,7 @@ def parse(text: str) -> dict[str, tuple[str, ...]]:
     """Values by axis of a selector such as `python=3.10..3.14,3.14t target=aarch64,x86_64 sm=90+100`.
 
     Raises:
-        UsageError: an axis that is unknown, given twice or empty.
+        UsageError: an axis is unknown, given twice or empty.
     """
     values: dict[str, tuple[str, ...]] = {}
     for word in text.split():
@@ -117,13 +117,13 @@ def parse(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def expand(text: str, known: Known, names: Sequence[str] = ()) -> list[Cell]:
-    """The cells that a selector names; `names`: the recipes that are asked for, of which the axis leaves those that it names.
+    """The cells that a selector names. `names`: only these recipes; the axis `recipe` selects among them.
 
-    An axis that is absent has one value: the recipe's stack, the stack's own Python and architectures, aarch64; all recipes.
-    Selectors that a semicolon joins name the cells of each.
+    Without an axis, its default applies: all recipes, the recipe's stack, the stack's Python and architectures, aarch64.
+    Selectors joined with semicolons name the cells of all of them.
 
     Raises:
-        UsageError: see `parse`; an unknown value (names the nearest), or no cell at all.
+        UsageError: see `parse`; or a value is unknown (names the nearest), or there is no cell.
     """
     cells = list(dict.fromkeys(cell for part in parts(text) for cell in _cells(parse(part), known, names)))
     if not cells:
@@ -132,10 +132,10 @@ def expand(text: str, known: Known, names: Sequence[str] = ()) -> list[Cell]:
 
 
 def only(cells: Sequence[Cell], text: str, known: Known) -> list[Cell]:
-    """Those of the cells that the axes of a selector name too; an axis that is absent leaves all.
+    """The cells that a selector names too; an absent axis keeps all cells.
 
     Raises:
-        UsageError: see `parse`; an unknown value (names the nearest), or no cell at all.
+        UsageError: see `parse`; or a value is unknown (names the nearest), or there is no cell.
     """
     axes = parse(text)
     kept = list(cells)
@@ -155,15 +155,15 @@ def only(cells: Sequence[Cell], text: str, known: Known) -> list[Cell]:
         lists = [device_code.parse(value) for value in axes["sm"]]
         kept = [cell for cell in kept if cell.sm in lists]
     if not kept:
-        raise UsageError(f"{text!r} leaves no cell of the selector", remedy="`builder matrix` lists the cells")
+        raise UsageError(f"no cell of the selector matches {text!r}", remedy="`builder matrix` lists the cells")
     return kept
 
 
 def shard(cells: Sequence[Cell], text: str) -> list[Cell]:
-    """One part of the cells, as `2/3`: the second of three. Those of a recipe on a stack stay together: they share objects.
+    """A part of the cells, as `2/3`: the second of three. Cells of one recipe and stack share objects and stay together.
 
     Raises:
-        UsageError: it is no such part.
+        UsageError: the text is not such a part.
     """
     number, slash, count = text.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
@@ -174,7 +174,7 @@ def shard(cells: Sequence[Cell], text: str) -> list[Cell]:
 
 
 def _cells(axes: Mapping[str, Sequence[str]], known: Known, names: Sequence[str]) -> Iterator[Cell]:
-    """The cells of one selector, by the values of its axes."""
+    """The cells of one selector, from the values of its axes."""
     recipes = [_known(value, "recipe", known.recipes) for value in axes.get("recipe", names or tuple(known.recipes))]
     pythons = _pythons(axes.get("python", (ROOT,)), known.interpreters)
     targets = [Arch(_known(value, "target", list(Arch))) for value in axes.get("target", (Arch.AARCH64,))]
@@ -193,7 +193,7 @@ def _known(value: str, axis: str, known: Collection[str]) -> str:
 
 
 def _pythons(values: Sequence[str], interpreters: Sequence[str]) -> list[str | None]:
-    """Interpreters by name; a range has the standalone ones between its ends, without the free-threaded."""
+    """Interpreters by name; a range selects the standalone ones in it, without free-threaded builds."""
     plain = [name for name in interpreters if name.removeprefix("3.").isdigit()]
     names: list[str | None] = []
     for value in values:
@@ -207,7 +207,7 @@ def _pythons(values: Sequence[str], interpreters: Sequence[str]) -> list[str | N
 
 
 def _stacks(axes: Mapping[str, Sequence[str]], known: Known, recipe: str) -> list[str]:
-    """Stacks by name, of which the axes torch and cuda leave those with that version."""
+    """Stacks by name that match the axes torch and cuda."""
     if "stack" in axes:
         names = [_known(value, "stack", known.stacks) for value in axes["stack"]]
     elif "torch" in axes or "cuda" in axes:
@@ -226,13 +226,13 @@ def _version(of: Stack, axis: str) -> str | None:
 
 
 def _within(version: str | None, value: str, axis: str) -> bool:
-    """Whether a version is the one that is asked for, or lies in the range `A..B`."""
+    """Whether a version equals the value, or is in the range `A..B`."""
     first, dots, last = value.partition("..")
     try:
         start, end = Version(first), Version(last if dots else first)
     except InvalidVersion:
         raise UsageError(
-            f"{axis}={value}: not a version or a range of them", remedy=f"write {axis}=2.11.0 or {axis}=2.4..2.11"
+            f"{axis}={value} is not a version or a range", remedy=f"write {axis}=2.11.0 or {axis}=2.4..2.11"
         ) from None
     if version is None:
         return False

@@ -1,4 +1,4 @@
-"""What root.lock and toolchain.lock pin: Debian packages, and the digests of what is unpacked from them."""
+"""The Debian packages that root.lock and toolchain.lock pin, and the digests of root and compiler made from them."""
 
 from __future__ import annotations
 
@@ -6,41 +6,40 @@ import hashlib
 import json
 from importlib.resources import files
 
+from pydantic import Field
+
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm import tables
 from gracefarm.errors import ConfigError
 from gracefarm.tables import InsidePath, Sha256, Table
 
 ROOT_LAYOUT = 1
-"Raised when the same packages are laid out in another way; enters the digest, as the texts of our scripts do."
+"Raised when the layout changes for the same packages; enters the digest, as the texts of our scripts do."
 TOOLKIT_LAYOUT = 1
-"The same of CUDA's compiler."
+"The same for the CUDA compiler."
 PROFILE = (files("builder") / "data" / "toolkit" / "nvcc.profile").read_text()
-"""Debian's own names places of an installed system; this one finds all beside nvcc. Headers are our wrapper's business.
-LIBRARIES, the sandbox's own place, because CMake knows nvcc's link line by it."""
+"""Debian's profile names paths of an installed system; this one finds everything relative to nvcc. Our wrapper adds the
+headers. LIBRARIES is a path of the sandbox, because CMake recognizes nvcc's link line by it."""
 
 
 class Deb(Table):
     """One binary package of the archive."""
 
     name: str
-    arch: str
-    "Debian's name: amd64, arm64 or all."
+    arch: str = Field(description="Debian's name: amd64, arm64 or all")
     version: str
     sha256: Sha256
-    size: int
-    "Bytes."
-    path: InsidePath
-    "In the archive, below the mirror's URL."
+    size: int = Field(description="Size in bytes")
+    path: InsidePath = Field(description="Path in the archive, below the mirror's URL")
 
     @property
     def title(self) -> str:
-        """As apt writes it."""
+        """Name and version as apt writes them."""
         return f"{self.name}:{self.arch} {self.version}"
 
     @property
     def identity(self) -> tuple[str, str, str, str]:
-        """What enters a digest: where it lies in the archive changes nothing."""
+        """The fields that enter a digest; the path in the archive does not."""
         return self.name, self.arch, self.version, self.sha256
 
 
@@ -54,8 +53,7 @@ class RootLock(Table):
     """root.lock."""
 
     suite: str
-    roots: dict[str, Packages]
-    "By HOST-TARGET."
+    roots: dict[str, Packages] = Field(description="By HOST-TARGET")
 
 
 class ToolchainLock(Table):
@@ -66,17 +64,17 @@ class ToolchainLock(Table):
 
 
 def of_root(stack: LoadedStack, host: Arch, target: Arch) -> tuple[Deb, ...]:
-    """What root.lock pins for that host and target.
+    """The packages that root.lock pins for that host and target.
 
     Raises:
-        ConfigError: the lock is absent or damaged, has no such root, or is older than stack.toml.
+        ConfigError: the lock is missing or damaged, has no such root, or does not match stack.toml.
     """
     locked = tables.read(stack.root_lock, RootLock)
     key = f"{host}-{target}"
     again = stack.root_lock_command
     if key not in locked.roots:
         raise ConfigError(
-            f"{stack.root_lock}: no root for target {target} on a host of {host}",
+            f"{stack.root_lock} has no root for target {target} on an {host} host",
             remedy=f"it has {', '.join(sorted(locked.roots))}; add the pair to [root] hosts in stack.toml and lock it",
             repeat=again,
         )
@@ -85,36 +83,36 @@ def of_root(stack: LoadedStack, host: Arch, target: Arch) -> tuple[Deb, ...]:
     for request in (*requests(stack, host, target), *alone(stack, host, target)):
         if request not in have and request.partition(":")[0] not in have:
             raise ConfigError(
-                f"{stack.root_lock}: {request} of stack.toml is not among its packages for {key}",
-                remedy="make the lock again",
+                f"{stack.root_lock} does not have {request} of stack.toml in its packages for {key}",
+                remedy="write the lock again",
                 repeat=again,
             )
     return debs
 
 
 def requests(stack: LoadedStack, host: Arch, target: Arch) -> list[str]:
-    """What stack.toml asks apt for, as NAME:ARCH."""
+    """The packages that stack.toml requests from apt, as NAME:ARCH."""
     spec = stack.root
     extra = spec.native if host is target else spec.cross
-    # {triplet} in a package's name: Debian's names have no underscore.
+    # {triplet} in a package's name has '-': names of Debian packages have no underscore.
     triplet = target.triplet.replace("_", "-")
     wanted = [f"{name.format(triplet=triplet)}:{host.debian}" for name in (*spec.host, *extra)]
     return [*wanted, *(f"{name}:{target.debian}" for name in spec.target)]
 
 
 def alone(stack: LoadedStack, host: Arch, target: Arch) -> list[str]:
-    """What is taken without what it depends on; the host's Python among it, which cannot be installed beside the target's."""
+    """Packages to unpack without dependencies, such as the host's Python, which cannot be installed next to the target's."""
     native = [] if host is target else [f"{native_python(stack)}:{host.debian}"]
     return [*stack.root.alone, *native]
 
 
 def native_python(stack: LoadedStack) -> str:
-    """The package that has the host's own Python."""
+    """The package with the host's Python."""
     return f"python{stack.data.python}-minimal"
 
 
 def root_digest(stack: LoadedStack, host: Arch, target: Arch) -> str:
-    """Hex sha256 of everything that decides the root's bytes: packages, our scripts, the layout.
+    """Hex sha256 of everything that determines the root's bytes: packages, our scripts, the layout.
 
     Raises:
         ConfigError: see `of_root`.
@@ -133,10 +131,10 @@ def root_digest(stack: LoadedStack, host: Arch, target: Arch) -> str:
 
 
 def of_toolkit(stack: LoadedStack, host: Arch) -> tuple[Deb, ...]:
-    """What toolchain.lock pins for that host; nothing where the stack takes no compiler from Debian.
+    """The packages that toolchain.lock pins for that host; empty if the stack's compiler is not from Debian.
 
     Raises:
-        ConfigError: the lock is absent, damaged or older than stack.toml.
+        ConfigError: the lock is missing or damaged, or does not match stack.toml.
     """
     spec = stack.data.toolchain.debian
     if spec is None:
@@ -144,15 +142,15 @@ def of_toolkit(stack: LoadedStack, host: Arch) -> tuple[Deb, ...]:
     debs = tables.read(stack.toolchain_lock, ToolchainLock).hosts.get(host, Packages(packages=())).packages
     if sorted(deb.name for deb in debs) != sorted(spec.packages):
         raise ConfigError(
-            f"{stack.toolchain_lock} does not hold what stack.toml takes from Debian for a host of {host}",
-            remedy="make the lock again",
+            f"{stack.toolchain_lock} does not match the Debian packages of stack.toml for an {host} host",
+            remedy="write the lock again",
             repeat=f"builder lock {stack.data.name}",
         )
     return debs
 
 
 def toolkit_digest(stack: LoadedStack, host: Arch) -> str | None:
-    """Hex sha256 of everything that decides the unpacked compiler's bytes; None where none comes from Debian.
+    """Hex sha256 of everything that determines the unpacked compiler's bytes; None if it is not from Debian.
 
     Raises:
         ConfigError: see `of_toolkit`.

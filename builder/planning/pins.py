@@ -1,4 +1,4 @@
-"""What requirements.lock pins: wheels, and the digests of the environment and the compilers that are made of them."""
+"""The wheels that requirements.lock pins, and the digests of environment and compilers made from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gracefarm.errors import ConfigError
 from gracefarm.pins import read
 
 LAYOUT = 1
-"Raised when the same wheels are laid out in another way; enters the digests."
+"Raised when the layout changes for the same wheels; enters the digests."
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -30,25 +30,25 @@ class LockedWheel:
     "Canonical."
     version: str
     sha256: str
-    "Empty where it is not known yet, which a build refuses."
+    "Empty while it is unknown; a build refuses such a wheel."
     index: str = ""
-    "The index of its own that has it; empty: the Python index."
+    "The index that has it; empty: the Python index."
     filename: str = field(default="", compare=False)
-    "As the lock names it; empty: it does not."
+    "File name in the lock; empty: the lock does not name it."
     tags: frozenset[Tag] = field(default=frozenset(), compare=False, repr=False)
-    "Where it has an index of its own: what the file's tags must be among."
+    "For a wheel of another index: the tags that its file may have."
 
 
 def wheels(stack: LoadedStack, arch: Arch) -> tuple[LockedWheel, ...]:
     """The wheels that requirements.lock pins for that architecture, sorted.
 
     Raises:
-        ConfigError: the lock is absent or damaged, or is older than stack.toml.
+        ConfigError: the lock is missing or damaged, or does not match stack.toml.
     """
     if stack.interpreter is not None and not stack.requirements_lock.is_file():
         raise ConfigError(
             f"stack {stack.data.name} has no lock for Python {stack.python}",
-            remedy="if torch and the rest have wheels for it, write the lock",
+            remedy="write the lock, if torch and its requirements have wheels for this Python",
             repeat=stack.lock_command,
         )
     locked = _of_lock(stack.requirements_lock, stack, arch, stack.lock_command)
@@ -60,7 +60,7 @@ def wheels(stack: LoadedStack, arch: Arch) -> tuple[LockedWheel, ...]:
             )
     _check_fresh(stack, arch, locked)
     if (build := stack.build_requirements) is not None:
-        # What the stack has already stays as it is.
+        # Distributions of the stack stay as they are.
         for text in build.texts:
             requirement = Requirement(text)
             present = locked.get(canonicalize_name(requirement.name))
@@ -75,13 +75,13 @@ def wheels(stack: LoadedStack, arch: Arch) -> tuple[LockedWheel, ...]:
 
 
 def _of_lock(lock: Path, stack: LoadedStack, arch: Arch, command: str) -> dict[str, LockedWheel]:
-    """The wheels of a lock that the stack's Python takes on an architecture, by name."""
+    """The wheels of a lock for the stack's Python on an architecture, by name."""
     locked: dict[str, LockedWheel] = {}
-    remedy = "make the lock again"
+    remedy = "write the lock again"
     for pin in read(lock, remedy=remedy, repeat=command):
         if len(pin.sha256) > 1:
             raise ConfigError(
-                f"{lock}:{pin.number}: not a pinned wheel: it has several --hash=sha256:…", remedy=remedy, repeat=command
+                f"{lock}:{pin.number}: a pinned wheel has one --hash=sha256:…, not several", remedy=remedy, repeat=command
             )
         if pin.applies({"platform_machine": arch.value, "python_version": stack.python}):
             (sha256,) = pin.sha256
@@ -92,35 +92,35 @@ def _of_lock(lock: Path, stack: LoadedStack, arch: Arch, command: str) -> dict[s
 
 
 def _check_fresh(stack: LoadedStack, arch: Arch, locked: Mapping[str, LockedWheel]) -> None:
-    """What stack.toml asks for is what the lock pins."""
+    """Require that the lock pins the requirements of stack.toml."""
     _require_all(requirements(stack, arch), stack.requirements_lock, "stack.toml", stack.lock_command, locked)
 
 
 def _require_all(texts: Sequence[str], lock: Path, file: str, command: str, locked: Mapping[str, LockedWheel]) -> None:
-    """Each requirement of `file` is met by the wheels of `lock`."""
+    """Require that the wheels of `lock` meet each requirement of `file`."""
     for text in texts:
         requirement = Requirement(text)
         wheel = locked.get(canonicalize_name(requirement.name))
         if wheel is None or not requirement.specifier.contains(wheel.version, prereleases=True):
             have = f"pins {wheel.name} {wheel.version}" if wheel else f"has no {requirement.name}"
-            raise ConfigError(f"{lock} {have}; {file} wants {text}", remedy="make the lock again", repeat=command)
+            raise ConfigError(f"{lock} {have}, but {file} requires {text}", remedy="write the lock again", repeat=command)
 
 
 def requirements(stack: LoadedStack, arch: Arch) -> tuple[str, ...]:
-    """One resolution for both: the target's environment needs the headers of the compiler's own release."""
+    """Requirements of environment and compiler, resolved together: the environment needs headers of the compiler's release."""
     environment = stack.data.environment.requirements if arch in stack.data.glibc else ()
     return (*environment, *stack.data.toolchain.requirements)
 
 
 def toolchain_wheels(stack: LoadedStack, host: Arch) -> tuple[LockedWheel, ...]:
-    """Those of the CUDA compiler."""
+    """The wheels of the CUDA compiler."""
     names = {canonicalize_name(Requirement(text).name) for text in stack.data.toolchain.requirements}
     return tuple(wheel for wheel in wheels(stack.base, host) if wheel.name in names)
 
 
 def tool_wheels(stack: LoadedStack, host: Arch) -> tuple[LockedWheel, ...]:
-    """Those of a recipe's build requirements that hold programs of the host, as CMake and ninja: built for a platform, and for
-    no Python. The target's own, which the environment has, cannot run here.
+    """The wheels of a recipe's build requirements with programs for the host, such as CMake and ninja: built for a platform,
+    but not for a Python. The same wheels for the target are in the environment, but cannot run here.
 
     Raises:
         ConfigError: the lock is damaged.
@@ -138,7 +138,7 @@ def _holds_programs(wheel: LockedWheel) -> bool:
 
 
 def environment_digest(stack: LoadedStack, target: Arch) -> str:
-    """Hex sha256 of everything that decides the environment's bytes: wheels, Python, layout.
+    """Hex sha256 of everything that determines the environment's bytes: wheels, Python, layout.
 
     Raises:
         ConfigError: see `wheels`.
@@ -148,7 +148,7 @@ def environment_digest(stack: LoadedStack, target: Arch) -> str:
 
 
 def toolchain_digest(stack: LoadedStack, host: Arch) -> str:
-    """Hex sha256 of everything that decides the compilers' bytes.
+    """Hex sha256 of everything that determines the compilers' bytes.
 
     Raises:
         ConfigError: see `wheels`.
@@ -158,9 +158,9 @@ def toolchain_digest(stack: LoadedStack, host: Arch) -> str:
 
 
 def digest_of(kind: str, python: str, arch: Arch, locked: Sequence[LockedWheel], besides: str | None = None) -> str:
-    """The digest of an environment or of compilers (`kind`) that are made of these wheels.
+    """The digest of an environment or of compilers (`kind`) made from these wheels.
 
-    `besides`: the digest of the interpreter that an environment brings, or of Debian's packages with the compiler.
+    `besides`: the digest of the environment's interpreter, or of the Debian packages with the compiler.
     """
     rows = [(wheel.name, wheel.version, wheel.sha256) for wheel in sorted(locked)]
     content = [kind, LAYOUT, arch.value, python, rows, *([besides] if besides else [])]

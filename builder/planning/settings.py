@@ -1,4 +1,4 @@
-"""Settings of this machine that the builder alone has; nothing here enters a build id."""
+"""Settings of this machine for the builder; they do not enter a build id."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from gracefarm.tables import Size
 PARTS = ("recipes", "stacks", "interpreters", "sets")
 "The folders of a project."
 PACKAGED = Path(__file__).resolve().parents[1] / "project"
-"The project that an installed wheel carries."
+"The project in an installed wheel of gracefarm."
 
 
 def _mirrors(value: object) -> object:
-    """OLD=NEW pairs of the environment, as the table that settings.toml has.
+    """OLD=NEW pairs of the environment variable, as a table like that of settings.toml.
 
     Raises:
-        ConfigError: one is no pair.
+        ConfigError: an entry is not a pair.
     """
     if not isinstance(value, str):
         return value
@@ -41,29 +41,36 @@ def _places(value: object) -> object:
 
 
 class Settings(SharedSettings):
-    """What the builder is told; an unknown key of settings.toml is an error."""
+    """Settings of the builder; an unknown key in settings.toml is an error."""
 
     model_config = ConfigDict(extra="forbid")
 
-    project: AbsolutePath = Field(default_factory=lambda: find_project())
-    "The folder that holds recipes/, stacks/ and sets/; unset: see `find_project`."
-    debian_mirror: str | None = None
-    "Debian mirror for the root's packages; unset: apt's sources on Debian, mmdebstrap's default elsewhere."
-    mirrors: Annotated[dict[str, str], BeforeValidator(_mirrors)] = Field(default_factory=dict)
-    "URL prefix to replacement, for git repositories and files; the longest wins. In the environment: OLD=NEW OLD=NEW …"
-    memory: Size | None = None
-    "Bound on a build's memory, as 20GiB; unset: what this machine or its cgroup has free."
-    jobs: int | None = None
-    "Bound on parallel compilations; unset: from cores and memory."
-    compiler_cache: str = "5GiB"
-    "Size of each recipe's compiler cache, or `off`."
-    device_store: str = "5GiB"
-    "Size of each recipe's store of device code, or `off`."
+    project: AbsolutePath = Field(
+        default_factory=lambda: find_project(),
+        description="The folder with recipes/, stacks/ and sets/; unset: see `find_project`",
+    )
+    debian_mirror: str | None = Field(
+        default=None,
+        description="Debian mirror for the root's packages; unset: apt's sources on Debian, mmdebstrap's default elsewhere",
+    )
+    mirrors: Annotated[dict[str, str], BeforeValidator(_mirrors)] = Field(
+        default_factory=dict,
+        description="URL prefixes and their replacements, for git and files; the longest applies; as a variable: OLD=NEW …",
+    )
+    memory: Size | None = Field(
+        default=None, description="Limit of a build's memory, as 20GiB; unset: the free memory of this machine or its cgroup"
+    )
+    jobs: int | None = Field(default=None, description="Limit of parallel compilations; unset: from cores and memory")
+    compiler_cache: str = Field(default="5GiB", description="Size of each recipe's compiler cache, or `off`")
+    device_store: str = Field(default="5GiB", description="Size of each recipe's store of device code, or `off`")
 
-    shared_cache: str | None = None
-    "Address of an index whose compiler cache this machine shares with others, as http://index:8080/."
-    shared_cache_keys: Annotated[tuple[AbsolutePath, ...], BeforeValidator(_places)] = ()
-    "Public keys (PEM) of the machines whose entries this one takes, beside its own; in the environment: PATH PATH …"
+    shared_cache: str | None = Field(
+        default=None, description="URL of an index with a compiler cache that several machines share, as http://index:8080/"
+    )
+    shared_cache_keys: Annotated[tuple[AbsolutePath, ...], BeforeValidator(_places)] = Field(
+        default=(),
+        description="Public keys (PEM) of other machines whose cache entries are trusted; in the environment: PATH PATH …",
+    )
 
     def redirect(self, url: str) -> str:
         """`url` with the longest matching prefix of `mirrors` replaced."""
@@ -74,7 +81,7 @@ class Settings(SharedSettings):
 
 
 def find_project() -> Path:
-    """The nearest folder with recipes/ and stacks/: the working directory or above, else what this program came with."""
+    """The nearest folder with recipes/ and stacks/: the working directory or a parent, else the project of this program."""
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "recipes").is_dir() and (folder / "stacks").is_dir():
@@ -83,7 +90,7 @@ def find_project() -> Path:
 
 
 def given_project() -> Path:
-    """The recipes, stacks and sets that this program came with: of the checkout that it runs from, else of its wheel."""
+    """The project of this program: the checkout that it runs from, else the project in its wheel."""
     return PACKAGED if PACKAGED.is_dir() else Path(__file__).resolve().parents[2]
 
 
@@ -97,6 +104,6 @@ def load() -> Settings:
     if not (settings.project / "recipes").is_dir():
         raise ConfigError(
             f"setting 'project': {settings.project} has no folder recipes/",
-            remedy=f"correct {PREFIX}PROJECT, or make a project folder: builder init DIR",
+            remedy=f"correct {PREFIX}PROJECT, or create a project folder: builder init DIR",
         )
     return settings

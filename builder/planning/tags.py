@@ -1,4 +1,4 @@
-"""Wheel tags: what the Python of a stack takes on an architecture."""
+"""Wheel tags that the Python of a stack accepts on an architecture."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _GLIBC_FIRST = {Arch.AARCH64: 17, Arch.X86_64: 5}
 
 
 def tags(stack: LoadedStack, arch: Arch) -> list[Tag]:
-    """The wheel tags that the stack's Python takes on that architecture, best first, up to the stack's glibc floor."""
+    """The wheel tags that the stack's Python accepts on that architecture, best first, up to the stack's glibc level."""
     return tags_of(stack.python, glibc(stack, arch), arch)
 
 
 def glibc(stack: LoadedStack, arch: Arch) -> str:
-    """The level of a target, and for a mere host that of the root, which is the same Debian."""
+    """The glibc level of a target; for a mere host that of the root, which has the same Debian."""
     return stack.data.glibc.get(arch) or max(stack.data.glibc.values())
 
 

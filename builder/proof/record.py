@@ -30,42 +30,33 @@ Likeness = tuple[object, ...]
 class Stage(Table):
     """One step of the flow."""
 
-    name: str
-    "Name of the step."
+    name: str = Field(description="Name of the step")
     command: tuple[str, ...] = Field(default=(), description="Command run in the sandbox, if any")
-    wall_s: float
-    "Duration in seconds."
+    wall_s: float = Field(description="Duration in seconds")
     cpu_s: float | None = Field(default=None, description="CPU seconds of the whole process tree")
     peak_memory: int | None = Field(default=None, description="Bytes, peak of the whole process tree")
     memory_bound: int | None = Field(default=None, description="Bytes")
     memory_by: str | None = Field(
         default=None, description="What holds the bound: cgroup2, watchdog, podman or docker; cgroup1 in older records"
     )
-    note: str = ""
-    "Remark about the step."
+    note: str = Field(default="", description="Remark about the step")
 
 
 class BuiltFile(Table):
     """The product."""
 
-    filename: str
-    "File name."
-    sha256: str
-    "sha256 of the file."
-    size: int
-    "Size in bytes."
+    filename: str = Field(description="File name")
+    sha256: str = Field(description="sha256 of the file")
+    size: int = Field(description="Size in bytes")
 
 
 class Failure(Table):
     """Why there is no wheel."""
 
     kind: str = Field(description="Failure class, as in docs/reference/errors.md")
-    exit_code: int
-    "Exit code of the command."
-    cause: str
-    "Cause, in one sentence."
-    remedy: str = ""
-    "Remedy, in one sentence."
+    exit_code: int = Field(description="Exit code of the command")
+    cause: str = Field(description="Cause, in one sentence")
+    remedy: str = Field(default="", description="Remedy, in one sentence")
 
 
 def _empty(text: str) -> bool:
@@ -75,31 +66,21 @@ def _empty(text: str) -> bool:
 class Publication(Table):
     """Where the wheel was published."""
 
-    url: str
-    "Upload address."
-    at: str
-    "Time of the upload (UTC, ISO 8601)."
-    filename: str = Field(default="", exclude_if=_empty)
-    "Name at the index, if it has a build tag."
-    reason: str = Field(default="", exclude_if=_empty)
-    "Why it has that build tag."
+    url: str = Field(description="Upload address")
+    at: str = Field(description="Time of the upload (UTC, ISO 8601)")
+    filename: str = Field(default="", exclude_if=_empty, description="Name at the index, if it has a build tag")
+    reason: str = Field(default="", exclude_if=_empty, description="Why it has that build tag")
 
 
 class Record(Table):
     """record.json; docs/schema/record.json is its schema."""
 
-    format: Literal[1] = 1
-    "Version of the format."
-    build_id: str
-    "Digest of all inputs."
-    recipe: str
-    "Name of the recipe."
-    name: str
-    "Name of the distribution."
-    version: str
-    "Version of the wheel, with its local part; of a failed build, that of the recipe."
-    stack: str
-    "Name of the stack."
+    format: Literal[1] = Field(default=1, description="Version of the format")
+    build_id: str = Field(description="Digest of all inputs")
+    recipe: str = Field(description="Name of the recipe")
+    name: str = Field(description="Name of the distribution")
+    version: str = Field(description="Version of the wheel, with its local part; of a failed build, that of the recipe")
+    stack: str = Field(description="Name of the stack")
     interpreter: str | None = Field(default=None, description="The interpreter's name; None: the Python of the stack's root")
     asked_sm: tuple[str, ...] | None = Field(default=None, description="As --sm named them; None: the stack's")
     asked_ptx: str | None = Field(default=None, description="As --ptx named it; None: the recipe's or the stack's")
@@ -112,12 +93,9 @@ class Record(Table):
     unconfirmed: tuple[str, ...] = Field(
         default=(), description="Digests that were read at first use and not confirmed, a sentence each"
     )
-    outcome: Literal["built", "failed"]
-    "Whether the build produced a wheel."
-    failure: Failure | None = None
-    "Why the build failed."
-    wheel: BuiltFile | None = None
-    "The wheel."
+    outcome: Literal["built", "failed"] = Field(description="Whether the build produced a wheel")
+    failure: Failure | None = Field(default=None, description="Why the build failed")
+    wheel: BuiltFile | None = Field(default=None, description="The wheel")
     tree: str | None = Field(
         default=None,
         description="Of a recipe with [tree]: sha256 of its files' paths, modes and digests",
@@ -126,28 +104,23 @@ class Record(Table):
         default=None, description="The patched source, where the recipe publishes it beside the wheel"
     )
     torch_cxx11_abi: bool | None = Field(default=None, description="C++ ABI of the torch that was compiled against")
-    jobs: Jobs | None = None
-    "Number of parallel compilations."
-    stages: tuple[Stage, ...] = ()
-    "Steps of the build, in order."
+    jobs: Jobs | None = Field(default=None, description="Number of parallel compilations")
+    stages: tuple[Stage, ...] = Field(default=(), description="Steps of the build, in order")
     units: dict[str, Unit] = Field(default_factory=dict, description="By source file, relative to the source tree")
     compiler_cache: CacheStatistics | None = Field(default=None, description="None: it was off, or nothing was compiled")
     device_code: DeviceStatistics | None = Field(default=None, description="None: no device code was compiled or looked up")
     shared_cache: SharedCacheUse | None = Field(default=None, description="None: it was off, or nothing was compiled")
-    verdicts: tuple[Verdict, ...] = ()
-    "Verdicts of the gates."
+    verdicts: tuple[Verdict, ...] = Field(default=(), description="Verdicts of the gates")
     judged_by: str = Field(
         default="", description="Digest of the gates and smoke tests that passed the wheel; docs/explanation/building.md"
     )
-    smoke: SmokeResult | None = None
-    "Result of the smoke test."
+    smoke: SmokeResult | None = Field(default=None, description="Result of the smoke test")
     device_digests: dict[str, str] = Field(
         default_factory=dict,
         description="Digest of the wheel's device code by sm; certificates are found by it (docs/howto/gpu.md)",
     )
     gpu: GpuResult | None = Field(default=None, description="None: the recipe has no smoke_gpu.py")
-    published: tuple[Publication, ...] = ()
-    "Indexes that have the wheel."
+    published: tuple[Publication, ...] = Field(default=(), description="Indexes that have the wheel")
     provenance: dict[str, Any] | None = Field(
         default=None,
         description="DSSE envelope of the in-toto statement, as it lies beside the wheel",

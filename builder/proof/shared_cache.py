@@ -49,16 +49,11 @@ NAMED = 10
 class SharedCacheUse(Table):
     """What the shared cache did in one compile; counts are entries, of which a translation unit has one or two."""
 
-    url: str
-    "Address of the index."
-    mode: Mode
-    "As --shared-cache named it."
-    hits: int = 0
-    "Entries that were taken."
-    misses: int = 0
-    "Entries that were absent or refused."
-    written: int = 0
-    "Entries that were sent."
+    url: str = Field(description="Address of the index")
+    mode: Mode = Field(description="As --shared-cache named it")
+    hits: int = Field(default=0, description="Entries that were taken")
+    misses: int = Field(default=0, description="Entries that were absent or refused")
+    written: int = Field(default=0, description="Entries that were sent")
     refused: tuple[str, ...] = Field(default=(), description="Entries that were there and not taken, each with the reason")
     off: str = Field(default="", description="Why reading or writing was given up during the compile")
 

@@ -34,11 +34,9 @@ class WheelSet(Table):
     """set.toml."""
 
     name: str = Field(description="The folder's name, and the set's at the index")
-    summary: str = ""
-    "One line for lists."
+    summary: str = Field(default="", description="One line for lists")
     stack: str = Field(description="Stack that the recipes are built against")
-    target: Arch = Arch.AARCH64
-    "Architecture of the wheels."
+    target: Arch = Field(default=Arch.AARCH64, description="Architecture of the wheels")
     recipes: tuple[str, ...] = Field(min_length=1, description="Our own wheels; a wheel that another requires is built first")
     requirements: tuple[RequirementText, ...] = Field(
         default=(), description="What the set's own lock is resolved from; none: the set runs in the stack's environment"
@@ -47,8 +45,7 @@ class WheelSet(Table):
         default=None, description="The lock takes no file that was uploaded later (RFC 3339 date)"
     )
     left_out: tuple[str, ...] = Field(default=(), description="Distributions that the lock does without")
-    together: Together
-    "Common test of all wheels."
+    together: Together = Field(description="Common test of all wheels")
 
     @model_validator(mode="after")
     def _dated(self) -> Self:

@@ -15,14 +15,10 @@ from gracefarm.tables import Table
 class Locked(Table):
     """One wheel of the lock."""
 
-    name: str
-    "Name of the distribution."
-    version: str
-    "Version of the distribution."
-    filename: str
-    "File name of the wheel."
-    sha256: str
-    "sha256 of the wheel."
+    name: str = Field(description="Name of the distribution")
+    version: str = Field(description="Version of the distribution")
+    filename: str = Field(description="File name of the wheel")
+    sha256: str = Field(description="sha256 of the wheel")
     own: bool = Field(default=False, description="Built by this farm")
     index: str = Field(default="", description="Address of the wheel's index; empty: the farm's index, or the Python index")
 
@@ -30,43 +26,30 @@ class Locked(Table):
 class Command(Table):
     """A program of the environment that ended well."""
 
-    command: tuple[str, ...]
-    "The command."
-    wall_s: float
-    "Duration in seconds."
-    output: str
-    "End of its output."
+    command: tuple[str, ...] = Field(description="The command")
+    wall_s: float = Field(description="Duration in seconds")
+    output: str = Field(description="End of its output")
 
 
 class Tested(Table):
     """What worked together."""
 
-    smoke: SmokeResult
-    "Result of the imports and of smoke.py."
-    wall_s: float
-    "Duration in seconds."
-    commands: tuple[Command, ...] = ()
-    "Commands that succeeded."
+    smoke: SmokeResult = Field(description="Result of the imports and of smoke.py")
+    wall_s: float = Field(description="Duration in seconds")
+    commands: tuple[Command, ...] = Field(default=(), description="Commands that succeeded")
 
 
 class SetRecord(Table):
     """set.json."""
 
-    format: Literal[1] = 1
-    "Version of the format."
-    set_id: str
-    "Digest of all inputs of the set."
-    name: str
-    "Name of the set."
-    stack: str
-    "Name of the stack."
-    target: str
-    "Architecture of the wheels."
+    format: Literal[1] = Field(default=1, description="Version of the format")
+    set_id: str = Field(description="Digest of all inputs of the set")
+    name: str = Field(description="Name of the set")
+    stack: str = Field(description="Name of the stack")
+    target: str = Field(description="Architecture of the wheels")
     builds: dict[str, str] = Field(description="Recipe to build id")
-    wheels: tuple[Locked, ...]
-    "All wheels of the set's environment."
-    tested: Tested
-    "Result of the common test."
+    wheels: tuple[Locked, ...] = Field(description="All wheels of the set's environment")
+    tested: Tested = Field(description="Result of the common test")
     finished: str = Field(description="UTC, ISO 8601")
 
 

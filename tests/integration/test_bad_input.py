@@ -157,7 +157,7 @@ def test_wrong_sha256(farm: Farm) -> None:
 @pytest.mark.parametrize(
     ("attribute", "version", "words"),
     [
-        ("", "1.1", "has the project, not this version"),
+        ("", "1.1", "has the project, but not this version"),
         ('data-yanked="broken headers"', "1.0", "was yanked from the index"),
     ],
     ids=["absent", "yanked"],

@@ -84,10 +84,10 @@ def test_fetch_says_a_line_for_each_part_also_while_a_digest_is_unknown(farm: Fa
         "the parent's tree names these commits of csrc/inner",
         f"repository deps/inner: commit {inner}, as pinned",
         "source of shape 1.0",
-        "file seed/llvm from https://gone.example/llvm.zip is left out: its digest is not known (out of reach)",
+        "file seed/llvm from https://gone.example/llvm.zip is left out: its digest is unknown (out of reach)",
         "file seed/version.txt",
         "patch 0001-sm-90.patch applies",
-        "substitution in build.py: its text is there 1 time",
+        "substitution in build.py: 1 occurrence",
         "licence csrc/inner/LICENSE.txt is there",
     ]
     assert result["recipe"] == "shape"
@@ -125,7 +125,7 @@ def test_a_licence_text_that_the_source_lacks_ends_the_fetch(farm: Farm, tmp_pat
     place.write_text(place.read_text().replace("csrc/inner/LICENSE.txt", "csrc/inner/COPYING"))
     done = farm.run("fetch", "shape", **mirrors(tmp_path))
     assert done.code == 13, done.said
-    assert "licence csrc/inner/COPYING of shape: the source has no such text" in done.said
+    assert "licence csrc/inner/COPYING of shape: the source has no such file" in done.said
 
 
 def index_of(folder: Path, *rows: tuple[str, bytes, str]) -> str:
@@ -165,8 +165,12 @@ def test_a_file_of_the_python_index_is_chosen_by_its_digest_among_those_of_its_v
 @pytest.mark.parametrize(
     ("changed", "error", "words"),
     [
-        ({"sha256": "0" * 64}, DigestError, "says sha256 0000.* of none of its files: some_tools-12.4.99-py3-none-any.whl"),
-        ({"version": "12.5"}, FetchError, "has the project, not this version"),
+        (
+            {"sha256": "0" * 64},
+            DigestError,
+            "has no file with sha256 0000.*, only other files: some_tools-12.4.99-py3-none-any.whl",
+        ),
+        ({"version": "12.5"}, FetchError, "has the project, but not this version"),
         ({"name": "other-tools"}, FetchError, "has no such project"),
         ({"version": "12.6", "sha256": sha256(b"yanked")}, FetchError, r"was yanked from the index .*: broken"),
     ],

@@ -147,8 +147,8 @@ def assert_whole(loaded: LoadedStack) -> None:
         (("x", "--torch", "9.1.1"), 2, "has no torch 9.1.1 remedy: did you mean '9.1.0'?"),
         (("x", "--torch", "newest"), 2, "its newest releases: 9.1.0, 9.0.0, 8.0.0, 7.0.0"),
         (("x", "--torch", "9.0.0"), 3, "torch 9.0.0 of the Python index has no CUDA on aarch64"),
-        (("x", "--torch", "8.0.0"), 3, "a CUDA whose compiler no wheel has (nvidia-cuda-runtime-cu12) on aarch64"),
-        (("x", "--torch", "7.0.0"), 3, "torch 7.0.0 has no wheels for Python 3.11"),
+        (("x", "--torch", "8.0.0"), 3, "a CUDA without wheels for its compiler (nvidia-cuda-runtime-cu12) on aarch64"),
+        (("x", "--torch", "7.0.0"), 3, "torch 7.0.0 has no wheels for aarch64 and x86_64 with Python 3.11"),
         (("cu130", "--torch", "9.1.0"), 2, "the stack cu130 already exists"),
         (("../x", "--torch", "9.1.0"), 2, "'../x' is not a valid name for a stack"),
     ],
@@ -168,7 +168,7 @@ def test_a_root_that_does_not_fit_is_refused(farm: Farm, index: Server) -> None:
     place = farm.settings.project / "stacks" / "tiny" / "stack.toml"
     for old, text, sentence in (
         ('root_of = "cu130"', 'root_of = "cu13"', "unknown stack 'cu13'"),
-        ('root_of = "cu130"', "", "give [root] or root_of, and not both"),
+        ('root_of = "cu130"', "", "give either [root] or root_of"),
         ("gcc = 12", "gcc = 14", "the root of cu130 has Python 3.11 and gcc 12"),
     ):
         place.write_text(LIKE.replace(old, text))

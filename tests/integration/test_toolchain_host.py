@@ -163,7 +163,7 @@ def test_trap_3_a_clean_environment_that_is_there_already_is_asked_about_its_tor
     (torch := wrappers.site_packages(place, "3.11") / "torch").mkdir(parents=True)
     (torch / "version.py").write_text("cuda = None\n")
     (place / "complete").touch()
-    with pytest.raises(RootError, match=r"built for CUDA None, the stack wants 13\.0"):
+    with pytest.raises(RootError, match=r"built for CUDA None, but the stack has CUDA 13\.0"):
         host_environment.ensure(here, farm.settings)
 
 

@@ -144,7 +144,7 @@ def test_trees_are_refused_where_they_do_not_fit(farm: Farm) -> None:
     source, publish = ("--llvm", "source"), ("--publish", "http://127.0.0.1:9/legacy/")
     for arguments, code, sentence in (
         (("build", "llvm", *publish), 40, "makes a tree for other recipes, which no index takes"),
-        (("plan", "llvm", *source), 2, "llvm takes no llvm that could be built from source"),
+        (("plan", "llvm", *source), 2, "llvm has no tree of llvm that can be built from source"),
         (("plan", "taker", "--toolchain", "host", *source), 3, "--toolchain host has other compilers than made it"),
     ):
         done = farm.run(*arguments, TWINE_USERNAME="a", TWINE_PASSWORD="b")

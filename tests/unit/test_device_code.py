@@ -99,7 +99,7 @@ def test_ptx_is_the_command_lines_or_the_recipes_or_the_stacks(
             "nearest",
         ),
         ({"sm": "70"}, "CUDA 13.0 of stack cu130 does not compile for sm_70", ""),
-        ({"sm": "88"}, "torch 2.11.0 of stack cu130 does not know sm_88", "leave it out"),
+        ({"sm": "88"}, "torch 2.11.0 of stack cu130 does not support sm_88", "remove it from"),
         ({"sm": "100+100f"}, "sm_100 and sm_100f cannot be in one wheel", "sm_100f"),
         ({"ptx": "91"}, "does not compile for sm_91", ""),
         ({"sm_extra": {"*.cu": ("90f",)}}, "does not compile for sm_90f", ""),
@@ -185,7 +185,7 @@ def test_the_cells_architectures_reach_packages_that_have_a_variable_of_their_ow
     ("build", "sentence"),
     [
         ({"environment": {"A": "{sm_doted}"}}, "A has {sm_doted}: did you mean '{sm_dotted}'?"),
-        ({"cmake": {"A": "{sm}"}, "cuda": False}, "A has {sm}, and cuda = false compiles for no architecture"),
+        ({"cmake": {"A": "{sm}"}, "cuda": False}, "A has {sm}, but with cuda = false there are no architectures"),
     ],
 )
 def test_a_placeholder_that_means_nothing_is_refused(build: dict[str, object], sentence: str) -> None:

@@ -467,17 +467,17 @@ def test_what_is_different_against_a_stack_counts_there_alone(whole: tuple[Loade
         assert id_of(loaded([{**difference, "substitutions": [change]}]), base) != before, name
     assert id_of(loaded([{**difference, "requires": {}}]), base) != before
     bare = replaced(base, data=base.data.model_copy(update={"torch": None}))
-    with pytest.raises(ConfigError, match="stack cu124 has none"):
+    with pytest.raises(ConfigError, match="stack cu124 has no torch"):
         loaded(DIFFERENCES).against(bare)
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"smoke": {"imports": ["a"]}}, "give [smoke]"),
-        ({"tree": None}, "give [smoke]"),
-        ({"build": {"cuda": True}}, "says cuda = false"),
-        ({"trees": [{"recipe": "a", "path": "b"}]}, "takes no other tree"),
+        ({"smoke": {"imports": ["a"]}}, "give either [smoke]"),
+        ({"tree": None}, "give either [smoke]"),
+        ({"build": {"cuda": True}}, "must have cuda = false"),
+        ({"trees": [{"recipe": "a", "path": "b"}]}, "no [[trees]]"),
     ],
 )
 def test_a_recipe_makes_a_wheel_or_a_tree(change: dict[str, Any], sentence: str) -> None:

@@ -13,6 +13,6 @@ from gracefarm.errors import FetchError
 def test_a_token_answer_that_is_no_object_is_one_sentence(body: str) -> None:
     with (
         httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(200, text=body))) as client,
-        pytest.raises(FetchError, match=r"https://auth\.example/token gives no token"),
+        pytest.raises(FetchError, match=r"https://auth\.example/token returns no token"),
     ):
         registry.token(client, 'Bearer realm="https://auth.example/token",service="a"')

@@ -72,7 +72,7 @@ def test_digest_knows_our_own_scripts(loaded: LoadedStack, monkeypatch: pytest.M
 
 
 def test_a_pair_that_is_not_locked_is_refused(loaded: LoadedStack) -> None:
-    with pytest.raises(ConfigError, match="no root for target x86_64 on a host of aarch64") as caught:
+    with pytest.raises(ConfigError, match="no root for target x86_64 on an aarch64 host") as caught:
         packages.of_root(loaded, Arch.AARCH64, Arch.X86_64)
     assert caught.value.repeat == "builder lock cu130"
 

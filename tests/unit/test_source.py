@@ -129,13 +129,13 @@ HOSTILE = {
         zip_of(("thing-1/l", 0o120777, "../.."), (f"thing-1/l/{OUTSIDE}", 0o100644, "")),
         "goes through 'l'",
     ),
-    "hard link out": (tar_of(info("thing-1/h", tarfile.LNKTYPE, "/etc/passwd")), "no file of the archive"),
+    "hard link out": (tar_of(info("thing-1/h", tarfile.LNKTYPE, "/etc/passwd")), "not a file of the archive"),
     "device": (tar_of(info("thing-1/null", tarfile.CHRTYPE)), "device or a pipe"),
     "pipe": (tar_of(info("thing-1/pipe", tarfile.FIFOTYPE)), "device or a pipe"),
     "zip device": (zip_of(("thing-1/null", 0o20666, "")), "device or a pipe"),
     "set-user-id": (tar_of(info("thing-1/su", mode=0o4755)), "set-user-id"),
     "zip set-group-id": (zip_of(("thing-1/su", 0o102755, "")), "set-user-id or set-group-id"),
-    "no archive": (b"#!/bin/sh\n", "neither a tar nor a zip"),
+    "no archive": (b"#!/bin/sh\n", "is not a tar archive, a zip"),
     "cut off": (tarball({"thing-1/a": os.urandom(9000).hex()})[:-4000], "cannot be unpacked"),
 }
 
@@ -173,7 +173,7 @@ def test_files_are_put_in_place_and_a_patch_may_change_them(tmp_path: Path) -> N
 def test_file_on_a_place_that_is_taken(tmp_path: Path, unpacked: bool) -> None:
     content = tarball({"setup.py": ""}) if unpacked else b""
     place = "." if unpacked else "setup.py"
-    with pytest.raises(SourceError, match=r"at that place already|overwrites what is there"):
+    with pytest.raises(SourceError, match=r"exists in the source already|overwrites an existing file"):
         unpack(tmp_path, tarball({"thing-1/setup.py": "", "thing-1/b": ""}), files={place: (content, unpacked)})
 
 
@@ -237,7 +237,7 @@ def test_patch_applies_inside_somebody_elses_repository(tmp_path: Path) -> None:
 
 def test_patch_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(HostError, match="no git"):
+    with pytest.raises(HostError, match="git is not installed"):
         unpack(tmp_path, tarball({"thing-1/text": LINES}), patches=(GOOD,))
 
 

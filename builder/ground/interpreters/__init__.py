@@ -1,4 +1,4 @@
-"""Interpreters: the target's Python, by name. One module a kind; `load` chooses."""
+"""Interpreters: the target's Python, by name. Each kind has a module; `load` chooses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load(interpreters: Path, name: str) -> Interpreter:
     """The interpreter called `name`.
 
     Raises:
-        ConfigError: there is none (names the nearest), or its file does not fit the schema.
+        ConfigError: it does not exist (names the nearest), or its file does not fit the schema.
     """
     folder = interpreters / name
     if not (folder / "interpreter.toml").is_file():
@@ -39,7 +39,7 @@ def load(interpreters: Path, name: str) -> Interpreter:
 
 
 def into(base: LoadedStack, interpreters: Path, name: str | None) -> LoadedStack:
-    """The stack with the interpreter of that name; None: with its root's own Python.
+    """The stack with the interpreter of that name; None: with the Python of its root.
 
     Raises:
         ConfigError: see `load`.

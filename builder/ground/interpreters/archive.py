@@ -19,7 +19,7 @@ from gracefarm.console import Tick
 from gracefarm.errors import ConfigError, RootError
 
 LAYOUT = 1
-"Raised when the same archive is laid out or launched in another way; enters the digest."
+"Raised when the layout or the launcher changes for the same archive; enters the digest."
 
 _COMPILERS = {
     "CC": "gcc",
@@ -32,18 +32,18 @@ _COMPILERS = {
     "AR": "ar",
     "RANLIB": "ranlib",
 }
-"What sysconfig says of the machine that compiled the archive, and what a root has."
+"Values in the archive's sysconfig from the machine that compiled it, and their counterparts in a root."
 _FLAGS = re.compile(r"CFLAGS|LDFLAGS|OPT|BASECFLAGS")
 "sysconfig variables that hold flags."
 _FOREIGN = re.compile(
     r"\s*(?:--sysroot=\S+|-I/tools\S*|-L/tools\S*|-fdebug-default-version=\S+|-flto(?:=\S+)?|-Wno-\S+|-fprofile\S*)"
 )
-"Flags that only that machine's compiler or file system knows."
+"Flags that are valid only with that machine's compiler or file system."
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArchiveInterpreter:
-    """An interpreter out of a standalone archive."""
+    """An interpreter from a standalone archive."""
 
     folder: Path
     python: str
@@ -90,17 +90,17 @@ class ArchiveInterpreter:
             _name_our_compilers(data)
         for marker in folder.glob("lib/*/EXTERNALLY-MANAGED"):
             marker.unlink()
-        # The environment brings its own.
+        # The environment has its own site-packages.
         shutil.rmtree(folder / "lib" / f"python{self.python}" / "site-packages", ignore_errors=True)
 
     def command(self, arch: Arch, prefix: str, program: str) -> tuple[str, ...]:
         """See Interpreter."""
-        del arch  # its libraries lie beside it on every architecture
+        del arch  # its libraries are next to it on every architecture
         return (f"{prefix}/{program}",)
 
 
 def _name_our_compilers(data: Path) -> None:
-    """The archive's sysconfig names the compilers of the root, and no flags of the machine that made it."""
+    """Make the archive's sysconfig name the compilers of the root, without the flags of the machine that compiled it."""
     try:
         statements = ast.parse(data.read_text()).body
         (build,) = (ast.literal_eval(node.value) for node in statements if isinstance(node, ast.Assign))

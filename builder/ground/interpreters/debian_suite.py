@@ -1,4 +1,4 @@
-"""The Python of a Debian suite, unpacked from pinned packages and started by that suite's own loader."""
+"""The Python of a Debian suite, unpacked from pinned packages and started with that suite's loader."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from gracefarm.errors import ConfigError, RootError
 from gracefarm.files import remove_tree
 
 LAYOUT = 1
-"Raised when the same packages are laid out or launched in another way; enters the digest."
+"Raised when the layout or the launcher changes for the same packages; enters the digest."
 _LOADERS = {Arch.AARCH64: "ld-linux-aarch64.so.1", Arch.X86_64: "ld-linux-x86-64.so.2"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DebianInterpreter:
-    """An interpreter out of Debian packages."""
+    """An interpreter from Debian packages."""
 
     folder: Path
     python: str
@@ -38,7 +38,7 @@ class DebianInterpreter:
 
     @property
     def lock_file(self) -> Path:
-        """Every .deb by version and sha256."""
+        """The lock, with version and sha256 of every .deb."""
         return self.folder / "packages.lock"
 
     def _debs(self, arch: Arch) -> tuple[Deb, ...]:
@@ -46,7 +46,7 @@ class DebianInterpreter:
         if arch not in locked.archs or locked.suite != self.source.suite:
             raise ConfigError(
                 f"{self.lock_file} has no packages of {self.source.suite} for {arch}",
-                remedy="make the lock again",
+                remedy="write the lock again",
                 repeat=f"builder lock {self.name}",
             )
         return locked.archs[arch].packages
@@ -62,7 +62,7 @@ class DebianInterpreter:
         places = debian.fetch(debs, self.source.suite, self.name, settings, tick)
         with TemporaryDirectory(dir=folder.parent, prefix=".unpacked-") as name:
             whole = Path(name)
-            # Debian 13 has everything below usr/, but some links.
+            # Debian 13 has everything below usr/, except some links.
             for deb in debs:
                 debian.unpack(places[deb.sha256], whole, deb)
             for part in ("bin", "lib", "include"):
@@ -72,13 +72,13 @@ class DebianInterpreter:
         parts = (f"bin/python{self.python}", f"include/python{self.python}/Python.h")
         if absent := [part for part in parts if not (folder / part).is_file()]:
             raise RootError(
-                f"the packages of interpreter {self.name} hold no {absent[0]}",
-                remedy=f"correct packages in {self.folder / 'interpreter.toml'}",
+                f"the packages of interpreter {self.name} have no {absent[0]}",
+                remedy=f"correct `packages` in {self.folder / 'interpreter.toml'}",
                 repeat=f"builder lock {self.name}",
             )
         _one_header(folder / "include", f"python{self.python}", arch)
         for path in (folder / "lib" / f"python{self.python}").rglob("*"):
-            # sitecustomize.py leads to /etc.
+            # sitecustomize.py is a link to /etc.
             if path.name == "EXTERNALLY-MANAGED" or (path.is_symlink() and not path.exists()):
                 path.unlink()
 
@@ -88,10 +88,10 @@ class DebianInterpreter:
         return (f"{libraries}/{_LOADERS[arch]}", "--library-path", libraries, "--argv0", '"$0"', f"{prefix}/{program}")
 
     def lock(self, settings: Settings, tick: Tick) -> str:
-        """The text of a new packages.lock: apt's answer, from the suite as it is today, for each architecture.
+        """The text of a new packages.lock: apt's solution in the current suite, for each architecture.
 
         Raises:
-            HostError: no apt, keyring or mirror.
+            HostError: apt, the keyring or a mirror is missing.
             FetchError: the package lists cannot be fetched.
             RootError: apt finds no solution.
         """
@@ -109,7 +109,7 @@ class DebianInterpreter:
 
 
 def _leave_out(folder: Path, python: str, arch: Arch) -> None:
-    """Only what runs Python stays, and its headers: compilers take the C library's from the root."""
+    """Keep only files that Python needs to run, and its headers: compilers use the C library's headers from the root."""
     kept = {"include": {python, arch.triplet}, "lib": {python, arch.triplet}}
     for part, names in kept.items():
         for path in (folder / part).iterdir():
@@ -123,7 +123,7 @@ def _leave_out(folder: Path, python: str, arch: Arch) -> None:
 
 
 def _one_header(include: Path, python: str, arch: Arch) -> None:
-    """Replace the pyconfig.h that includes another one, from a folder that no compiler here searches, by that other one."""
+    """Replace pyconfig.h by the file that it includes, since compilers here do not search the folder of that file."""
     own = include / arch.triplet / python / "pyconfig.h"
     if own.is_file():
         (include / python / "pyconfig.h").write_bytes(own.read_bytes())

@@ -1,4 +1,4 @@
-"""An interpreter as the sandbox sees it: at /env/python, started by a launcher of the host where that is another machine."""
+"""An interpreter in the sandbox: at /env/python, started by a native launcher if host and target differ."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from gracefarm.files import atomic_directory, lock
 
 PREFIX = f"{INSIDE}/python"
 PROGRAM = "libexec/python"
-"The executable itself; a launcher may stand in bin/."
+"The executable; bin/ may have a launcher for it."
 
 
 def ensure(interpreter: Interpreter, host: Arch, target: Arch, root: Path, settings: Settings, tick: Tick) -> Path:
-    """The interpreter's folder, assembled if it is not there; any number of processes may ask, one assembles.
+    """The interpreter's folder; assembled if it does not exist. Several processes may call this: one assembles, others wait.
 
     Raises:
         ConfigError, FetchError, DigestError, RootError: see Interpreter.
@@ -29,7 +29,7 @@ def ensure(interpreter: Interpreter, host: Arch, target: Arch, root: Path, setti
     final = settings.home / "interpreters" / name
     if final.is_dir():
         return final / "python"
-    with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process assembles this")):
+    with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process is assembling this")):
         if not final.is_dir():
             native = None if host is target else ensure(interpreter, host, host, root, settings, tick)
             with atomic_directory(final) as environment:
@@ -43,7 +43,7 @@ def ensure(interpreter: Interpreter, host: Arch, target: Arch, root: Path, setti
 
 
 def native_python(interpreter: Interpreter, host: Arch, folder: Path) -> NativePython:
-    """The interpreter of the host, which byte-compiles for the target's."""
+    """The host's interpreter, which byte-compiles for the target's interpreter."""
     name = f"/build/bin/python{interpreter.python}"
     command = interpreter.command(host, "/build", PROGRAM)
     return NativePython(folder=folder, command=tuple(part.replace('"$0"', name) for part in command))
@@ -55,18 +55,18 @@ def executable(folder: Path) -> Path:
 
 
 def _launch(interpreter: Interpreter, host: Arch, target: Arch, folder: Path) -> None:
-    """bin/pythonX.Y starts the executable: under qemu where the host is another, so that the kernel need not know the target's
-    programs, and by the loader that the interpreter brings."""
+    """Write bin/pythonX.Y, which starts the executable with the interpreter's loader, and with qemu if host and target
+    differ, so that binfmt_misc is not required."""
     launcher = folder / "bin" / f"python{interpreter.python}"
     (folder / "libexec").mkdir(exist_ok=True)
     launcher.rename(folder / PROGRAM)
     command = interpreter.command(target, PREFIX, PROGRAM)
     if host is not target:
-        # -0: the name it was called by, from which Python finds its virtual environment; a loader is told by its own option.
+        # -0 sets argv[0], from which Python finds its virtual environment; a loader has its own option for it.
         called = () if '"$0"' in command else ("-0", '"$0"')
         command = (f"/usr/bin/qemu-{target}-static", *called, *command)
     if command == (f"{PREFIX}/{PROGRAM}",):
-        # As the archive has it: it finds what it needs from where it lies.
+        # A link: the executable finds its files relative to its own path.
         (folder / PROGRAM).rename(launcher)
         (folder / PROGRAM).symlink_to(f"../bin/{launcher.name}")
     else:
