@@ -1,1 +1,1 @@
-"""What `deploy up`, `serve` and `down` do, a noun a module; deploy/steps/order.py has the order."""
+"""The steps of `deploy up`, `serve` and `down`. deploy/steps/order.py has their order."""

@@ -1,6 +1,6 @@
-"""A cache on each node's own disk for the shared folder (cachefilesd, `fsc`): where it can be had, and measured there.
+"""A cache for the shared folder on each node's local disk (cachefilesd, `fsc`), where it is possible, with its speed.
 
-It makes the second start quick and is needed by nothing, so whatever prevents it is told as the reason, never as an error.
+The cache makes the second start faster. It is optional, so a node without it has a reason, not an error.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, NodeError, SshError
 
 SAMPLE = 1 << 30
-"Bytes that are read to measure."
+"Bytes to read for a measurement."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One node. `on`: it was there already; `done`: it is there now; `skipped`: not, and `text` says why."""
+    """The result of one node. `on`: the cache was already on; `done`: it is on now; `skipped`: `text` has the reason."""
 
     node: str
     outcome: Literal["on", "done", "skipped"]
@@ -35,27 +35,27 @@ class Row:
     cold: float | None = None
     "Bytes per second of the first read."
     warm: float | None = None
-    "Of the second, from the cache on disk, with the page cache dropped."
+    "Bytes per second of the second read, from the cache on disk, after dropping the page cache."
 
 
 class CacheStep(Step):
-    """The cache where it can be had."""
+    """Switches the cache on where it is possible."""
 
     name = "cache"
 
     def inputs(self, work: Work, looks: Looks) -> str:
-        """The share and the nodes."""
+        """The shared folder and the nodes."""
         return digest("cache", paths.share(work.deployment), work.inventory)
 
     def check(self, work: Work, record: StepRecord, looks: Looks) -> str | None:
-        """Mounted with the cache where it was."""
+        """Check that the shared folder is still mounted with the cache."""
         for node, seen in looks.items():
             if record.data["fsc"].get(node) and not (seen["share"] or {}).get("fsc"):
-                return f"{node} has mounted {paths.share(work.deployment)} without it"
+                return f"{paths.share(work.deployment)} is mounted without the cache on {node}"
         return None
 
     async def apply(self, work: Work, looks: Looks) -> Applied:
-        """Switch it on."""
+        """Switch the cache on."""
         rows = await switch_on(work.nodes, paths.share(work.deployment), work.console)
         reasons = dict.fromkeys(row.text for row in rows if row.outcome == "skipped")
         on = [row for row in rows if row.outcome != "skipped"]
@@ -67,7 +67,7 @@ class CacheStep(Step):
 
 
 async def measure_new(work: Work) -> bool:
-    """Measure it, once there are weights to measure it with: it is switched on while the share is empty."""
+    """Measure the cache when there are weights to read. It is switched on before there are any."""
     record = work.keeper.state.steps.get("cache")
     if record is None or record.outcome != "done" or not work.keeper.state.data("weights"):
         return False
@@ -84,7 +84,7 @@ async def measure_new(work: Work) -> bool:
 
 
 async def switch_on(targets: Sequence[RemoteNode], share: str, console: Console) -> list[Row]:
-    """The cache on every node that can have it, in the inventory's order.
+    """Switch the cache on where it is possible. The rows have the order of the nodes.
 
     Raises:
         SshError, NodeError: a node was not reached.
@@ -116,8 +116,8 @@ async def _node(node: RemoteNode, share: str, console: Console) -> Row:
         await call(node, "cache.write_fstab", {"text": new, "before": before})
     after = await call(node, "cache.remount", {"target": seen["target"]})
     if not after["fsc"]:
-        why = after["busy"] or "the kernel took the option and does not cache (FSC no in /proc/fs/nfsfs/volumes)"
-        text = f"{why}; the next mount has it" if after["busy"] else str(why)
+        why = after["busy"] or "the kernel accepted the option but does not cache (FSC is no in /proc/fs/nfsfs/volumes)"
+        text = f"{why}; the cache is on after the next mount" if after["busy"] else str(why)
         return Row(node=node.name, outcome="skipped", text=text)
     speed = await call(node, "cache.measure", {"share": share, "bytes": SAMPLE})
     return Row(
@@ -130,40 +130,40 @@ async def _node(node: RemoteNode, share: str, console: Console) -> Row:
 
 
 async def measure(targets: Sequence[RemoteNode], share: str) -> dict[str, Json]:
-    """One cold and one warm read on every node at once, of the largest file that is there.
+    """Read the largest file cold and warm, on every node in parallel.
 
-    A node that fails, or has nothing to read, is left out.
+    The result has no entry for a node that fails or has nothing to read.
     """
     good, _bad = await try_all(targets, lambda node: call(node, "cache.measure", {"share": share, "bytes": SAMPLE}))
     return {node: {key: speed[key] for key in ("path", "cold", "warm")} for node, speed in good.items() if speed["path"]}
 
 
 def why_not(seen: Json) -> str | None:
-    """Why a node cannot have the cache, from `cache.inspect`; None: it can, or has it."""
+    """Why a node cannot have the cache, from `cache.inspect`; None if it can."""
     kind = seen["kind"]
     if kind == "virtiofs":
-        return "virtiofs: the host caches it, and `fsc` is an option of NFS alone"
+        return "virtiofs: the host has its own cache, and `fsc` is an option of NFS only"
     if kind not in mounts.NFS:
-        return f"{kind}: `fsc` is an option of NFS alone"
+        return f"{kind}: `fsc` is an option of NFS only"
     if seen["fsc"]:
         return None
     if not seen["root"]:
-        return "it needs root, and sudo asks for a password on this node"
+        return "it requires root, but sudo asks for a password on this node"
     if not any(mounts.nfs_entry(line, seen["target"]) for line in seen["fstab"].splitlines()):
-        return f"{seen['target']} is not in /etc/fstab: whoever mounts it must say `fsc`"
+        return f"{seen['target']} is not in /etc/fstab: mount it with the option `fsc`"
     return None
 
 
 def difference(old: str, new: str) -> str:
-    """As `diff -u` writes it, without context; empty where nothing changes."""
+    """The difference in the format of `diff -u` without context; empty if there is none."""
     lines = difflib.unified_diff(old.splitlines(), new.splitlines(), "/etc/fstab", "/etc/fstab", lineterm="", n=0)
     return "\n".join(lines)
 
 
 def told(speed: Json) -> str:
-    """The measurement for people."""
+    """The measurement as text."""
     if not speed.get("path"):
-        return "; it is measured when the weights are there"
+        return "; its speed is measured when the weights are downloaded"
     if speed.get("cold") is None or speed.get("warm") is None:
-        return "; not measured: dropping the page cache needs root"
+        return "; its speed is not measured: dropping the page cache requires root"
     return f"; {speed['cold'] / 1e6:.0f} MB/s cold, {speed['warm'] / 1e6:.0f} MB/s from the cache on disk"

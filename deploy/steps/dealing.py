@@ -1,4 +1,4 @@
-"""Which files of a repository are weights to serve, and which node fetches and which verifies each: pure arithmetic."""
+"""Selects the files of a repository, and assigns each to a node that downloads it and a node that verifies it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from gracefarm.errors import DigestError
 
 SKIP = ("original/*", "*.pth", "*.pt", "*.gguf", ".gitattributes")
-"What an engine that reads safetensors never opens; Llama 3.1 405B has its weights a second time in original/."
+"Files that an engine with safetensors does not read. Llama 3.1 405B has a second copy of its weights in original/."
 
 
 class WeightsFile(BaseModel):
-    """A file of a repository at a commit. Large files (LFS, Xet) have a sha256, small ones git's blob id (sha1)."""
+    """A file of a repository at a commit. Large files (LFS, Xet) have a sha256, small ones the blob id of git (sha1)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -27,7 +27,7 @@ class WeightsFile(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What is to be there in the end: the pinned content of a model's folder."""
+    """The pinned content of a model's folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,16 +43,16 @@ class Manifest(BaseModel):
 
 
 def manifest(repo: str, commit: str, files: Iterable[Mapping[str, object]], *, skip: Sequence[str] = SKIP) -> Manifest:
-    """The manifest of a repository, without what `skip` (shell patterns over whole paths) names.
+    """The manifest of a repository, without files that match `skip` (shell patterns for the whole path).
 
     Raises:
-        DigestError: a file has no digest or a path that leaves its folder, so it cannot be verified.
+        DigestError: a file has no digest, or its path leaves the folder.
     """
     kept = [WeightsFile.model_validate(file) for file in files if not skipped(str(file["path"]), skip)]
     for file in kept:
         if not (file.sha256 or file.git):
             raise DigestError(
-                f"{repo}: the Hub gives no digest for {file.path}", remedy="use a Hub that serves files_metadata"
+                f"{repo}: the Hub has no digest for {file.path}", remedy="use a Hub that supports files_metadata"
             )
         if file.path.startswith("/") or ".." in file.path.split("/"):
             raise DigestError(f"{repo}: the path {file.path!r} leaves its folder", remedy="do not use this repository")
@@ -60,14 +60,14 @@ def manifest(repo: str, commit: str, files: Iterable[Mapping[str, object]], *, s
 
 
 def skipped(path: str, patterns: Sequence[str]) -> bool:
-    """`*.pth` is meant at any depth, `original/*` from the top."""
+    """Whether a path matches a pattern. `*.pth` matches at any depth, `original/*` only from the top."""
     return any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
 
 
 def deal(files: Iterable[WeightsFile], nodes: Sequence[str]) -> dict[str, list[WeightsFile]]:
-    """Largest file first, each to the node with the fewest bytes so far (LPT: at most 4/3 of the best, here within 5 %).
+    """Assign files to nodes: largest first, each to the node with the fewest bytes (LPT: at most 4/3 of the best, here 5 %).
 
-    Ties go by the order of `nodes`, so equal input gives an equal deal.
+    Ties are resolved by the order of `nodes`, so equal inputs give equal results.
     """
     heap = [(0, index) for index in range(len(nodes))]
     shares: dict[str, list[WeightsFile]] = {node: [] for node in nodes}
@@ -79,11 +79,11 @@ def deal(files: Iterable[WeightsFile], nodes: Sequence[str]) -> dict[str, list[W
 
 
 class Portion(BaseModel):
-    """One node's work in a round."""
+    """The work of one node in a round."""
 
     fetch: list[WeightsFile]
     verify: list[tuple[str, WeightsFile]]
-    "Who stages it, and what."
+    "Files to verify, with the node that downloads each."
 
 
 def rounds(
@@ -92,10 +92,10 @@ def rounds(
     ready: Mapping[str, Mapping[str, int]],
     nodes: Sequence[str],
 ) -> dict[str, Portion]:
-    """Who does what next: files that are verified need nothing, staged ones a verifier, all others a node that fetches them.
+    """The work of each node in the next round: verify the downloaded files, and download and verify the missing ones.
 
-    A file is verified by the node after its stager in the ring, so never by the stager itself unless there is one node alone.
-    What an absent node has staged is verified by the others.
+    A file is verified by the next node in the ring, so never by the node that downloaded it, unless there is only one node.
+    Files that an absent node has downloaded are verified by the others.
     """
     missing = {file.path: file for file in wanted.files if final.get(file.path) != file.size}
     shares = {node: Portion(fetch=[], verify=[]) for node in nodes}
@@ -118,7 +118,7 @@ def _after(stager: str, nodes: Sequence[str], path: str) -> str:
 
 
 def told(count: int) -> str:
-    """Bytes for people, as hubs and disks count them."""
+    """A number of bytes as text, in decimal units like the Hub."""
     for unit, name in ((10**9, "GB"), (10**6, "MB")):
         if count >= unit:
             return f"{count / unit:.1f} {name}"

@@ -1,7 +1,7 @@
-"""The engine: a detached job on the head, bound to loopback; ready when a real completion came back through SSH.
+"""Starts the engine as a detached job on the head, on its loopback. It is ready when it answers a completion through SSH.
 
-The port does not listen before the model is loaded, so a refused connection is the normal state of loading. /health of the
-engine says 200 for dead workers, so it is never asked: a completion of one token is (vllm#16259, #11996, #39863, #53157).
+The engine does not listen before the model is loaded, so connections are refused while it loads. Its /health returns 200 even
+with dead workers, so a completion of one token is requested instead (vllm#16259, #11996, #39863, #53157).
 """
 
 from __future__ import annotations
@@ -33,46 +33,46 @@ from gracefarm.console import Console
 from gracefarm.errors import EngineError, GracefarmError
 
 Nodes = Mapping[str, bool]
-"Node name to whether Ray says that it is alive; without Ray, whether the engine's part there runs."
+"Whether each node is alive according to Ray; without Ray, whether the engine runs on it."
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
-    """What is to run, and how long to wait."""
+    """The engine to start, and timeouts."""
 
     plan: ServePlan
     secrets: Mapping[str, str] = field(repr=False)
     "Values of the plan's secret_env."
     nodes: Callable[[], Awaitable[Nodes]]
-    "Ray's nodes, asked again now and then while it loads."
+    "Gets the state of the nodes. Called regularly while the engine loads."
     environment: str = ""
-    "The active environment's id; empty: not known, and not compared."
+    "Id of the active environment; empty: unknown, and not compared."
     load: float = 7200
-    "Seconds from the start to the first completion."
+    "Maximum seconds from the start to the first completion."
     canary: float = 120
-    "Seconds that one completion of one token may take."
+    "Maximum seconds of a completion of one token."
     poll: float = 2.0
     check: float = 30.0
-    "Seconds between two questions to Ray."
+    "Seconds between requests to Ray."
     settle: float = 30.0
-    "Seconds that Ray may take to find a node dead: 15 s after a raylet was killed."
+    "Maximum seconds until Ray reports a dead node. It took 15 s after a raylet was killed."
     last: Mapping[str, float] = field(default_factory=dict)
-    "Seconds of each phase, last time."
+    "Seconds of each phase of the last start."
 
     @property
     def plan_mark(self) -> str:
-        """What the engine carries, and by which it is known again."""
+        """The mark of the engine's processes."""
         return plan_mark(self.plan, self.environment)
 
     @property
     def key(self) -> str | None:
-        """What the engine wants as bearer."""
+        """The API key, for the bearer header."""
         return next((value for name, value in self.secrets.items() if name.endswith("API_KEY")), None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answering:
-    """It answers."""
+    """An engine that answers, and how it was started."""
 
     how: Literal["running", "attached", "started"]
     seconds: float
@@ -81,12 +81,12 @@ class Answering:
 
 
 def api_key(folder: Folder) -> str:
-    """The deployment's key, generated once."""
+    """The deployment's API key, generated once."""
     return ray.kept_secret(folder.api_key, "gf-" + secrets.token_urlsafe(32))
 
 
 def port(plan: ServePlan) -> int:
-    """Where it listens, on the head's loopback."""
+    """The port of the engine on the head's loopback."""
     return int(ray.option(plan.serve, "--port") or 2242)
 
 
@@ -98,7 +98,7 @@ def spec_of(
     last: Mapping[str, float],
     nodes: Callable[[], Awaitable[Nodes]] | None = None,
 ) -> EngineSpec:
-    """How a deployment's engine is started and asked. `last`: seconds of each phase, last time."""
+    """The engine of a deployment. `last`: seconds of each phase of the last start."""
     return EngineSpec(
         plan=plan,
         secrets=dict.fromkeys(plan.secret_env, api_key(deployment.folder)),
@@ -110,19 +110,19 @@ def spec_of(
 
 
 class EngineStep(ServingStep):
-    """The engine on the head."""
+    """Starts the engine."""
 
     name = "engine"
 
     async def apply(self, work: Work, looks: Looks) -> Applied:
-        """Start it, or attach to a start that was left, and wait for a completion (deploy/engine/canary.py asks for it)."""
+        """Start the engine or attach to an interrupted start, and wait for a completion (deploy/engine/canary.py)."""
         plan, head, state = work.made_plan, work.nodes[0], work.keeper.state
         cluster = ray.spec_of(work.deployment, plan, work.environment)
         parts = partial(parts_alive, work.fleet, plan) if plan.launcher == "native" else None
         spec = spec_of(work.deployment, plan, cluster, head, state.data("load"), parts)
         answering = await start_or_attach(work.fleet, head, spec, work.console)
         running = answering.how == "running"
-        if answering.how == "started":  # kept when the engine is stopped: the next start is measured by it
+        if answering.how == "started":  # kept when the engine is stopped, to estimate the next start
             work.keeper.begin("load", plan.id)
             work.keeper.end("load", "done", "seconds of each phase of the last start", dict(answering.phases))
         return Applied(
@@ -133,13 +133,13 @@ class EngineStep(ServingStep):
         )
 
     async def undo(self, work: Work) -> Undone:
-        """End it."""
+        """Stop the engine."""
         stopped = [(node, paths.ENGINE_JOB) for node in work.deployment.nodes]
         return await end_jobs(work, paths.ENGINE_JOB, grace=20, stopped=stopped)
 
 
 async def parts_alive(fleet: Fleet, plan: ServePlan) -> Nodes:
-    """Of each node but the head whether its part of an engine without Ray runs; the head's is the engine itself.
+    """Whether the engine runs on each node, for an engine without Ray. The head counts as alive.
 
     Raises:
         SshError, NodeError: a node was not reached.
@@ -151,12 +151,13 @@ async def parts_alive(fleet: Fleet, plan: ServePlan) -> Nodes:
 
 
 async def start_or_attach(fleet: Fleet, head: RemoteNode, spec: EngineSpec, console: Console) -> Answering:
-    """Start it unless it runs with this very plan and environment, and wait for a real completion; attach to a start that
-    somebody left.
+    """Start the engine unless it runs with this plan and environment, and wait for a completion.
+
+    If the engine is already loading, wait for it.
 
     Raises:
-        EngineError: it ended, with the first cause in its log; Ray lost a node; not ready within `spec.load` seconds;
-        ForwardingError: sshd would not let this machine ask it, so that nothing is started.
+        EngineError: the engine ended (with the first cause in its log), Ray lost a node, or it is not ready in time.
+        ForwardingError: the head's sshd forbids forwarding, so nothing is started.
     """
     (place,) = fleet.pick([head.name])
     await require_forwarding(fleet, place, port(spec.plan))
@@ -172,18 +173,18 @@ async def start_or_attach(fleet: Fleet, head: RemoteNode, spec: EngineSpec, cons
         if answer.kind == "ok":
             return Answering(how="running", seconds=answer.seconds, phases=spec.last, model=answer.model)
         if answer.kind == "refused":
-            console.step("engine", "it is loading already: following it")
+            console.step("engine", "already loading: waiting for it")
         else:
-            console.step("engine", f"it runs and makes no token ({answer.text}): starting it anew")
+            console.step("engine", f"running, but it generates no tokens ({answer.text}): restarting it")
             same = False
     elif not left and seen["holders"]:
         who = next(iter(seen["holders"].values()))
         raise EngineError(
-            f"{head.name}: port {port(spec.plan)} is held by {who}, which is not of this deployment",
-            remedy="end it there, or choose another `engine` in [ports] of deploy.toml",
+            f"{head.name}: port {port(spec.plan)} is used by {who}, which does not belong to this deployment",
+            remedy="stop that process, or set another port for engine in [ports] of deploy.toml",
         )
     elif left:
-        console.step("engine", "stopping the one that runs with another plan or environment")
+        console.step("engine", "stopping the engine of another plan or environment")
     if not same:
         await asyncio.gather(*(stop_job(fleet, node, paths.ENGINE_JOB, grace=30) for node in (place, *followers)))
         env = {**spec.plan.serve_env, PLAN_MARK: spec.plan_mark}
@@ -194,7 +195,7 @@ async def start_or_attach(fleet: Fleet, head: RemoteNode, spec: EngineSpec, cons
 
 
 async def _ask_running(fleet: Fleet, place: Node, spec: EngineSpec) -> Reply:
-    """A completion from an engine that runs; while it makes tokens for others it counts as answering."""
+    """Request a completion from a running engine. An engine that generates tokens for others counts as answering."""
     async with forward_local(fleet, place, 0, port(spec.plan)) as local:
         before = await metrics.scrape(local)
         answer = await _ask(local, spec)
@@ -206,7 +207,7 @@ async def _ask_running(fleet: Fleet, place: Node, spec: EngineSpec) -> Reply:
 async def _ask(local: int, spec: EngineSpec) -> Reply:
     answer = await ask_one_token(local, spec.key, spec.canary)
     if answer.kind == "denied":
-        raise EngineError("the engine refuses this deployment's key", remedy="`deploy down`, then `deploy serve`")
+        raise EngineError("the engine refuses this deployment's key", remedy="run `deploy down`, then `deploy serve`")
     return answer
 
 
@@ -252,7 +253,7 @@ async def _watch(
 
 
 async def _alive(spec: EngineSpec) -> Nodes:
-    """Ray's nodes; nothing where it does not answer just now, which is for the engine to notice."""
+    """The state of the nodes; empty if Ray does not answer. If Ray is lost, the engine fails by itself."""
     with suppress(GracefarmError):
         return await spec.nodes()
     return {}
@@ -267,7 +268,7 @@ def _left(progress: Progress, spec: EngineSpec) -> str:
 
 
 def _warned(progress: Progress, spec: EngineSpec, console: Console, before: str) -> str:
-    """The phase that was warned of last: each that takes far too long is told once."""
+    """Warn once for each phase that takes far too long. Return the phase of the last warning."""
     if progress.phase == before or not progress.overdue(spec.last):
         return before
     console.warn(_slow(progress, spec))
@@ -275,13 +276,13 @@ def _warned(progress: Progress, spec: EngineSpec, console: Console, before: str)
 
 
 def _slow(progress: Progress, spec: EngineSpec) -> str:
-    """A phase that hangs says nothing: neither an error nor progress."""
+    """The warning about a phase that may hang."""
     last = no_cause(progress.lines).line
-    said = f"; the last line of its log: {last[:200]}" if last else ""
+    line = f"; the last line of its log: {last[:200]}" if last else ""
     usual = progress.usual(spec.last) or 0.0
     return (
-        f"the engine is {progress.phase} for {progress.elapsed():.0f} s, usually {usual:.0f} s{said}. It may hang: "
-        "`deploy preflight` tries the nodes and the network between them, `deploy collect` has the stack of each rank"
+        f"the engine has been {progress.phase} for {progress.elapsed():.0f} s, usually {usual:.0f} s{line}. It may hang: "
+        "`deploy preflight` checks the nodes and their network, `deploy collect` collects the stack of each rank"
     )
 
 
@@ -291,15 +292,15 @@ def _text(progress: Progress, spec: EngineSpec) -> str:
 
 
 async def _give_up(fleet: Fleet, place: Node, spec: EngineSpec, progress: Progress) -> None:
-    if progress.phase == PHASES[-1]:  # it says that it is ready: what is not reached is not stopped
+    if progress.phase == PHASES[-1]:  # the engine is ready but not reachable, so it is not stopped
         raise EngineError(
-            f"no completion after {spec.load:g} s, though the engine's log says that it listens; it runs on",
-            remedy="`deploy status` tells why; `deploy logs` shows its log",
+            f"no completion after {spec.load:g} s, but the engine's log says that it listens; it is still running",
+            remedy="find the reason with `deploy status`, and read its log with `deploy logs`",
         )
     await stop_job(fleet, place, paths.ENGINE_JOB)
     raise EngineError(
-        f"no completion after {spec.load:g} s; it was {progress.phase} for {progress.elapsed():.0f} s and was stopped",
-        remedy="`deploy logs` shows how far it came; load_timeout in [options] where it only needs longer",
+        f"no completion after {spec.load:g} s; the engine was {progress.phase} for {progress.elapsed():.0f} s and was stopped",
+        remedy="read its log with `deploy logs`; if it only needs more time, increase load_timeout in [options]",
     )
 
 
@@ -310,12 +311,12 @@ async def _lost(fleet: Fleet, place: Node, spec: EngineSpec, nodes: Nodes, progr
         await stop_job(fleet, place, paths.ENGINE_JOB)
         raise EngineError(
             f"{spec.plan.lost(dead)} while the engine was {progress.phase}; the engine was stopped{cause}",
-            remedy="`deploy preflight` says what that node lacks; `deploy serve` starts everything there again",
+            remedy="check the node with `deploy preflight`, then restart with `deploy serve`",
         )
 
 
 async def _cause_there(fleet: Fleet, spec: EngineSpec, names: Sequence[str]) -> str:
-    """Why a part of an engine without Ray ended, by its own log."""
+    """Why an engine without Ray ended on the first of these nodes, from its log."""
     if spec.plan.launcher == "ray":
         return ""
     place, lines = fleet.pick(names[:1])[0], list[str]()
@@ -326,14 +327,14 @@ async def _cause_there(fleet: Fleet, spec: EngineSpec, names: Sequence[str]) -> 
 
 
 async def _ended(spec: EngineSpec, status: JobStatus, progress: Progress) -> EngineError:
-    """Its end as an error with the first cause; where that is no more than a dead worker, with the node that Ray lost."""
+    """The error for the end of the engine, with the first cause. If a worker died, also with the node that Ray lost."""
     names = {node.private: node.name for node in spec.plan.nodes}
     cause = first_cause(progress.lines, names, returncode=status.returncode)
-    how = {"exited": f"ended with {status.returncode}", "stopped": "was stopped by another command"}.get(
+    how = {"exited": f"exited with code {status.returncode}", "stopped": "was stopped by another command"}.get(
         status.state, "was killed"
     )
     if status.state != "exited" and cause.kind in ("unknown", "none"):
-        return EngineError(f"the engine {how} while {progress.phase}", remedy="repeat the command; `deploy logs` shows more")
+        return EngineError(f"the engine {how} while {progress.phase}", remedy="repeat the command, or see `deploy logs`")
     if cause.kind == "none":
         return EngineError(f"the engine {how}: {cause.text}", remedy=cause.remedy)
     dead = await _dead(spec) if cause.consequence else []
@@ -342,7 +343,7 @@ async def _ended(spec: EngineSpec, status: JobStatus, progress: Progress) -> Eng
 
 
 async def _dead(spec: EngineSpec) -> list[str]:
-    """Nodes that Ray has lost; it may take a while to find that out after the engine did."""
+    """Nodes that Ray has lost. Ray may report them some seconds after the engine has ended."""
     deadline = time.monotonic() + spec.settle
     while True:
         dead = [name for name, alive in (await _alive(spec)).items() if not alive]

@@ -1,4 +1,4 @@
-"""The environment as an artifact: named by its content, built once, proven on every node, switched, rolled back, collected."""
+"""Environments: named by their content, built once, tested on every node, activated, rolled back, garbage-collected."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from gracefarm.errors import ConfigError, InstallError
 from gracefarm.settings import SharedSettings
 
 SCHEMA = 1
-"Part of every id: another way of building is another environment."
+"Part of every id. Increase it when environments are built in a different way."
 JOBS = "build-"
-"How the names of the detached jobs begin, one for each link."
+"Prefix of the names of the detached jobs. There is one job for each link."
 PythonSource = Literal["system", "managed", "conda"]
 
 
 class Module(BaseModel):
-    """One import of the matrix; `gpu`: skipped, with the reason, where no GPU can be used."""
+    """One import of the matrix. `gpu`: skipped, with the reason, on nodes without a usable GPU."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     module: str
     gpu: bool = False
     code: str | None = None
-    "Instead of `import MODULE`."
+    "Code to run instead of `import MODULE`."
 
 
 class Matrix(BaseModel):
-    """What must work on every node before an engine's environment becomes active."""
+    """Imports and commands that must work on every node before the environment of an engine is activated."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -54,74 +54,74 @@ class Matrix(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class EnvironmentSpec:
-    """An environment to be had."""
+    """A requested environment."""
 
     root: str
-    "Our folder on the shared file system."
+    "Folder of the environments on the shared file system."
     lock: str
     "Text of requirements.lock: every wheel with its sha256."
     index: str | None
-    "Simple API that serves them; None: what uv on the node takes by itself."
+    "Simple API that serves the wheels; None: the default index of uv."
     python: str = "3.11"
     source: PythonSource = "system"
     mirror: str | None = None
-    "Of managed Pythons; None: where uv takes them from by itself."
+    "Mirror of managed Pythons; None: the default of uv."
     engine: str = "aphrodite"
     link: Literal["env", "download"] = "env"
     set_name: str = ""
     seconds: float = 600
-    "For each import: the first one over a network file system is slow."
+    "Timeout of each import. The first one over a network file system is slow."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """What was done: its id, whether it was built now and whether it became active now."""
+    """The result: the id, whether the environment was built now, and whether it was activated now."""
 
     id: str
     built: bool
     switched: bool
     rows: Mapping[str, Sequence[Json]]
-    "Node to the rows of its import matrix."
+    "Rows of the import matrix by node."
 
 
 def matrix(engine: str) -> Matrix:
     """The modules and commands of an engine (deploy/data/imports.toml).
 
     Raises:
-        ConfigError: the engine is not known there.
+        ConfigError: the engine has no entry there.
     """
     table = tomllib.loads((resources.files("deploy") / "data" / "imports.toml").read_text())
     if engine not in table:
-        raise ConfigError(f"no import matrix for engine {engine!r}", remedy=f"known: {', '.join(sorted(table))}")
+        raise ConfigError(f"no import matrix for the engine {engine!r}", remedy=f"use one of {', '.join(sorted(table))}")
     return Matrix.model_validate(table[engine])
 
 
 def identity(lock: str, *, python: str, source: str, machine: str) -> str:
-    """The name of an environment: its pins and digests, its Python and its machine; comments and order do not enter it."""
-    lines = sorted(pin.text for pin in pins.parse(lock, "the lock", remedy="every line needs --hash=sha256:…"))
+    """The id of an environment, from its pins, digests, Python and architecture. Comments and order of pins are ignored."""
+    lines = sorted(pin.text for pin in pins.parse(lock, "the lock", remedy="add --hash=sha256:… to every line"))
     content = json.dumps([SCHEMA, lines, python, source, machine])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def spec_of(work: Work) -> EnvironmentSpec:
-    """The environment that serves. Raises ConfigError, FetchError: there is no lock, or one without the engine."""
+    """The environment that serves. Raises ConfigError, FetchError if there is no lock, or it does not have the engine."""
     lock = setlock.lock_text(work.deployment, work.console)
     setlock.require_engine(work.deployment, lock)
     return spec_with_lock(work, lock, engine=work.deployment.matrix, link="env", set_name=work.deployment.data.set)
 
 
 def spec_with_lock(work: Work, lock: str, *, engine: str, link: Literal["env", "download"], set_name: str) -> EnvironmentSpec:
-    """An environment of this deployment: its folder, index and Python are those of deploy.toml.
+    """An environment with this lock, and with the folder, index and Python of deploy.toml.
 
     Raises:
-        ConfigError: uv is to bring a Python whose digest is not pinned.
+        ConfigError: the version of the managed Python is not pinned.
     """
     data = work.deployment.data
     brought = str(pinned()["python"])
     if data.python == "managed" and not brought.startswith(f"{data.python_version}."):
         raise ConfigError(
-            f"uv brings Python {brought} alone, and deploy.toml asks for {data.python_version}",
-            remedy='set python = "system" where every node has it, or "conda"',
+            f"deploy.toml requires Python {data.python_version}, but uv installs only {brought}",
+            remedy='set python = "system" if every node has this version, or python = "conda"',
         )
     return EnvironmentSpec(
         root=work.environment_root,
@@ -147,21 +147,21 @@ class EnvironmentStep(Step):
         return digest("environment", spec.root, spec.lock, spec.index, spec.python, spec.source, spec.engine, work.inventory)
 
     def check(self, work: Work, record: StepRecord, looks: Looks) -> str | None:
-        """Active everywhere."""
+        """Check that the environment is active on all nodes."""
         for node, seen in looks.items():
             if seen["environments"].get("env") != record.data["id"]:
-                return f"{node} does not see it, or another one is active"
+                return f"it is not active on {node}"
         return None
 
     async def apply(self, work: Work, looks: Looks) -> Applied:
-        """Build, prove, switch."""
+        """Build, test and activate the environment."""
         built = await build_and_activate(work.nodes, spec_of(work), work.settings, work.console)
         count = sum("error" not in row and "skipped" not in row for rows in built.rows.values() for row in rows)
         text = f"{built.id[:12]} is active, {count} imports on {len(built.rows)} nodes"
         return Applied(text=text, now="built now" if built.built else "", data={"id": built.id})
 
     async def undo(self, work: Work) -> Undone:
-        """End builds, and remove what they had half made; the environment stays."""
+        """Stop builds and remove their partial files. The active environment stays."""
         ended, failed = await end_jobs(work, JOBS, grace=20)
         head = work.nodes[0]
         if head.name not in failed and work.deployment.data.share is not None:
@@ -171,10 +171,10 @@ class EnvironmentStep(Step):
 
 
 async def claim(work: Work) -> None:
-    """The environments below this deployment's name are its own: another of the same name would switch them under it.
+    """Claim the folder of this deployment's environments, so that another deployment of this name cannot change them.
 
     Raises:
-        ConfigError: another deployment on this share has the name.
+        ConfigError: another deployment on this shared folder has the same name.
     """
     owner = (await call(work.nodes[0], "environment.claim", {"root": work.environment_root, "owner": work.fleet.mark}))[
         "owner"
@@ -182,8 +182,9 @@ async def claim(work: Work) -> None:
     if owner != work.fleet.mark:
         share, name, root = paths.share(work.deployment), work.deployment.name, work.environment_root
         raise ConfigError(
-            f"another deployment on {share} is called {name}: {root} is of {owner}, this one is {work.fleet.mark}",
-            remedy=f'name = "…" in deploy.toml; or, where that one is gone for good: `deploy run -k head -- rm {root}/owner`',
+            f"another deployment on {share} has the name {name}: {root} belongs to {owner}, this one is {work.fleet.mark}",
+            remedy="set another name in deploy.toml; if the other deployment does not exist anymore, run "
+            f"`deploy run -k head -- rm {root}/owner`",
         )
 
 
@@ -204,12 +205,12 @@ async def roll_back(work: Work) -> Json:
 async def build_and_activate(
     targets: Sequence[RemoteNode], spec: EnvironmentSpec, settings: SharedSettings, console: Console
 ) -> Built:
-    """Build it on the first node unless it is there, import it on all, and only then make it active.
+    """Build the environment on the first node unless it exists, test it on all nodes, and then activate it.
 
     Raises:
-        InstallError: the index lacks a file, or a node cannot import what was built: the active one stays.
-        DigestError: the index gave other bytes than the lock names.
-        HostError: a node does not see the environment, or has no such Python.
+        InstallError: a file is missing on the index, or an import fails on a node. The active environment is not changed.
+        DigestError: a file on the index has another digest than in the lock.
+        HostError: a node does not see the environment, or does not have this Python.
     """
     head = targets[0]
     wanted = str(pinned()["python"]) if spec.source == "managed" else spec.python
@@ -243,10 +244,10 @@ async def build_and_activate(
 
 
 async def prove(targets: Sequence[RemoteNode], folder: str, wanted: Matrix, seconds: float) -> dict[str, list[Json]]:
-    """Every import and command on every node.
+    """Run every import and command on every node.
 
     Raises:
-        InstallError: with every node and module that failed.
+        InstallError: some failed; with the nodes and modules.
     """
 
     request = {
@@ -260,21 +261,21 @@ async def prove(targets: Sequence[RemoteNode], folder: str, wanted: Matrix, seco
     bad = [f"{node}: {row['name']}: {row['error']}" for node, tried in rows.items() for row in tried if "error" in row]
     if bad:
         raise InstallError(
-            f"the environment does not work everywhere: {'; '.join(bad[:4])}" + ("; …" if len(bad) > 4 else ""),
-            remedy="it was not made active; `deploy env matrix` shows every row, and `deploy preflight` what a node lacks",
+            f"the environment does not work on all nodes: {'; '.join(bad[:4])}" + ("; …" if len(bad) > 4 else ""),
+            remedy="it was not activated; run `deploy env matrix` for all results, and `deploy preflight` to check the nodes",
         )
     return rows
 
 
 async def listing(targets: Sequence[RemoteNode], root: str) -> Json:
-    """Finished environments, newest first; half-built ones."""
+    """List the complete environments, newest first, and the partial ones."""
     return await call(targets[0], "environment.listing", {"root": root})
 
 
 async def collect(targets: Sequence[RemoteNode], root: str, *, keep: int = 2, grace: float = 3600) -> Json:
-    """Remove old environments that no process on any node runs from. A node that cannot be asked stops it.
+    """Remove old environments that no process on any node uses. Fails if a node cannot be reached.
 
-    `keep`: generations that stay for a roll-back; `grace`: seconds for which a new one stays though it is not active yet.
+    `keep`: number of generations to keep for a rollback. `grace`: seconds to keep a new environment that is not active yet.
     """
     answers = await on_all(targets, lambda node: call(node, "environment.users", {"root": root}))
     used = sorted({identifier for answer in answers.values() for identifier in answer["used"]})
@@ -285,4 +286,4 @@ def _tell(console: Console, node: str, event: Json) -> None:
     if event["event"] == "step":
         console.step("env", f"{node}: {event['text']}")
     elif event["event"] == "wait":
-        console.step("wait", f"{node}: it is being built already ({event['owner']}); waiting for it")
+        console.step("wait", f"{node}: another process builds this environment ({event['owner']}); waiting for it")

@@ -1,8 +1,8 @@
-"""The order of the steps of `up`, `serve` and `down`: look at every node once, do what is missing, remember what was done.
+"""The order of the steps of `up`, `serve` and `down`: check every node once, do what is missing, store what was done.
 
-A step that the state calls done is done again only when what it depends on has changed, or when the look denies it.
-What runs long on the nodes survives this process and every cut: builds of environments, downloads, Ray and the engine are
-detached jobs with the deployment's mark; the same command finds them again, and `down` ends them.
+A step that is done in the state is repeated only if its inputs have changed, or if the check finds its results missing.
+Builds of environments, downloads, Ray and the engine are detached jobs with the deployment's mark. They continue without this
+process and without a connection. The same command finds them again, and `down` stops them.
 """
 
 from __future__ import annotations
@@ -26,48 +26,48 @@ from deploy.steps.weights import WeightsStep
 from gracefarm.errors import GracefarmError, UsageError
 
 Lane = tuple[Step, ...]
-"Steps one after the other. The last one gives it its name on the command line."
+"Steps that run in sequence. The name of the last one is the name of the lane on the command line."
 FIRST: tuple[Lane, ...] = ((PreflightStep(),), (CacheStep(),))
 TOGETHER: tuple[Lane, ...] = ((EnvironmentStep(),), (DownloadStep(), WeightsStep()))
 LAST: tuple[Lane, ...] = ((ProofStep(),),)
 UP = tuple(lane[-1].name for lane in (*FIRST, *TOGETHER, *LAST))
-"Lanes of `up`, in their order; environment and weights go side by side."
+"Lanes of `up` in order. Environment and weights run in parallel."
 RAY, ENGINE = RayStep(), EngineStep()
 SERVE = (RAY.name, ENGINE.name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepChoice:
-    """What a person wants done otherwise."""
+    """Steps that the user wants to repeat or skip."""
 
     start: str | None = None
-    "Steps from this one on are done again, whatever the state says."
+    "Repeat this step and all later ones, even if the state says that they are done."
     skip: Collection[str] = ()
 
     def check(self, known: Sequence[str] = UP) -> None:
-        """Raises UsageError: no such step."""
+        """Check the names of the steps. Raises UsageError."""
         for name in (*([self.start] if self.start else []), *self.skip):
             if name not in known:
-                raise UsageError(f"no step {name!r}", remedy=f"there are: {', '.join(known)}")
+                raise UsageError(f"unknown step {name!r}", remedy=f"the steps are: {', '.join(known)}")
 
     def wants(self, lane: Lane) -> bool:
-        """It is not to be left out."""
+        """True if the lane is not skipped."""
         return lane[-1].name not in self.skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """What answers, and how it was reached."""
+    """The plan that is served, and the result of starting the engine."""
 
     plan: ServePlan
     engine: Applied
 
 
 async def up(work: Work, choice: StepChoice | None = None) -> bool:
-    """Everything that serving needs, on every node; returns whether anything was done.
+    """Prepare every node for serving. Return whether anything was done.
 
     Raises:
-        GracefarmError: the first step that failed; what was done before it stays done.
+        GracefarmError: a step failed. The steps before it stay done.
     """
     chosen = choice or StepChoice()
     chosen.check()
@@ -77,12 +77,12 @@ async def up(work: Work, choice: StepChoice | None = None) -> bool:
     changed = False
     for lane in filter(chosen.wants, FIRST):
         changed = await perform_all(lane, work, looks) or changed
-    # No step of its own: the state of older deployments does not know it, and it has to come before all lanes that follow.
+    # This is not a step, since the state of older deployments does not have it, and it must precede all other lanes.
     if any(seen.get("owner") != work.fleet.mark for seen in looks.values()):
         await environment.claim(work)
     lanes = {lane[-1].name: perform_all(lane, work, looks) for lane in TOGETHER if chosen.wants(lane)}
     changed = await side_by_side(work.console, lanes) or changed
-    # It completes the record of the step `cache`, which was done when there was no file yet to measure with.
+    # This completes the record of the step `cache`, which ran before there was a file to measure with.
     if CacheStep.name not in chosen.skip:
         changed = await cache.measure_new(work) or changed
     for lane in filter(chosen.wants, LAST):
@@ -91,10 +91,10 @@ async def up(work: Work, choice: StepChoice | None = None) -> bool:
 
 
 async def serve(work: Work) -> Served:
-    """Ray and the engine by the plan, from the environment that is active now; nothing is started twice.
+    """Start Ray and the engine of the plan, from the active environment. Processes that already run are not started again.
 
     Raises:
-        EngineError: with the first cause. Ray stays as it is when the engine fails; `down` ends both.
+        EngineError: with the first cause. Ray continues to run if the engine fails; `down` stops both.
     """
     plan = await served_plan.plan_of(work)
     seen = await ask_briefly(work.nodes[0], {"prefix": processes.NO_MARK, "root": work.environment_root})
@@ -106,12 +106,18 @@ async def serve(work: Work) -> Served:
 
 
 async def down(work: Work, *, keep_ray: bool = False) -> dict[str, int]:
-    """End the engine, then Ray, look that nothing of ours is left, and remove the secrets; node to how many processes ended.
+    """Stop the engine, then Ray, check that none of our processes is left, and remove the secrets.
+
+    Returns:
+        Number of stopped processes by node.
 
     Raises:
-        NodeError: something is left; SshError: a node was not reached. After everything on all others was stopped.
+        NodeError, SshError: after all other nodes are done: a process could not be stopped, or a node was not reached.
     """
-    before_ray = (ENGINE, *(step for lane in (*FIRST, *TOGETHER, *LAST) for step in lane))  # they clean up behind themselves
+    before_ray = (
+        ENGINE,
+        *(step for lane in (*FIRST, *TOGETHER, *LAST) for step in lane),
+    )  # stopped before Ray, since they remove their own files
     ended: dict[str, int] = {}
     failed: dict[str, GracefarmError] = {}
     for steps in ((ENGINE,),) if keep_ray else (before_ray, (RAY,)):
@@ -127,12 +133,12 @@ async def down(work: Work, *, keep_ray: bool = False) -> dict[str, int]:
 
 
 def unfinished(failed: Mapping[str, GracefarmError], ended: Mapping[str, int], of: int) -> GracefarmError:
-    """Why `down` is not over: what failed where, what was ended on the others, and that it is to be repeated."""
+    """The error of an incomplete `down`: what failed on which nodes, and what was stopped on the others."""
     error = combined_error(failed, of)
     others = [f"{node} ({count})" for node, count in ended.items() if node not in failed and count]
     clean = [node for node in ended if node not in failed]
-    done = f"ended on the others: {', '.join(others)} processes" if others else "nothing ran on the others"
-    done = done if clean else "nothing could be ended"
+    done = f"stopped on the others: {', '.join(others)} processes" if others else "nothing was running on the others"
+    done = done if clean else "nothing could be stopped"
     away = ", ".join(failed)
-    remedy = f"repeat `deploy down` for {away}: what ran there may still run, and cost; {error.remedy}"
+    remedy = f"repeat `deploy down`, since processes on {away} may still run and cost; {error.remedy}"
     return type(error)(f"{error.cause}; {done}", remedy=remedy, repeat="deploy down")

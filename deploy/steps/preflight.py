@@ -1,4 +1,4 @@
-"""Ask every node, let every pair talk, judge: nothing is changed on a node but a nonce, which is removed again."""
+"""Checks every node and the network between all pairs of nodes. The only change on a node is a nonce, which is removed."""
 
 from __future__ import annotations
 
@@ -29,66 +29,66 @@ ORDER = (
     *("cuda", "memory", "pages", "libstdc++", "shm", "limits", "gloo", "nccl"),
 )
 KNOCK = 3.0
-"Seconds in which a port that is open to everybody answers."
+"Seconds to wait for an answer of a port that should not be reachable."
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreflightSpec:
-    """What is asked."""
+    """The input of the checks."""
 
     share: str | None
     root: str | None
-    "Where our folders are on the shared folder; its `env` is the active environment."
+    "The folder of the environments; its `env` is the active one."
     ports: Sequence[int]
-    "TCP ports that every node must have free and every other node must reach."
+    "TCP ports that must be free on every node and reachable from every other node."
     collective_port: int
     loopback: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    "Node to ports that it must have free on its loopback."
+    "Ports that must be free on the loopback, by node."
     ours: Sequence[str] = ()
     rehearsal: bool = False
     public: Mapping[str, str] = field(default_factory=dict)
-    "Node to the public address that ssh reaches it by: Ray's ports are tried there from here, where Ray asks for no token."
+    "Public address for ssh, by node. If Ray has no token, this machine tries to reach Ray's ports there."
     ray_ports: Sequence[int] = ()
     python: str = "system"
-    "What environments are to stand on, as deploy.toml says."
-    local: str = "/tmp"  # noqa: S108 - looked at, not used
-    "The deployment's folder on each node's own disk; {user} and {node} are replaced."
+    "Python of the environments, from deploy.toml."
+    local: str = "/tmp"  # noqa: S108 - only checked, not used
+    "The deployment's folder on each node's local disk; {user} and {node} are replaced."
     seconds: float = 15
-    "How long pairs wait for each other."
+    "How long the nodes of a pair wait for each other."
 
 
 def boots(looks: Looks) -> dict[str, str]:
-    """Node to the boot that it runs since."""
+    """The boot id of each node."""
     return {node: str(seen["boot"]) for node, seen in looks.items()}
 
 
 def _mounted(seen: Json) -> str | None:
-    """What the share lies on; an empty mount point stays when a mount goes."""
+    """Kind and source of the shared folder's file system. It changes if the mount is lost and only its mount point is left."""
     return f"{seen['share']['kind']} {seen['share']['source']}" if seen["share"] else None
 
 
 class PreflightStep(Step):
-    """Every check, before anything is brought."""
+    """Runs every check, before anything is downloaded."""
 
     name = "preflight"
 
     def inputs(self, work: Work, looks: Looks) -> str:
-        """The nodes, the share and the ports."""
+        """The nodes, the shared folder and the ports."""
         data = work.deployment.data
         return digest("preflight", work.inventory, data.share, data.ports.model_dump(), data.options.rehearsal, data.python)
 
     def check(self, work: Work, record: StepRecord, looks: Looks) -> str | None:
-        """The same boots and the same share as then."""
+        """Check that no node was rebooted and the shared folder is still mounted."""
         share = work.deployment.data.share
         for node, seen in looks.items():
             if share and _mounted(seen) != record.data.get("shares", {}).get(node):
-                return f"{node} has lost {share}, or has another one there"
+                return f"{share} is not mounted on {node}, or from another source"
             if record.data["boots"].get(node) != seen["boot"]:
-                return f"{node} was started again"
+                return f"{node} was rebooted"
         return None
 
     async def apply(self, work: Work, looks: Looks) -> Applied:
-        """Ask and judge."""
+        """Run the checks."""
         cells = without_ours(await cells_of(work, looks), looks)
         tell(work.console, cells)
         require(cells)
@@ -97,13 +97,16 @@ class PreflightStep(Step):
 
 
 async def cells_of(work: Work, looks: Looks) -> list[NodeCheck]:
-    """Every check on every node and pair."""
+    """The results of all checks on every node and pair."""
     cells = await run(work.nodes, spec_of(work.deployment, looks))
     return [*await tunnel(work), *cells]
 
 
 def tell(console: Console, cells: Sequence[NodeCheck], told: Collection[str] = ()) -> None:
-    """Warn of what is not green, but of yellow cells of the checks in `told`, and of the first red one: that is the error."""
+    """Print a warning for each cell that is not green.
+
+    Not printed are the first red cell, which becomes the error, and yellow cells of the checks in `told`.
+    """
     error = next((cell for cell in cells if cell.status == "bad"), None)
     nodes_of: dict[str, list[str]] = {}
     for cell in cells:
@@ -115,29 +118,29 @@ def tell(console: Console, cells: Sequence[NodeCheck], told: Collection[str] = (
 
 
 async def tunnel(work: Work) -> list[NodeCheck]:
-    """Whether the head's sshd lets this machine through to its loopback, where the engine listens; nothing: not entered."""
+    """Check that the head's sshd forwards to the engine's port. The result is empty if the head cannot be reached."""
     head = work.deployment.head
     try:
         await require_forwarding(work.fleet, head, work.deployment.data.ports.engine)
     except ForwardingError as error:
         return [NodeCheck(check="tunnel", node=head.name, status="bad", text=error.cause, remedy=error.remedy)]
     except GracefarmError:
-        return []  # its row `reach` says why
-    return [NodeCheck(check="tunnel", node=head.name, status="ok", text="its sshd forwards to the engine's port")]
+        return []  # the check `reach` has the reason
+    return [NodeCheck(check="tunnel", node=head.name, status="ok", text="sshd forwards to the engine's port")]
 
 
 def without_ours(cells: Sequence[NodeCheck], looks: Looks) -> list[NodeCheck]:
-    """Where our own cluster runs it may hold the GPUs' memory."""
+    """The cells without checks of the GPUs' memory, if our own cluster is running and uses it."""
     running = any(raylet(seen) for seen in looks.values())
     return [cell for cell in cells if not (running and cell.check in ("memory", "nccl"))]
 
 
 def spec_of(deployment: Deployment, looks: Looks) -> PreflightSpec:
-    """What a deployment asks of its nodes."""
+    """The checks of a deployment."""
     data, ports = deployment.data, deployment.data.ports
     running = any(raylet(seen) for seen in looks.values())
     of_ray = (ports.ray, ports.object_manager, ports.node_manager, ports.agent, ports.agent_grpc, ports.metrics)
-    # Workers take a thousand ports: what lets the ends and the middle through lets the others through.
+    # Workers use a thousand ports. Only the first, the middle and the last one are tried.
     workers = (ports.workers_from, (ports.workers_from + ports.workers_to) // 2, ports.workers_to)
     return PreflightSpec(
         share=data.share,
@@ -155,7 +158,7 @@ def spec_of(deployment: Deployment, looks: Looks) -> PreflightSpec:
 
 
 def public(deployment: Deployment) -> dict[str, str]:
-    """Nodes that ssh reaches directly by an address of the internet, a host name's among them."""
+    """Nodes that ssh reaches directly at a public address, by address or host name."""
     addresses = {}
     for node in deployment.nodes:
         with suppress(OSError):
@@ -166,16 +169,16 @@ def public(deployment: Deployment) -> dict[str, str]:
 
 
 def summary(cells: Sequence[NodeCheck]) -> str:
-    """How many checks, and what became of them."""
+    """Number of checks, and of their results."""
     count = Counter(cell.status for cell in cells)
     nodes = len({cell.node for cell in cells})
-    words: dict[CellStatus, str] = {"warn": "to look at", "bad": "red", "skipped": "skipped"}
+    words: dict[CellStatus, str] = {"warn": "yellow", "bad": "red", "skipped": "skipped"}
     parts = [f"{count['ok']} green", *(f"{count[status]} {word}" for status, word in words.items() if count[status])]
     return f"{len({cell.check for cell in cells})} checks on {nodes} nodes: {', '.join(parts)}"
 
 
 async def run(targets: Sequence[RemoteNode], spec: PreflightSpec) -> list[NodeCheck]:
-    """Every check on every node, in the order of ORDER and the inventory."""
+    """Run every check on every node. The results are sorted by ORDER and by the order of the nodes."""
     name = secrets.token_hex(8)
     nonces = {node.name: secrets.token_hex(16) for node in targets}
 
@@ -232,7 +235,7 @@ def _tokenless(survey: Survey) -> bool:
 
 
 async def reached(targets: Sequence[RemoteNode], spec: PreflightSpec) -> dict[str, str]:
-    """Nodes that let this machine in at a port of Ray's over their public address, and where. A port in use is not asked."""
+    """Nodes with a port of Ray that this machine reaches at the public address, and the port. Ports in use are not tried."""
 
     async def listen(node: RemoteNode) -> str | None:
         nonce = secrets.token_hex(16)
@@ -248,12 +251,12 @@ async def reached(targets: Sequence[RemoteNode], spec: PreflightSpec) -> dict[st
         return next((f"{spec.public[node.name]}:{port}" for port in open_ports if port), None)
 
     asked = [node for node in targets if node.name in spec.public]
-    good, _bad = await try_all(asked, listen)  # a node that does not answer has its own red cell
+    good, _bad = await try_all(asked, listen)  # a node that does not answer has a red cell for that
     return {node: place for node, place in good.items() if place}
 
 
 async def knock(address: str, port: int, nonce: str) -> int | None:
-    """The port, where this very node answers; else None: what takes any connection is no proof."""
+    """The port if this node answers with the nonce, else None. An accepted connection is not sufficient."""
     try:
         async with asyncio.timeout(KNOCK):
             reader, writer = await asyncio.open_connection(address, port)
@@ -271,16 +274,16 @@ def _unreached(node: str, error: GracefarmError) -> NodeCheck:
 
 
 async def collectives(targets: Sequence[RemoteNode], spec: PreflightSpec, surveys: dict[str, Survey]) -> list[NodeCheck]:
-    """An all-reduce over all nodes at once, in the environment that will serve: gloo on the hosts, NCCL on the GPUs."""
+    """Run an all-reduce over all nodes in the active environment: gloo on the hosts, NCCL on the GPUs."""
     cells = []
     bare = [node.name for node in targets if surveys[node.name].environment is None]
     gpus = [node for node in targets if surveys[node.name].cuda.gpus]
     for backend, ranks in (("gloo", targets), ("nccl", gpus)):
         reason = None
         if bare:
-            reason = "no environment is active yet: `deploy env up` brings torch"
+            reason = "no environment is active yet: run `deploy env up`"
         elif len(ranks) < 2:
-            reason = "there is one node alone" if backend == "gloo" else "fewer than two nodes have a usable GPU"
+            reason = "there is only one node" if backend == "gloo" else "fewer than two nodes have a usable GPU"
         left_out = [node for node in targets if reason or node not in ranks]
         cells += [
             NodeCheck(check=backend, node=node.name, status="skipped", text=reason or "no usable GPU on this node")
@@ -292,7 +295,7 @@ async def collectives(targets: Sequence[RemoteNode], spec: PreflightSpec, survey
 
 
 async def all_reduce(targets: Sequence[RemoteNode], spec: PreflightSpec, backend: str) -> list[NodeCheck]:
-    """A cell of each node: all of them reduce numbers together, by `gloo` or `nccl`."""
+    """Run an all-reduce with `gloo` or `nccl`. Return one cell for each node."""
     names = [target.name for target in targets]
 
     async def rank(node: RemoteNode) -> Json:
@@ -316,15 +319,15 @@ async def all_reduce(targets: Sequence[RemoteNode], spec: PreflightSpec, backend
         if "torch does not import" in cause:
             cells.append(NodeCheck(check=backend, node=node, status="skipped", text=cause))
         else:
-            remedy = error.remedy or "the cause is mostly on another row: names, route or ports"
+            remedy = error.remedy or "check the rows names, route and ports, which usually have the cause"
             cells.append(NodeCheck(check=backend, node=node, status="bad", text=cause, remedy=remedy))
     return cells
 
 
 def require(cells: Sequence[NodeCheck]) -> None:
-    """Raises PreflightError with the first red cell, where there is one."""
+    """Raise PreflightError with the first red cell, if there is one."""
     bad = [cell for cell in cells if cell.status == "bad"]
     if bad:
         first = bad[0]
-        more = f"; {len(bad) - 1} more cells are red" if len(bad) > 1 else ""
+        more = f"; {len(bad) - 1} more failed" if len(bad) > 1 else ""
         raise PreflightError(f"{first.node}: {first.check}: {first.text}{more}", remedy=first.remedy)

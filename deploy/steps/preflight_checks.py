@@ -1,4 +1,4 @@
-"""What the nodes said, judged: one cell per check and node, each red one with its remedy. Pure: each rule has a test."""
+"""Judges the answers of the nodes: one cell per check and node. Each red cell has a remedy, and each rule has a test."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from deploy.nodes.facts import Bytes, Cuda, KeptFact
 
 GIB = 1 << 30
 CLOCK_S = 2.0
-"Clocks further apart than this confuse TLS, tokens with an expiry and everybody who reads logs of two nodes."
+"Maximum difference of clocks in seconds. Larger differences break TLS and expiring tokens, and make logs hard to compare."
 DISK = 2 * GIB
-"Bytes on a node's own disk: Ray writes its logs there, and what its object store has no room for."
+"Bytes on a node's local disk, for Ray's logs and spilled objects."
 SHM = 4 * GIB
-"Ray's object store and NCCL live in /dev/shm."
+"Bytes in /dev/shm, for Ray's object store and NCCL."
 NOFILE = 65536
-"Ray's own recommendation for the number of open files."
+"Open files that Ray recommends."
 NOFILE_LEAST = 2048
-"With fewer a raylet and its workers cannot hold their connections."
+"Open files that a raylet and its workers need at least for their connections."
 NPROC = 8192
-"Threads of the user: a raylet starts a worker for each core, of some thirty threads each."
+"Threads of the user. A raylet starts one worker per core, with about thirty threads each."
 NPROC_LEAST = 1024
 MEMLOCK = 1 << 30
-"Bytes that NCCL may pin, where it goes over InfiniBand: less, and the first all-reduce fails to register its memory."
+"Bytes that NCCL must be able to pin for InfiniBand. With less, the first all-reduce fails to register its memory."
 TOKENS = (2, 52)
-"The first Ray that asks for a token (RAY_AUTH_MODE). It listens on every address, whatever --node-ip-address says."
-SHUT = "let ssh alone in at the provider's firewall: `deploy tunnel` needs no more; or a set with a later Ray"
+"The first Ray with tokens (RAY_AUTH_MODE). Ray listens on every address, in spite of --node-ip-address."
+SHUT = "allow only ssh in the provider's firewall, which is sufficient for `deploy tunnel`; or use a set with a newer Ray"
 
 CellStatus = Literal["ok", "bad", "warn", "skipped"]
 
 
 class NodePython(KeptFact):
-    """An interpreter as it runs on the node."""
+    """A Python interpreter on the node."""
 
     version: str = ""
     error: str | None = None
 
 
 class ActiveEnvironment(KeptFact):
-    """environment.json of the active environment, and its interpreter on this node."""
+    """environment.json of the active environment, and the state of its interpreter on this node."""
 
     id: str
     interpreter: str = ""
@@ -51,7 +51,7 @@ class ActiveEnvironment(KeptFact):
 
 
 class SharedFolder(KeptFact):
-    """The shared folder as this node has it."""
+    """The shared folder on this node."""
 
     error: str | None = None
     kind: str = ""
@@ -59,7 +59,7 @@ class SharedFolder(KeptFact):
 
 
 class OwnDisk(KeptFact):
-    """The disk that holds `local` of deploy.toml on this node."""
+    """The disk of `local` of deploy.toml on this node."""
 
     path: str
     error: str | None = None
@@ -68,7 +68,7 @@ class OwnDisk(KeptFact):
 
 
 class Survey(KeptFact):
-    """deploy.remote.preflight.survey."""
+    """The answer of deploy.remote.preflight.survey."""
 
     hostname: str
     resolves: tuple[str, ...]
@@ -84,19 +84,19 @@ class Survey(KeptFact):
 
 
 class PortAnswer(KeptFact):
-    """One connection; without an error this node or somebody else's service answered."""
+    """The result of one connection. Without an error, this node or another service answered."""
 
     error: str | None = None
 
 
 class BulkAnswer(KeptFact):
-    """64 KiB to a peer and back (deploy.remote.exchange)."""
+    """The result of sending 64 KiB to a peer and back (deploy.remote.exchange)."""
 
     stalled: Literal["to", "from"] | None = None
 
 
 class Reached(KeptFact):
-    """One peer, as a node sees it."""
+    """How a node reaches one peer."""
 
     ports: dict[str, PortAnswer]
     rtt: float | None
@@ -105,38 +105,38 @@ class Reached(KeptFact):
 
 
 class Pairs(KeptFact):
-    """deploy.remote.preflight.pairs."""
+    """The answer of deploy.remote.preflight.pairs."""
 
     taken: dict[str, str]
     reached: dict[str, Reached]
     nonces: dict[str, str]
     mtu: int | None = None
-    "Of the interface between the nodes, in bytes."
+    "MTU of the interface between the nodes in bytes."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What the deployment wants of its nodes."""
+    """What the deployment requires of its nodes."""
 
     addresses: Mapping[str, str]
-    "Node to private address, in the inventory's order."
+    "Private address by node, in the order of the nodes."
     share: str | None
     gpus: Mapping[str, int]
-    "Node to the number of GPUs that the inventory says."
+    "Number of GPUs by node, from the facts or deploy.toml."
     nonces: Mapping[str, str]
     ours: Sequence[str] = ()
-    "Words in the command line of a process that may hold a needed port: a cluster of ours that runs already."
+    "Parts of command lines of our own processes, which may use a required port."
     rehearsal: bool = False
-    "Nodes are namespaces of one machine, with GPUs in name alone."
+    "Nodes are namespaces of one machine, with declared GPUs."
     open: Mapping[str, str] = field(default_factory=dict)
-    "Node to a place of Ray's that was reached there over a public address."
+    "Address of a port of Ray that was reached from the internet, by node."
     python: str = "system"
-    "What environments are to stand on: the nodes' own Python, or one that uv (managed) or conda brings onto the share."
+    "Python of the environments: of the nodes (system), or installed on the share by uv (managed) or conda."
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeCheck:
-    """A check on a node."""
+    """The result of a check on a node."""
 
     check: str
     node: str
@@ -166,9 +166,9 @@ def _bad(text: str, remedy: str) -> Judgement:
 
 
 def judge(surveys: Mapping[str, Survey], pairs: Mapping[str, Pairs], expected: Expected) -> list[NodeCheck]:
-    """Every check on every node that answered, in the order in which a person would fix them.
+    """The results of all checks on every node that answered.
 
-    A node whose share cannot be written is told on its own row alone: that its nonce is missing is no fault of the others.
+    If a node cannot write to the share, only this node gets a red cell: the others are not responsible for its missing nonce.
     """
     pythons = _pythons(surveys, expected.python)
     broken = {node for node, survey in surveys.items() if survey.share and survey.share.error}
@@ -201,9 +201,9 @@ def _names(survey: Survey) -> Judgement:
     name = survey.hostname
     local = [address for address in survey.resolves if address.startswith("127.") or address == "::1"]
     if not survey.resolves:
-        return _warn(f"{name} does not resolve", "gloo and Ray look it up: add it to /etc/hosts")
+        return _warn(f"{name} does not resolve", "add it to /etc/hosts, since gloo and Ray look it up")
     if local:
-        remedy = f"gloo and NCCL would bind there: give {name} the private address in /etc/hosts, not {local[0]}"
+        remedy = f"set the address of {name} in /etc/hosts to the private one, since gloo and NCCL would bind to {local[0]}"
         return _bad(f"{name} resolves to {local[0]}", remedy)
     return _ok(", ".join(survey.resolves))
 
@@ -216,24 +216,24 @@ def _route(seen: Pairs, expected: Expected) -> Judgement:
     }
     if deaf:
         return _bad(
-            "; ".join(f"no way to {peer} ({expected.addresses[peer]}): {error}" for peer, error in deaf.items()),
-            "the private network of these nodes differs or a firewall stands between them: check `private` in deploy.toml, "
-            "and the provider's rules for traffic within the network",
+            "; ".join(f"cannot reach {peer} ({expected.addresses[peer]}): {error}" for peer, error in deaf.items()),
+            "check `private` in deploy.toml and the provider's firewall rules within the network: the nodes are in different "
+            "networks, or a firewall is between them",
         )
     if lost := [
         f"{reached.bulk.stalled} {peer} ({expected.addresses[peer]})"
         for peer, reached in seen.reached.items()
         if reached.bulk.stalled
     ]:
-        here = f"; the interface here has mtu {seen.mtu}" if seen.mtu else ""
+        here = f"; the interface of this node has mtu {seen.mtu}" if seen.mtu else ""
         return _bad(
-            f"64 KiB {' and '.join(lost)} do not arrive, though single small packets do{here}",
-            "the network between these nodes carries smaller packets than their interfaces send: set the mtu that it carries "
-            "on every node (`ip link set dev NAME mtu 1500`), or allow jumbo frames on its switches",
+            f"64 KiB {' and '.join(lost)} do not arrive, but small packets do{here}",
+            "set a smaller mtu on every node (`ip link set dev NAME mtu 1500`), or allow jumbo frames on the switches: the "
+            "network drops packets of the size that the interfaces send",
         )
     times = [reached.rtt for reached in seen.reached.values() if reached.rtt is not None]
     if not seen.reached:
-        return _skipped("there is one node alone")
+        return _skipped("there is only one node")
     return _ok(f"{max(times) * 1e3:.2f} ms" if times else "reached")
 
 
@@ -242,8 +242,9 @@ def _ports(seen: Pairs, expected: Expected) -> Judgement:
     if foreign:
         port, who = next(iter(foreign.items()))
         return _bad(
-            f"port {port} is held by {who}" + (f", and {len(foreign) - 1} more are taken" if len(foreign) > 1 else ""),
-            f"stop it (`deploy down` for a cluster of ours, `ss -ltnp 'sport = :{port}'` shows it) or choose other ports",
+            f"port {port} is used by {who}" + (f", and {len(foreign) - 1} more are in use" if len(foreign) > 1 else ""),
+            f"stop the process (`deploy down` stops our cluster; `ss -ltnp 'sport = :{port}'` shows others), or set other "
+            "ports in [ports]",
         )
     shut = [
         f"{peer}:{number}"
@@ -256,49 +257,49 @@ def _ports(seen: Pairs, expected: Expected) -> Judgement:
         text = ", ".join(shut[:3]) + (f" and {len(shut) - 3} more" if len(shut) > 3 else "")
         return _bad(f"cannot connect to {text}", "open these ports within the private network")
     if seen.taken:
-        return _ok(f"{', '.join(seen.taken)} held by ours")
-    return _ok("free and reached" if seen.reached else "free")
+        return _ok(f"{', '.join(seen.taken)} used by our processes")
+    return _ok("free and reachable" if seen.reached else "free")
 
 
 def _clock(seen: Pairs) -> Judgement:
     offsets = {peer: reached.offset for peer, reached in seen.reached.items() if reached.offset is not None}
     if not offsets:
-        return _skipped("no other node answered with its clock")
+        return _skipped("no other node sent its time")
     peer, worst = max(offsets.items(), key=lambda item: abs(item[1]))
     apart = sum(abs(offset) > CLOCK_S for offset in offsets.values())
-    if apart > len(offsets) / 2:  # the majority is right; of two nodes nobody knows which
-        return _bad(f"{abs(worst):.1f} s from {peer}", "switch time synchronisation on: timedatectl set-ntp true")
-    return _ok(f"within {max(abs(worst) * 1e3, 0.1):.1f} ms" if not apart else f"{peer} is apart")
+    if apart > len(offsets) / 2:  # the majority is right; with two nodes, both get a red cell
+        return _bad(f"{abs(worst):.1f} s from {peer}", "switch on time synchronisation: `timedatectl set-ntp true`")
+    return _ok(f"within {max(abs(worst) * 1e3, 0.1):.1f} ms" if not apart else f"only {peer} differs")
 
 
 def _share(survey: Survey, seen: Pairs, expected: Expected) -> Judgement:
     share = survey.share
     if share is None:
         return _skipped("no shared folder is configured")
-    mend = f"mount the shared file system at {expected.share} on every node; a provider attaches it at launch only"
+    remedy = f"mount the shared file system at {expected.share} on every node; some providers attach it only at launch"
     if share.error:
-        return _bad(share.error, mend)
+        return _bad(share.error, remedy)
     other = [peer for peer, nonce in expected.nonces.items() if seen.nonces.get(peer) != nonce]
     if len(other) >= max(1, len(expected.nonces) - 1) and len(expected.nonces) > 1:
-        return _bad(f"{expected.share} is this node's own: what the others wrote is not there", mend)
+        return _bad(f"{expected.share} is not shared on this node: it does not have the files of the other nodes", remedy)
     if other:
-        return _bad(f"what {', '.join(other)} wrote is not there", mend)
+        return _bad(f"files of {', '.join(other)} are missing", remedy)
     return _ok(f"{share.kind}, {share.free / GIB:.0f} GiB free")
 
 
 def _disk(disk: OwnDisk) -> Judgement:
-    """Logs, secrets and Ray's folder lie there."""
-    remedy = f"free space there (`df -h {disk.path}`), or set another `local` in deploy.toml"
+    """The disk for logs, secrets and Ray's folder."""
+    remedy = f"free space on it (`df -h {disk.path}`), or set another `local` in deploy.toml"
     if disk.error == "No space left on device":
         return _bad(f"no space left on {disk.path}", remedy)
     if disk.error:
-        return _bad(f"{disk.path}: {disk.error}", "make it writable for the user that deploys, or set another `local`")
+        return _bad(f"{disk.path}: {disk.error}", "make it writable for the deploying user, or set another `local`")
     text = f"{disk.free / GIB:.1f} GiB free on {disk.path}"
-    return _warn(f"{text}: Ray's logs and what it spills go there", remedy) if disk.free < DISK else _ok(text)
+    return _warn(f"{text}, which has Ray's logs and spilled objects", remedy) if disk.free < DISK else _ok(text)
 
 
 def _pythons(surveys: Mapping[str, Survey], source: str) -> dict[str, Judgement]:
-    """Ray refuses a worker whose Python differs in the patch release (ray#44063)."""
+    """Compare the Python versions. Ray refuses a worker with another patch release (ray#44063)."""
     shown = {node: survey.environment.python if survey.environment else survey.python for node, survey in surveys.items()}
     versions = [python.version for python in shown.values() if python.version]
     common = max(sorted(set(versions)), key=versions.count) if versions else ""
@@ -306,45 +307,50 @@ def _pythons(surveys: Mapping[str, Survey], source: str) -> dict[str, Judgement]
 
 
 def _python(python: NodePython, environment: ActiveEnvironment | None, source: str, common: str) -> Judgement:
-    """The nodes' own do not matter where the environment is to bring its own, and one that stands on theirs is about to be
-    replaced."""
+    """Judge the Python of a node. The system's Python does not matter if the environment has, or will have, its own."""
     passing = source != "system" and not (environment and f"/python/{source}-" in environment.interpreter)
     if passing and (environment or not python.error):
-        return _ok(f"{python.version or python.error} of the system; the environment will bring its own ({source})")
+        return _ok(f"{python.version or python.error} of the system; the environment will have its own ({source})")
     if python.error and environment is None:
         return _bad(python.error, "install python3")
     if python.error and environment and source == "system":
         return _bad(
             python.error,
-            f"its interpreter {environment.interpreter} is missing on this node: install it, or set "
-            '`python = "managed"` so that the environment brings its own',
+            f'install the environment\'s interpreter {environment.interpreter} on this node, or set `python = "managed"` to '
+            "have one on the shared folder",
         )
     if python.error and environment:
-        return _bad(python.error, f"{environment.interpreter} lies on the shared folder: is that there, and the same?")
+        return _bad(
+            python.error, f"check that the shared folder is mounted on this node: it contains {environment.interpreter}"
+        )
     if python.version != common:
-        remedy = "the shared folder is not the same there"
+        remedy = "check that this node has the same shared folder as the others"
         if source == "system":
-            remedy = 'the patch release must be one: set `python = "managed"` so that all use the one on the shared folder'
-        return _bad(f"{python.version}, the others have {common}", remedy)
+            remedy = (
+                'install the same patch release on all nodes, or set `python = "managed"` to have one on the shared folder'
+            )
+        return _bad(f"{python.version}, but the others have {common}", remedy)
     of = f"environment {environment.id[:12]}" if environment else "of the system; no environment is active yet"
     return _ok(f"{python.version}, {of}")
 
 
 def _cuda(cuda: Cuda, gpus: int, rehearsal: bool) -> Judgement:
     if rehearsal:
-        return _skipped("rehearsal: GPUs in name alone")
+        return _skipped("rehearsal with declared GPUs")
     count = f"{len(cuda.gpus)} x {cuda.gpus[0].name}" if cuda.gpus else ""
-    if gpus == 0:  # nor had it one when facts were asked: the plan leaves it out, and `up` of the others goes on
-        reason = f"{count}, which the kept facts do not know" if count else cuda.error or "no NVIDIA driver"
-        return _warn(f"{reason}: the plan leaves this node out", "mend its driver or replace it, then `deploy facts`")
+    if gpus == 0:  # the facts have no GPU either, so the plan does not use the node, and `up` of the others continues
+        reason = f"{count}, which the stored facts do not have" if count else cuda.error or "no NVIDIA driver"
+        return _warn(
+            f"{reason}: the plan does not use this node", "fix the driver or replace the node, then run `deploy facts`"
+        )
     if cuda.absent:
-        return _bad("there is no libcuda.so.1", "install the NVIDIA driver, or choose an image that has it")
+        return _bad("libcuda.so.1 is missing", "install the NVIDIA driver, or use an image that has it")
     if cuda.error:
-        broken = "802" in cuda.error
-        hint = "802: the fabric manager is not running or the box is broken" if broken else "reboot or replace it"
-        return _bad(cuda.error, f"the driver is there and does not work; {hint}")
+        fabric = "802" in cuda.error
+        remedy = "start the fabric manager, or replace the node" if fabric else "reboot or replace the node"
+        return _bad(f"the driver is installed but does not work: {cuda.error}", remedy)
     if len(cuda.gpus) < gpus:
-        return _bad(f"{len(cuda.gpus)} GPUs, not {gpus}", "correct `gpus` in deploy.toml or replace the node")
+        return _bad(f"{len(cuda.gpus)} GPUs instead of {gpus}", "correct `gpus` in deploy.toml, or replace the node")
     return _ok(f"{count}, CUDA {cuda.version_text}")
 
 
@@ -354,30 +360,31 @@ def _memory(cuda: Cuda) -> Judgement:
     worst = min(cuda.gpus, key=lambda gpu: gpu.free / gpu.total)
     text = f"{worst.free / GIB:.1f} of {worst.total / GIB:.1f} GiB free"
     if worst.free < 0.95 * worst.total:
-        return _bad(text, "somebody uses this GPU: `nvidia-smi` names the process; `deploy down` stops ours")
+        return _bad(text, "stop the process that uses this GPU: `nvidia-smi` shows it; `deploy down` stops our processes")
     return _ok(text)
 
 
 def _pages(survey: Survey) -> Judgement:
     page = f"{survey.page >> 10} KiB pages"
     if survey.environment is None or survey.environment.alignment is None:
-        return _skipped(f"{page}; no environment is active yet whose files could be compared")
+        return _skipped(f"{page}; no environment is active yet to compare with")
     aligned = f"aligned to {survey.environment.alignment >> 10} KiB"
     if survey.environment.alignment < survey.page:
-        remedy = "it cannot be loaded here: use wheels that passed `builder audit` (gate alignment), or smaller pages"
-        return _bad(f"{page}, and a library of the environment is {aligned}", remedy)
+        remedy = "use wheels that passed `builder audit` (gate alignment), or a kernel with smaller pages"
+        return _bad(f"{page}, but a library of the environment is only {aligned} and cannot be loaded", remedy)
     return _ok(f"{page}, libraries {aligned}")
 
 
 def tokenless(version: str) -> bool:
-    """This Ray knows no token: it ignores RAY_AUTH_MODE and lets everybody in who reaches its ports."""
+    """Whether this version of Ray has no tokens. It ignores RAY_AUTH_MODE, so everyone who reaches its ports has access."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < TOKENS
 
 
 def open_door(version: str) -> str:
-    """What a Ray without tokens means."""
+    """The warning about a Ray without tokens."""
     return (
-        f"Ray {version} knows no token ({'.'.join(map(str, TOKENS))} is the first): whoever reaches its ports runs code there"
+        f"Ray {version} has no token (Ray {'.'.join(map(str, TOKENS))} was the first with one): everyone who reaches its "
+        "ports can run code"
     )
 
 
@@ -385,25 +392,25 @@ def _token(environment: ActiveEnvironment | None, place: str | None) -> Judgemen
     if environment is None:
         return _skipped("no environment is active yet")
     if environment.ray is None:
-        return _skipped("there is no Ray in the environment")
+        return _skipped("the environment has no Ray")
     if not tokenless(environment.ray):
-        return _ok(f"Ray {environment.ray} asks for one")
-    reached = f"; {place} was reached from this machine, over a public address" if place else ""
+        return _ok(f"Ray {environment.ray} requires a token")
+    reached = f"; this machine reached {place} over a public address" if place else ""
     return _warn(open_door(environment.ray) + reached, SHUT)
 
 
 def _symbols(survey: Survey) -> Judgement:
     if survey.glibcxx is None:
-        return _bad("there is no libstdc++.so.6", "install libstdc++6")
+        return _bad("libstdc++.so.6 is missing", "install libstdc++6")
     needed = survey.environment.glibcxx if survey.environment else None
     if needed is None:
         return _ok(f"GLIBCXX_{survey.glibcxx}")
     if _version(needed) > _version(survey.glibcxx):
         return _bad(
-            f"GLIBCXX_{survey.glibcxx}, and the environment needs GLIBCXX_{needed}",
-            "take a newer image on this node (Ubuntu 22.04 has 3.4.30), or a set that was built on an older libstdc++",
+            f"GLIBCXX_{survey.glibcxx}, but the environment requires GLIBCXX_{needed}",
+            "use a newer image on this node (Ubuntu 22.04 has 3.4.30), or a set that was built with an older libstdc++",
         )
-    return _ok(f"GLIBCXX_{survey.glibcxx}, {needed} needed")
+    return _ok(f"GLIBCXX_{survey.glibcxx}, {needed} required")
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -413,16 +420,16 @@ def _version(text: str) -> tuple[int, ...]:
 def _shm(space: Bytes | None) -> Judgement:
     if space is None:
         return _bad("there is no /dev/shm", "mount a tmpfs there")
-    text, mend = f"{space.free / GIB:.1f} GiB free", "mount -o remount,size=50% /dev/shm"
+    text, enlarge = f"{space.free / GIB:.1f} GiB free", "`mount -o remount,size=50% /dev/shm`"
     if space.free < min(SHM, space.total) * 0.5 or space.total < SHM // 4:
-        return _bad(text, f"{mend}, or remove what fills it")
+        return _bad(text, f"enlarge it with {enlarge}, or remove large files from it")
     if space.total < SHM:
-        return _warn(text, f"Ray puts its object store on disk below 4 GiB: {mend}")
+        return _warn(text, f"enlarge it with {enlarge}; with less than 4 GiB, Ray's object store is on disk")
     return _ok(text)
 
 
 def _limits(limits: Mapping[str, tuple[int, int]], cuda: Cuda) -> Judgement:
-    """The worst of open files, threads and locked memory. What Ray and the engine raise to the hard limit counts by that."""
+    """Judge the limits of open files, threads and locked memory. Ray and the engine raise them to the hard limits."""
     rows = [("nofile", _most(limits["nofile"]), NOFILE_LEAST, NOFILE), ("nproc", _most(limits["nproc"]), NPROC_LEAST, NPROC)]
     if cuda.gpus:
         rows.append(("memlock", _most(limits["memlock"]), 0, MEMLOCK))
@@ -431,11 +438,11 @@ def _limits(limits: Mapping[str, tuple[int, int]], cuda: Cuda) -> Judgement:
     if few or low:
         shown = few or low
         text = ", ".join(f"{name} {have}" for name, have, _ in shown)
-        mend = " and ".join(f"{name} to {wanted}" for name, _, wanted in shown)
-        return "bad" if few else "warn", text, f"raise {mend} in /etc/security/limits.conf and log in again"
+        limits_ = " and ".join(f"{name} to {wanted}" for name, _, wanted in shown)
+        return "bad" if few else "warn", text, f"raise {limits_} in /etc/security/limits.conf and log in again"
     return _ok(", ".join(f"{name} {'unlimited' if have is None else have}" for name, have, _, _ in rows))
 
 
 def _most(limit: tuple[int, int]) -> int | None:
-    """What a process may raise it to; None: unlimited."""
+    """The hard limit; None: unlimited."""
     return None if -1 in limit else max(limit)

@@ -1,4 +1,4 @@
-"""Our processes on the nodes, seen and ended: known by the marks in their environment, not by names."""
+"""Finds and stops our processes on the nodes. They are identified by marks in their environment, not by names."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from deploy.remote.wire import Json
 from gracefarm.errors import GracefarmError, NodeError
 
 NO_MARK = "-"
-"As `prefix` of deploy.remote.look: no mark begins so, so that no process is looked for."
+"A `prefix` for deploy.remote.look that no mark has, so that no processes are listed."
 PLAN_MARK = "GRACEFARM_PLAN"
-"In the environment of every process: with which plan and environment it was started (deploy.planning.plans.plan_mark)."
+"Variable of every process with the plan and environment for which it was started (deploy.planning.plans.plan_mark)."
 
 
 async def find(targets: Sequence[RemoteNode], mark: str, wanted: Mapping[str, Sequence[int]]) -> dict[str, Json]:
-    """Our processes on each node, and who holds the ports that are wanted there."""
+    """Find our processes on each node, and the processes that use the wanted ports."""
     return await on_all(
         targets,
         lambda node: call(node, "look.look", {"prefix": f"{mark}/{node.name}/", "ports": list(wanted.get(node.name, ()))}),
@@ -24,12 +24,12 @@ async def find(targets: Sequence[RemoteNode], mark: str, wanted: Mapping[str, Se
 
 
 def of_job(seen: Json, job: str) -> list[Json]:
-    """Processes of a job there."""
+    """The processes of a job on a node."""
     return [process for process in seen["processes"] if process["mark"].rpartition("/")[2] == job]
 
 
 def raylet(seen: Json, plan_mark: str | None = None) -> bool:
-    """A raylet of ours runs there; `plan_mark`: started with this very plan and environment."""
+    """Whether our raylet runs on a node; with `plan_mark`: and was started for this plan and environment."""
     raylets = [process for process in seen["processes"] if process["name"] == "raylet"]
     return bool(raylets) and all(plan_mark in (None, process["plan"]) for process in raylets)
 
@@ -37,14 +37,19 @@ def raylet(seen: Json, plan_mark: str | None = None) -> bool:
 async def try_stop(
     targets: Sequence[RemoteNode], mark: str, *, jobs: Sequence[str] = ("",), grace: float = 10
 ) -> tuple[dict[str, int], dict[str, GracefarmError]]:
-    """End our processes and look that none is left: node to how many were ended; node to why not. `jobs`: as names begin."""
+    """Stop our processes and check that none is left. `jobs`: prefixes of the jobs' names.
+
+    Returns:
+        Number of stopped processes by node, and errors by node.
+    """
 
     async def end(node: RemoteNode) -> int:
         answer = await call(node, "marked.stop", {"prefixes": [f"{mark}/{node.name}/{job}" for job in jobs], "grace": grace})
         if answer["left"]:
             pids = ", ".join(str(process["pid"]) for process in answer["left"])
             raise NodeError(
-                f"{node.name}: processes cannot be ended: {pids}", remedy="end them as their owner, then repeat `deploy down`"
+                f"{node.name}: these processes cannot be stopped: {pids}",
+                remedy="stop them as the user who owns them, then repeat `deploy down`",
             )
         return int(answer["ended"])
 
@@ -52,10 +57,13 @@ async def try_stop(
 
 
 async def stop(targets: Sequence[RemoteNode], mark: str, *, jobs: Sequence[str] = ("",), grace: float = 10) -> dict[str, int]:
-    """End our processes and look that none is left; node to how many were ended. `jobs`: as names begin.
+    """Stop our processes and check that none is left. `jobs`: prefixes of the jobs' names.
+
+    Returns:
+        Number of stopped processes by node.
 
     Raises:
-        NodeError: one is left; SshError: a node was not reached. After all others were stopped.
+        NodeError, SshError: after all other nodes are done: a process could not be stopped, or a node was not reached.
     """
     ended, failed = await try_stop(targets, mark, jobs=jobs, grace=grace)
     if failed:

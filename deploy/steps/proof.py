@@ -1,4 +1,4 @@
-"""The step `proof`: preflight again, in the environment that will serve."""
+"""The step `proof`: preflight again, in the environment that serves."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ OF_THE_NODE = ("tunnel", "names", "disk", "share", "route", "ports", "clock", "c
 
 
 class ProofStep(Step):
-    """Preflight once more in the environment that will serve: pages, libstdc++, all-reduce."""
+    """Runs preflight again in the environment that serves: pages, libstdc++, all-reduce."""
 
     name = "proof"
 
     def inputs(self, work: Work, looks: Looks) -> str | None:
-        """The environment, where there is one, and the nodes."""
+        """The environment and the nodes. None if there is no environment."""
         identifier = work.keeper.state.data("environment").get("id")
         return digest("proof", work.inventory, identifier, boots(looks)) if identifier else None
 
     def check(self, work: Work, record: StepRecord, looks: Looks) -> None:
-        """The inputs say it all."""
+        """Nothing: the inputs are sufficient."""
 
     async def apply(self, work: Work, looks: Looks) -> Applied:
-        """Ask and judge."""
+        """Run the checks."""
         cells = without_ours(await cells_of(work, looks), looks)
         tell(work.console, cells, told=OF_THE_NODE)
         require(cells)

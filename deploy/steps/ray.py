@@ -1,7 +1,7 @@
-"""Ray by `ray start`: the plan's commands and environments exactly, head first, workers in waves; verified by asking Ray.
+"""Starts Ray with the plan's commands and environments: the head first, then workers in waves. Ray confirms the result.
 
-Ray does not supervise what `ray start` has left (ray#2587), so everything here looks at the nodes: processes are told by the
-mark and the plan's id in their environment, never by their names.
+Ray does not supervise the processes that `ray start` leaves (ray#2587), so this module checks the nodes themselves. It
+identifies processes by the mark and the plan's id in their environment, never by their names.
 """
 
 from __future__ import annotations
@@ -34,48 +34,48 @@ from gracefarm.files import atomic_write
 
 TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"  # noqa: S105 - the name of a variable
 SERVING = (paths.ENGINE_JOB, paths.RAY_JOB)
-"Jobs that serve. Others (builds, downloads, checks) may be at work beside them and are in nobody's way."
+"Jobs that serve. Other jobs (builds, downloads, checks) may run at the same time."
 CORES_PER_START = 2
-"Cores that one `ray start` keeps busy; nine at once on two cores: eight died of Ray's own 15 s limit (ray#65983)."
+"Cores that one `ray start` uses. With nine at once on two cores, eight failed by Ray's 15 s limit (ray#65983)."
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSpec:
-    """What is to run, and how long to wait."""
+    """The cluster to start, and timeouts."""
 
     plan: ServePlan
     python: str
-    "Of the active environment: the one that imports ray."
+    "Python of the active environment, which imports ray."
     environment: str = ""
-    "The active environment's id; empty: not known, and not compared."
+    "Id of the active environment; empty: unknown, and not compared."
     token: str | None = field(default=None, repr=False)
-    "Ray's token, where the plan's environment names a file for it."
+    "Ray's token, if the plan's environment has a file for it."
     wave: int | None = None
-    "Workers started at once; None: by the head's cores."
+    "Number of workers to start at the same time; None: by the head's cores."
     seconds: float = 180
-    "For `ray start` on a node, and again until all nodes are alive."
+    "Timeout of `ray start` on a node, and then until all nodes are alive."
     ask: float = 60
-    "For one question to Ray."
+    "Timeout of one request to Ray."
 
     @property
     def plan_mark(self) -> str:
-        """What everything that is started here carries, and by which it is known again."""
+        """The mark of all processes that are started."""
         return plan_mark(self.plan, self.environment)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """What was done."""
+    """The result of starting Ray."""
 
     started: tuple[str, ...]
     "Nodes on which Ray was started now."
     stopped: tuple[str, ...]
-    "Nodes on which a Ray of ours ran that did not fit this plan."
+    "Nodes on which Ray ran for another plan."
     gpus: float
 
 
 def address(plan: ServePlan) -> str:
-    """Of the head's GCS: host:port."""
+    """The address of the head's GCS, as host:port."""
     return f"{plan.head.private}:{option(plan.head.ray, '--port') or 6379}"
 
 
@@ -90,19 +90,19 @@ def option(argv: Sequence[str], name: str) -> str | None:
 
 
 def ports(argv: Sequence[str]) -> list[int]:
-    """Every single port that `ray start` is told to listen on."""
+    """The single ports in the arguments of `ray start`."""
     names = [word.partition("=")[0] for word in argv if word.startswith("--") and word.partition("=")[0].endswith("port")]
     values = [option(argv, name) for name in names if name not in ("--min-worker-port", "--max-worker-port")]
     return [int(value) for value in values if value and value.isdigit() and value != "0"]
 
 
 def serving(seen: Json) -> list[Json]:
-    """Processes of Ray and of the engine there."""
+    """The processes of Ray and of the engine on a node."""
     return [process for job in SERVING for process in of_job(seen, job)]
 
 
 def spec_of(deployment: Deployment, plan: ServePlan, environment: str = "") -> ClusterSpec:
-    """How a deployment's Ray is started and asked."""
+    """The cluster of a deployment."""
     return ClusterSpec(
         plan=plan,
         python=paths.program(deployment, "python"),
@@ -113,7 +113,7 @@ def spec_of(deployment: Deployment, plan: ServePlan, environment: str = "") -> C
 
 
 def kept_secret(path: Path, fresh: str) -> str:
-    """What the file holds, or `fresh`, which it holds from now on; 0600."""
+    """Read a secret from the file. If the file does not exist, create it with `fresh` and mode 0600."""
     with suppress(FileNotFoundError):
         return path.read_text().strip()
     atomic_write(path, fresh + "\n")
@@ -122,16 +122,16 @@ def kept_secret(path: Path, fresh: str) -> str:
 
 
 class RayStep(ServingStep):
-    """The plan's Ray on its nodes."""
+    """Starts Ray on the nodes of the plan."""
 
     name = "ray"
 
     async def apply(self, work: Work, looks: Looks) -> Applied:
-        """Start what is missing; nothing where the engine brings its nodes together by itself."""
+        """Start Ray where it does not run; nothing to do if the engine connects its nodes without Ray."""
         plan = work.made_plan
         if plan.launcher == "native":
             ended = await make_room(work.fleet, work.nodes, plan, plan_mark(plan, work.environment), work.console)
-            return Applied(text=f"none: {plan.engine} brings its nodes together by itself", changed=bool(ended))
+            return Applied(text=f"none: {plan.engine} connects its nodes without Ray", changed=bool(ended))
         started = await start_missing(work.fleet, work.nodes, spec_of(work.deployment, plan, work.environment), work.console)
         return Applied(
             text=f"{len(plan.nodes)} nodes, {started.gpus:g} GPUs at {address(plan)}",
@@ -140,7 +140,7 @@ class RayStep(ServingStep):
         )
 
     async def undo(self, work: Work) -> Undone:
-        """End Ray, and with it everything of ours that is left."""
+        """Stop Ray and all other processes of this deployment."""
         stopped = [(node, paths.RAY_JOB) for node in work.deployment.nodes]
         return await end_jobs(work, "", grace=5, stopped=stopped)
 
@@ -148,7 +148,11 @@ class RayStep(ServingStep):
 async def make_room(
     fleet: Fleet, targets: Sequence[RemoteNode], plan: ServePlan, mark: str, console: Console
 ) -> tuple[str, ...]:
-    """Stop what is ours and is not all of this plan without Ray; the nodes where something of another plan ran."""
+    """Stop our processes if they belong to another plan, or are only a part of this plan without Ray.
+
+    Returns:
+        The nodes on which processes of another plan ran.
+    """
     looks = await processes.find(targets, fleet.mark, {})
     parts = {node.name: of_job(looks[node.name], paths.ENGINE_JOB) for node in targets}
     others = [
@@ -159,18 +163,19 @@ async def make_room(
     wanted = {node.name for node in plan.nodes}
     whole = {name for name, part in parts.items() if part} == wanted
     if others or (any(parts.values()) and not whole):
-        what = "with another plan or environment" if others else "in part"
-        console.step("ray", f"stopping what runs {what}")
+        what = "processes of another plan or environment" if others else "an engine that does not run on all nodes"
+        console.step("ray", f"stopping {what}")
         await stop(targets, fleet.mark, jobs=SERVING)
     return tuple(others)
 
 
 async def start_missing(fleet: Fleet, targets: Sequence[RemoteNode], spec: ClusterSpec, console: Console) -> Started:
-    """Bring exactly the plan's cluster up; nothing is touched where it runs already.
+    """Start exactly the plan's cluster. Nodes on which it already runs are not changed.
 
-    `targets`: all nodes, spares too; a Ray of ours on one of those is stopped.
+    `targets`: all nodes, including spares, on which our Ray is stopped.
+
     Raises:
-        EngineError: Ray did not come up, with the cause out of its own logs; a port is held by somebody else's.
+        EngineError: Ray did not start, with the cause from its logs; or another process uses a port.
     """
     plan, by_name = spec.plan, {node.name: node for node in targets}
     wanted = {node.name: ports(node.ray) for node in plan.nodes}
@@ -198,8 +203,7 @@ async def start_missing(fleet: Fleet, targets: Sequence[RemoteNode], spec: Clust
 async def _make_room(
     targets: Sequence[RemoteNode], looks: Mapping[str, Json], spec: ClusterSpec, mark: str, console: Console
 ) -> tuple[str, ...]:
-    """Stop what is ours and does not fit: another plan or environment, a spare, anything without its raylet, all of it without
-    a head."""
+    """Stop our processes that do not fit: of another plan or environment, on a spare, without a raylet, or without a head."""
     wanted = {node.name for node in spec.plan.nodes}
     headless = not raylet(looks[spec.plan.head.name], spec.plan_mark)
 
@@ -211,14 +215,14 @@ async def _make_room(
     unfit = [node for node in targets if serving(looks[node.name]) and not fits(node)]
     names = tuple(node.name for node in unfit)
     if unfit:
-        console.step("ray", f"stopping what runs with another plan or environment, or half: {', '.join(names)}")
+        console.step("ray", f"stopping incomplete processes, or those of another plan or environment: {', '.join(names)}")
         await _end_engine(targets, looks, mark, console)
         await stop(unfit, mark, jobs=SERVING)
     return names
 
 
 async def _end_engine(targets: Sequence[RemoteNode], looks: Mapping[str, Json], mark: str, console: Console) -> None:
-    """An engine that is there already cannot go on without one of its nodes, and does not notice that it came back."""
+    """Stop a running engine. It cannot continue after losing a node, and does not notice that the node is back."""
     if any(of_job(looks[node.name], paths.ENGINE_JOB) for node in targets):
         console.step("ray", "stopping the engine, which has lost a node")
         await stop(targets, mark, jobs=[paths.ENGINE_JOB])
@@ -231,13 +235,13 @@ def _refuse_foreign(looks: Mapping[str, Json], spec: ClusterSpec) -> None:
             continue
         for port, who in seen["holders"].items():
             raise EngineError(
-                f"{node.name}: port {port} is held by {who}, which is not of this deployment",
-                remedy="stop it there (a Ray of somebody else: `ray stop`), or choose another port in [ports] of deploy.toml",
+                f"{node.name}: port {port} is used by {who}, which does not belong to this deployment",
+                remedy="stop that process (another Ray with `ray stop`), or set another port in [ports] of deploy.toml",
             )
 
 
 def waves(missing: Sequence[NodePlan], spec: ClusterSpec, cores: int) -> list[list[NodePlan]]:
-    """Who is started together: the head by itself, then workers, by `spec.wave` or the head's cores."""
+    """Groups of nodes to start together: first the head, then workers in groups of `spec.wave` or by the head's cores."""
     head = [[node] for node in missing if node.name == spec.plan.head.name]
     rest = [node for node in missing if node.name != spec.plan.head.name]
     size = spec.wave or max(1, cores // CORES_PER_START)
@@ -245,7 +249,7 @@ def waves(missing: Sequence[NodePlan], spec: ClusterSpec, cores: int) -> list[li
 
 
 async def _start(fleet: Fleet, target: RemoteNode, node: NodePlan, spec: ClusterSpec, console: Console) -> None:
-    """`ray start` on one node as a detached job; once more, where Ray gave up on its own children."""
+    """Run `ray start` on one node as a detached job. Repeat it once if Ray failed."""
     path = node.env.get(TOKEN_PATH)
     if path and spec.token:
         await put_file(target, spec.token.encode(), path)
@@ -258,13 +262,13 @@ async def _start(fleet: Fleet, target: RemoteNode, node: NodePlan, spec: Cluster
             await stop([target], fleet.mark, jobs=[paths.RAY_JOB])
             if attempt == 2 or not isinstance(error, EngineError):
                 raise EngineError(f"{error.cause}{': ' + why if why else ''}", remedy=_remedy(target)) from error
-            console.warn(f"{node.name}: Ray did not start{' (' + why + ')' if why else ''}; once more")
+            console.warn(f"{node.name}: Ray did not start{' (' + why + ')' if why else ''}; trying once more")
         else:
             return
 
 
 def _remedy(target: RemoteNode) -> str:
-    return f"`deploy logs {target.name}` shows Ray's logs there; `deploy preflight` what the node lacks"
+    return f"see Ray's logs with `deploy logs {target.name}`, and check the node with `deploy preflight`"
 
 
 async def _start_once(fleet: Fleet, node: NodePlan, spec: ClusterSpec) -> None:
@@ -276,16 +280,16 @@ async def _start_once(fleet: Fleet, node: NodePlan, spec: ClusterSpec) -> None:
         async with asyncio.timeout(spec.seconds):
             status = await follow_job(fleet, place, paths.RAY_JOB, lines.append, patience=30)
     except TimeoutError as error:
-        raise EngineError(f"{node.name}: `ray start` has not ended after {spec.seconds:g} s") from error
+        raise EngineError(f"{node.name}: `ray start` timed out after {spec.seconds:g} s") from error
     if status.returncode != 0:
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        word = f"ended with {status.returncode}" if status.state == "exited" else "was killed"
-        raise EngineError(f"{node.name}: `ray start` {word}{': ' + last if last else ''}")
+        how = f"failed with exit code {status.returncode}" if status.state == "exited" else "was killed"
+        raise EngineError(f"{node.name}: `ray start` {how}{': ' + last if last else ''}")
 
 
 async def explain(target: RemoteNode, node: NodePlan, spec: ClusterSpec, *, since: float) -> str:
-    """The first cause that Ray's own logs on a node know, or nothing."""
-    temp = option(node.ray, "--temp-dir") or option(spec.plan.head.ray, "--temp-dir") or "/tmp/ray"  # noqa: S108 - Ray's own
+    """The first cause in Ray's logs on a node; empty if there is none."""
+    temp = option(node.ray, "--temp-dir") or option(spec.plan.head.ray, "--temp-dir") or "/tmp/ray"  # noqa: S108 - Ray's default
     with suppress(GracefarmError):
         causes = (await call(target, "cluster.cause", {"temp": temp, "since": since}))["lines"]
         return causes[0] if causes else ""
@@ -293,7 +297,12 @@ async def explain(target: RemoteNode, node: NodePlan, spec: ClusterSpec, *, sinc
 
 
 async def ask(head: RemoteNode, spec: ClusterSpec) -> Json:
-    """What Ray says of its nodes. Raises EngineError: it does not answer; SshError, NodeError: the head does not."""
+    """Ask Ray for its nodes.
+
+    Raises:
+        EngineError: Ray does not answer.
+        SshError, NodeError: the head does not answer.
+    """
     node = spec.plan.head
     env = {name: value for name, value in node.env.items() if name.startswith("RAY_")}
     request = {"address": address(spec.plan), "ip": node.private, "env": env, "seconds": spec.ask}
@@ -301,20 +310,24 @@ async def ask(head: RemoteNode, spec: ClusterSpec) -> Json:
 
 
 async def alive(head: RemoteNode, spec: ClusterSpec) -> dict[str, bool]:
-    """Of each node of the plan, whether Ray says that it is alive. One that was started again counts by its living part.
+    """Whether each node of the plan is alive according to Ray. A restarted node is alive if one of its entries is.
 
     Raises:
-        EngineError: Ray does not answer; SshError, NodeError: the head does not.
+        EngineError: Ray does not answer.
+        SshError, NodeError: the head does not answer.
     """
     living = {node["address"] for node in (await ask(head, spec))["nodes"] if node["alive"]}
     return {node.name: node.private in living for node in spec.plan.nodes}
 
 
 async def verify(by_name: Mapping[str, RemoteNode], spec: ClusterSpec) -> tuple[float, str]:
-    """All of the plan's nodes are alive, no other is, and there are exactly its GPUs; their number, and Ray's version.
+    """Wait until exactly the plan's nodes are alive, with exactly its GPUs.
+
+    Returns:
+        The number of GPUs, and Ray's version.
 
     Raises:
-        EngineError: not within `spec.seconds`; names the nodes and the cause in their logs.
+        EngineError: this takes longer than `spec.seconds`; with the nodes and the cause in their logs.
     """
     plan, deadline = spec.plan, time.monotonic() + spec.seconds
     names = {node.private: node.name for node in plan.nodes}
@@ -328,7 +341,8 @@ async def verify(by_name: Mapping[str, RemoteNode], spec: ClusterSpec) -> tuple[
             return float(gpus), str(answer["version"])
         if foreign:
             raise EngineError(
-                f"Ray has nodes that are not in the plan: {', '.join(foreign)}", remedy="`ray stop` there, then repeat"
+                f"Ray has nodes that are not in the plan: {', '.join(foreign)}",
+                remedy="run `ray stop` on these nodes, then repeat the command",
             )
         if time.monotonic() > deadline:
             break
@@ -338,5 +352,6 @@ async def verify(by_name: Mapping[str, RemoteNode], spec: ClusterSpec) -> tuple[
         why = await explain(by_name[node.name], node, spec, since=0)
         raise EngineError(f"Ray does not see {', '.join(away)}{': ' + why if why else ''}", remedy=_remedy(by_name[node.name]))
     raise EngineError(
-        f"Ray has {gpus:g} GPUs, and the plan needs exactly {plan.layout.world}", remedy="`deploy plan` shows each node's"
+        f"Ray has {gpus:g} GPUs, but the plan requires exactly {plan.layout.world}",
+        remedy="compare with the GPUs of each node in `deploy plan`",
     )

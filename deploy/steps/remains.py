@@ -1,4 +1,4 @@
-"""What is left on the nodes when nothing runs: secrets, which `down` removes, and everything else, which `purge` does."""
+"""Removes files from the nodes when nothing runs: `down` removes the secrets, `purge` everything else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SECRETS = ("ray-token", "api-key")
 
 @dataclass(frozen=True, kw_only=True)
 class Removed:
-    """What `purge` took away."""
+    """The files that `purge` removed."""
 
     bytes: int
     places: tuple[str, ...]
@@ -28,7 +28,7 @@ class Removed:
 
 
 async def remove_secrets(work: Work, targets: Sequence[RemoteNode]) -> dict[str, GracefarmError]:
-    """Ray's token and the API key leave the nodes; this machine keeps them for the next start. Node to why not."""
+    """Remove Ray's token and the API key from the nodes; this machine keeps them for the next start. Return errors by node."""
 
     async def remove(node: RemoteNode) -> Json:
         folder = await work.fleet.folder(work.deployment.node(node.name))
@@ -39,9 +39,10 @@ async def remove_secrets(work: Work, targets: Sequence[RemoteNode]) -> dict[str,
 
 
 async def purge(work: Work, *, share: bool, weights: bool) -> Removed:
-    """Remove what this deployment has put on every node: jobs, logs, secrets, Ray's folder, uv. Nothing of it may run.
+    """Remove this deployment's files from every node: jobs, logs, secrets, Ray's folder, uv. Nothing of it may be running.
 
-    `share`: its environments on the shared folder too; `weights`: also the model's files, which other deployments may use.
+    `share`: remove its environments on the shared folder too. `weights`: remove the model's files, which other deployments
+    may use.
     """
     deployment = work.deployment
 
@@ -64,7 +65,7 @@ async def purge(work: Work, *, share: bool, weights: bool) -> Removed:
 
 
 def _shared(work: Work, *, share: bool, weights: bool) -> list[str]:
-    """On the shared folder; the model's files as the step `weights` has left them."""
+    """Paths on the shared folder. The model's files are those of the step `weights`."""
     folder = work.keeper.state.data("weights").get("folder")
     model = [folder, f"{folder}.manifest.json", f"{folder}.{work.fleet.mark}.staging"] if weights and folder else []
     return [*([paths.environment_root(work.deployment)] if share else []), *model]

@@ -1,4 +1,4 @@
-"""The plan of what is served: of the model as it is on the share."""
+"""The plan that is served, for the model on the share."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from gracefarm.files import atomic_write
 
 
 async def plan_of(work: Work) -> ServePlan:
-    """The plan of what was brought: config.json and the headers of the weights on the share, at their commit.
+    """Make the plan from config.json and the headers of the weights on the share, and store it.
 
     Raises:
-        ConfigError, LayoutError: as deploy.planning.plans.make; HostError: config.json cannot be read on the head.
+        ConfigError, LayoutError: as in deploy.planning.plans.make.
+        HostError: the head cannot read config.json.
     """
     weights = work.keeper.state.data("weights")
     if not weights:
-        raise ConfigError("the weights are not there yet", remedy="`deploy up` brings them")
+        raise ConfigError("the weights are not downloaded yet", remedy="run `deploy up`")
     plan = await _plan(work, weights)
-    assert plan is not None  # weights were brought, so there is a model
+    assert plan is not None  # the weights exist, so there is a model
     atomic_write(work.deployment.folder.path / "plan.json", plan.model_dump_json(indent=1) + "\n")
     return plan
 
 
 async def likely_plan(work: Work) -> ServePlan | None:
-    """The plan that was served last, else the one that would be made without asking the Hub; None: there is neither."""
+    """The plan that was served last, else a plan that is made without the Hub; None if neither is possible."""
     weights = work.keeper.state.data("weights")
     try:
         return ServePlan.model_validate_json((work.deployment.folder.path / "plan.json").read_bytes())
@@ -43,11 +44,14 @@ async def likely_plan(work: Work) -> ServePlan | None:
         try:
             return await _plan(work, weights)
         except GracefarmError:
-            return None  # whoever needs the plan tells it
+            return None  # commands that need the plan report the error
 
 
 async def _plan(work: Work, weights: Mapping[str, Any]) -> ServePlan | None:
-    """Of the model that was brought, else of the one at hand; None: there is none. A model that is not known needs trust."""
+    """The plan for the downloaded model, else for the local or built-in one; None if there is none.
+
+    A model that the planner does not know requires [layout] trust.
+    """
     data = work.deployment.data
     try:
         model = await _model_brought(work, weights) if weights else _model_at_hand(work)
@@ -73,9 +77,9 @@ async def _model_brought(work: Work, weights: Mapping[str, Any]) -> Model:
     path = f"{weights['folder']}/config.json"
     result = (await work.fleet.run(f"cat {shlex.quote(path)}", nodes=[head], timeout=60))[head.name]
     if not result.ok:
-        raise HostError(f"{head}: {path} cannot be read: {result.stderr.strip()}", remedy="`deploy up --from weights`")
+        raise HostError(f"{head}: {path} cannot be read: {result.stderr.strip()}", remedy="run `deploy up --from weights`")
     model = models.from_config(_parsed(result.stdout, path), repo=data.repo, revision=commit, source=f"{head.name}:{path}")
-    if work.deployment.data.options.rehearsal:  # its weights stand for a model that they are not
+    if work.deployment.data.options.rehearsal:  # its weights are placeholders
         return model
     (node,) = remote_nodes(work.fleet, nodes=[head])
     return models.with_tensors(model, await call(node, "checkpoint.read", {"folder": str(weights["folder"])}))
@@ -85,7 +89,7 @@ def _parsed(text: str, path: str) -> object:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"{path}: not JSON: {error}", remedy="`deploy up --from weights` fetches it again") from error
+        raise ConfigError(f"{path}: not JSON: {error}", remedy="fetch it again: `deploy up --from weights`") from error
 
 
 def _local(work: Work, name: str) -> Path:

@@ -1,5 +1,7 @@
-"""The lock of the set that serves: from deploy.toml, from the file beside it, once from the index of the set, or as it came
-with gracefarm: that one names wheels of the ordinary Python index alone, and is for deployments without an index of ours."""
+"""Finds the lock of the set: in deploy.toml, in the file beside it, on the index of the set, or in gracefarm.
+
+The locks in gracefarm contain only wheels from PyPI. They are for deployments without an index of the farm.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,11 @@ from gracefarm.files import atomic_write
 
 
 def lock_text(deployment: Deployment, console: Console) -> str:
-    """The lock of what serves: deploy.toml's `lock`, else SET.lock beside it, which the index is asked for once and then kept.
+    """The lock of the set: the key `lock` of deploy.toml, else SET.lock beside it, which is fetched once from the index.
 
     Raises:
-        ConfigError: neither is there, no index is named, and gracefarm has no lock of this set.
-        FetchError: the index has no lock of the set, or cannot be asked from here.
+        ConfigError: there is no lock, no index is set, and gracefarm has no lock of this set.
+        FetchError: the index has no lock of the set, or cannot be reached.
     """
     data = deployment.data
     path = _place(deployment)
@@ -35,15 +37,15 @@ def lock_text(deployment: Deployment, console: Console) -> str:
         if data.lock is None and (own := shipped(data.set)) is not None:
             text = own.read_text()
             atomic_write(path, text)
-            console.step("environment", f"the lock of {data.set} that came with gracefarm is kept as {path}")
+            console.step("environment", f"the lock of {data.set} in gracefarm is copied to {path}")
             return text
         raise ConfigError(
             f"{path}: no lock of the set {data.set}",
-            remedy=f"set index in deploy.toml to the farm's (http://HOST:8080/{data.set}/simple/), name a lock by lock =, "
-            f"or build the set: builder set build {data.set}",
+            remedy=f"set index in deploy.toml to the farm's index (http://HOST:8080/{data.set}/simple/), set lock to the path "
+            f"of a lock, or build the set with `builder set build {data.set}`",
         ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: the lock cannot be read: {error}", remedy="write it anew") from error
+        raise ConfigError(f"{path}: the lock cannot be read: {error}", remedy="replace the file") from error
 
 
 def _place(deployment: Deployment) -> Path:
@@ -51,14 +53,14 @@ def _place(deployment: Deployment) -> Path:
 
 
 def shipped(name: str) -> Path | None:
-    """sets/NAME/requirements.lock of the checkout or of the installed wheel, which has it below builder/; None: not there."""
+    """sets/NAME/requirements.lock of the checkout, or of the installed package (below builder/); None if there is none."""
     base = Path(str(resources.files("deploy"))).parent
     places = (base / "sets" / name, base / "builder" / "project" / "sets" / name)
     return next((place / "requirements.lock" for place in places if (place / "requirements.lock").is_file()), None)
 
 
 def lock_at_hand(deployment: Deployment) -> str | None:
-    """The lock's text without asking an index; None: there is none yet."""
+    """The text of the lock, without using the network; None if there is none yet."""
     data, path = deployment.data, _place(deployment)
     own = shipped(data.set) if data.lock is None and data.index is None else None
     for place in (path, own):
@@ -73,26 +75,28 @@ def _fetch_lock(index: str, name: str, path: Path, console: Console) -> str:
     try:
         whole = httpx.URL(index.rstrip("/") + "/").join("../requirements.lock")
     except httpx.InvalidURL as error:
-        raise ConfigError(f"index = in deploy.toml is no address: {error}", remedy="http://HOST:PORT/SET/simple/") from error
-    address = str(whole.copy_with(userinfo=b""))  # to be shown: a password stays out of it
-    remedy = f"`builder set build {name}` writes one too: copy it to {path}, or name it by lock = in deploy.toml"
+        raise ConfigError(
+            f"index in deploy.toml is not a URL: {error}", remedy="set it to http://HOST:PORT/SET/simple/"
+        ) from error
+    address = str(whole.copy_with(userinfo=b""))  # for messages, without a password
+    remedy = f"build the lock with `builder set build {name}`; copy it to {path}, or set lock in deploy.toml to its path"
     try:
         auth = httpx.NetRCAuth() if (Path.home() / ".netrc").is_file() else None
         answer = httpx.get(whole, timeout=30, follow_redirects=True, auth=auth)
     except (netrc.NetrcParseError, UnicodeDecodeError) as error:
-        raise ConfigError(f"~/.netrc cannot be read: {error}", remedy="mend it, for you alone: chmod 600 ~/.netrc") from error
+        raise ConfigError(f"~/.netrc cannot be read: {error}", remedy="correct the file, then `chmod 600 ~/.netrc`") from error
     except httpx.HTTPError as error:
         raise FetchError(f"no lock of the set {name}: {address}: {error or type(error).__name__}", remedy=remedy) from error
     if answer.status_code != 200 or "--hash=sha256:" not in answer.text:
-        what = f"answered {answer.status_code}" if answer.status_code != 200 else "is no lock with sha256"
+        what = f"answered HTTP {answer.status_code}" if answer.status_code != 200 else "is not a lock with sha256 hashes"
         raise FetchError(f"no lock of the set {name}: {address} {what}", remedy=remedy)
     atomic_write(path, answer.text)
-    console.step("environment", f"{address} is kept as {path}: what it names is what is installed from now on")
+    console.step("environment", f"{address} is stored as {path}, which is used from now on")
     return answer.text
 
 
 def require_engine(deployment: Deployment, lock: str) -> None:
-    """The lock has the engine and Ray; a rehearsal's has a stand-in under another name. Raises ConfigError."""
+    """Check that the lock has the engine and Ray, except in a rehearsal, whose engine is simulated. Raises ConfigError."""
     data = deployment.data
     if data.options.rehearsal:
         return
@@ -101,6 +105,6 @@ def require_engine(deployment: Deployment, lock: str) -> None:
     missing = [name for name in wanted if name not in names]
     if missing:
         raise ConfigError(
-            f"the lock of the set {data.set} has no {' and no '.join(missing)}, and the engine is to be {data.engine}",
-            remedy='engine and set go together: aphrodite with set = "gh200-cu124", vllm with set = "gh200-cu130"',
+            f"the lock of the set {data.set} has no {' and no '.join(missing)}, which the engine {data.engine} requires",
+            remedy='use a matching engine and set: aphrodite with set = "gh200-cu124", or vllm with set = "gh200-cu130"',
         )

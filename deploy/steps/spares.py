@@ -1,4 +1,4 @@
-"""Spares: nodes that no plan needs. One that cannot be reached holds nobody up."""
+"""Spare nodes, which the plan does not need. They are ignored if they cannot be reached."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from deploy.steps.step import Work
 
 
 async def without_lost_spares(work: Work) -> Work:
-    """Without the nodes that no plan needs and that cannot be reached: nothing is to run there, so nothing waits for them.
+    """The same work without spare nodes that cannot be reached.
 
-    What is done meanwhile is done for them too, once they are back: every step depends on which nodes there are.
+    When these nodes are back, the steps are repeated for them, since the inputs of every step contain the list of nodes.
     """
     plan = await served_plan.likely_plan(work)
     spares = {node.name for node in work.deployment.nodes} & set(plan.spares) if plan else ()
     tried = await work.fleet.connect(sorted(spares))
     lost = {name: error for name, error in tried.items() if error}
     for error in lost.values():
-        work.console.warn(f"{error.cause}; it is a spare: going on without it")
+        work.console.warn(f"{error.cause}; it is a spare node and is ignored")
     return replace(work, away=tuple(lost))

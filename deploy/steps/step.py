@@ -1,4 +1,4 @@
-"""A step of `deploy up` and `deploy serve`: its shape (inputs, check, apply, undo), and what performs it."""
+"""A step of `deploy up` and `deploy serve`: its interface (inputs, check, apply, undo), and the functions that run steps."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from gracefarm.errors import GracefarmError, NodeError
 from gracefarm.settings import SharedSettings
 
 Looks = Mapping[str, Json]
-"Node to what deploy.remote.look said of it."
+"For each node, the answer of deploy.remote.look."
 LOOKS_BY_ITSELF = ""
-"Answer of a step's `check`: `apply` finds out what is missing, and says so."
+"Answer of a step's `check`: only `apply` can find out what is missing."
 Undone = tuple[dict[str, int], dict[str, GracefarmError]]
-"Node to how many processes were ended there, and node to why not all were."
+"Number of stopped processes by node, and errors by node."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What every step has."""
+    """The context that every step gets."""
 
     deployment: Deployment
     fleet: Fleet
@@ -43,24 +43,24 @@ class Work:
     console: Console
     settings: SharedSettings
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
-    "HF_TOKEN and HF_ENDPOINT of whoever calls."
+    "The caller's environment, for HF_TOKEN and HF_ENDPOINT."
     again: Collection[str] = ()
-    "Steps that are done whatever the state says."
+    "Steps that are repeated even if the state says that they are done."
     away: Collection[str] = ()
-    "Spares that are left out because they cannot be reached."
+    "Spare nodes that are ignored because they cannot be reached."
     plan: ServePlan | None = None
-    "What is to be served; None before `serve` has made it."
+    "The plan; None before `serve` has made it."
     environment: str = ""
-    "The id of the environment that serves; empty: not known, and not compared."
+    "Id of the active environment; empty: unknown, and not compared."
 
     @property
     def nodes(self) -> list[RemoteNode]:
-        """All nodes but those that are left out, the head first."""
+        """All nodes except the ignored ones, the head first."""
         return remote_nodes(self.fleet, self.facts, [node for node in self.deployment.nodes if node.name not in self.away])
 
     @property
     def inventory(self) -> list[tuple[str, str, int]]:
-        """Name, address and number of GPUs of each node: what most steps depend on."""
+        """Name, address and number of GPUs of each node. Most steps depend on them."""
         return [(node.name, node.address, node.gpus) for node in self.nodes]
 
     @property
@@ -70,69 +70,69 @@ class Work:
 
     @property
     def made_plan(self) -> ServePlan:
-        """The plan, for the steps that come after it was made."""
+        """The plan, for steps that run after it was made."""
         assert self.plan
         return self.plan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Applied:
-    """What a step did, for people and for the state."""
+    """The result of a step, for the user and for the state."""
 
     text: str
-    "How it is now."
+    "The state of things after the step."
     now: str = ""
-    "What was done for it just now."
+    "What was done in this run."
     data: dict[str, Any] = field(default_factory=dict)
-    "What the state keeps of it."
+    "Data for the state."
     skipped: bool = False
     changed: bool = True
-    "False: the step looked by itself and found nothing to do."
+    "False: the step found nothing to do."
     answer: Mapping[str, Any] = field(default_factory=dict)
-    "What the command that asked is told beside it."
+    "Additional data for the command."
 
 
 class Step(Protocol):
-    """One step. Whoever performs it does not ask which one it is."""
+    """One step. All steps are run in the same way."""
 
     name: str
-    "As the state and the command line call it."
+    "Name in the state and on the command line."
 
     def inputs(self, work: Work, looks: Looks) -> str | None:
-        """Digest of all that it depends on: another one, and it is done again. None: there is nothing to do it for."""
+        """Digest of everything that the step depends on. The step is repeated if it changes. None: the step does not apply."""
         ...
 
     def check(self, work: Work, record: StepRecord, looks: Looks) -> str | None:
-        """Whether what was done is still there.
+        """Check that the results of the step still exist.
 
-        None: it is, and the step has nothing to do. A reason: it is not, and the step is done again. LOOKS_BY_ITSELF: only
-        `apply` can tell.
+        Returns:
+            None if they exist; the reason if the step must be repeated; LOOKS_BY_ITSELF if only `apply` can find out.
         """
         ...
 
     async def apply(self, work: Work, looks: Looks) -> Applied:
-        """Do what is missing. Raises GracefarmError: the state keeps it as failed."""
+        """Do what is missing. If this raises GracefarmError, the state records the step as failed."""
         ...
 
     async def undo(self, work: Work) -> Undone:
-        """End what it left at work on the nodes, for `down`. Most steps leave nothing."""
+        """Stop the processes that the step left running on the nodes, for `down`. Most steps leave none."""
         return {}, {}
 
 
 class ServingStep(Step):
-    """A step of `serve`: nothing supervises what it has started, so that `apply` looks by itself each time."""
+    """A step of `serve`. Nothing supervises the processes that it started, so `apply` checks them each time."""
 
     def inputs(self, work: Work, looks: Looks) -> str:
-        """The plan."""
+        """The plan's id."""
         return work.made_plan.id
 
     def check(self, work: Work, record: StepRecord, looks: Looks) -> str:
-        """`apply` looks by itself."""
+        """Leave the check to `apply`."""
         return LOOKS_BY_ITSELF
 
 
 async def perform(step: Step, work: Work, looks: Looks) -> Applied | None:
-    """One step: nothing, where it is done and still so; else do it. None: nothing was done."""
+    """Run a step, unless it is done and its results still exist. Return None if nothing was done."""
     inputs = step.inputs(work, looks)
     if inputs is None:
         return None
@@ -143,7 +143,7 @@ async def perform(step: Step, work: Work, looks: Looks) -> Applied | None:
             work.console.step(step.name, f"nothing to do: {record.text}")
             return None
         if why != LOOKS_BY_ITSELF:
-            work.console.step(step.name, f"again: {why}")
+            work.console.step(step.name, f"repeated: {why}")
     work.keeper.begin(step.name, inputs)
     try:
         applied = await step.apply(work, looks)
@@ -157,13 +157,13 @@ async def perform(step: Step, work: Work, looks: Looks) -> Applied | None:
 
 
 async def perform_all(steps: Sequence[Step], work: Work, looks: Looks) -> bool:
-    """One after the other; whether anything was done."""
+    """Run steps in sequence. Return whether anything was done."""
     applied = [await perform(step, work, looks) for step in steps]
     return any(applied)
 
 
 async def side_by_side(console: Console, lanes: Mapping[str, Awaitable[bool]]) -> bool:
-    """All of them to their end. A failure is told at once: another lane may go on for hours."""
+    """Run all lanes in parallel until all have ended. A failure is reported at once, since other lanes may run for hours."""
     going = {asyncio.ensure_future(lane): name for name, lane in lanes.items()}
     left = set(going)
     try:
@@ -173,19 +173,19 @@ async def side_by_side(console: Console, lanes: Mapping[str, Awaitable[bool]]) -
                 error = task.exception()
                 if left and isinstance(error, GracefarmError):
                     rest = " and ".join(going[other] for other in left)
-                    console.warn(f"{going[task]} failed: {error.cause}; {error.remedy}. Meanwhile {rest} goes on")
+                    console.warn(f"{going[task]} failed: {error.cause}; {error.remedy}. Still running: {rest}")
     finally:
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
-    outcomes = [task.result() for task in going]  # each one raises, whatever the others say
+    outcomes = [task.result() for task in going]  # raises the first error, after all have ended
     return any(outcomes)
 
 
 async def end_jobs(work: Work, job: str, *, grace: float, stopped: Sequence[tuple[Node, str]] = ()) -> Undone:
-    """End the processes of all jobs whose names begin like this, on every node.
+    """Stop the processes of all jobs whose names have the prefix `job`, on every node.
 
-    Each job of `stopped` counts as stopped then, and no stdin of a start that was cut off is left there.
+    The jobs of `stopped` are marked as stopped, and a stdin file that an interrupted start left is removed.
     """
     ended, failed = await processes.try_stop(work.nodes, work.fleet.mark, jobs=[job], grace=grace)
 
@@ -200,10 +200,10 @@ async def end_jobs(work: Work, job: str, *, grace: float, stopped: Sequence[tupl
 
 
 async def look_at_nodes(work: Work) -> Looks:
-    """One short call to every node at once: all that `up` needs to know whether there is anything to do.
+    """Make one short call to every node in parallel. The answers show `up` whether there is anything to do.
 
     Raises:
-        SshError, NodeError: a node was not reached; all that were not are named.
+        SshError, NodeError: some nodes could not be reached; the message lists all of them.
     """
     folder = work.keeper.state.data("weights").get("folder")
 
@@ -221,16 +221,16 @@ async def look_at_nodes(work: Work) -> Looks:
 
 
 async def ask_briefly(node: RemoteNode, request: Json, seconds: float = 60, *, function: str = "look.look") -> Json:
-    """A short question to one node. A file system whose server is gone would hold it for ever.
+    """Make a short call to one node, with a timeout. Without it, a file system whose server is down would block forever.
 
     Raises:
-        NodeError: no answer within `seconds`.
+        NodeError: there is no answer within `seconds`.
     """
     try:
         async with asyncio.timeout(seconds):
             return await call(node, function, request)
     except TimeoutError as error:
         raise NodeError(
-            f"{node.name}: no answer to a short question within {seconds:g} s",
-            remedy=f"does a file system hang there? `deploy run -k {node.name} --timeout 10 -- df -h`",
+            f"{node.name}: no answer to a short call within {seconds:g} s",
+            remedy=f"check for a file system that hangs: `deploy run -k {node.name} --timeout 10 -- df -h`",
         ) from error

@@ -1,4 +1,4 @@
-"""uv on a node, at the version whose digest is pinned: placed there when it is missing."""
+"""Installs uv on a node, in a version with a pinned digest."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from gracefarm.settings import SharedSettings
 
 
 def pinned() -> Json:
-    """uv by version and sha256, and the Python that it brings, whose sha256 stands in uv."""
+    """Version and sha256 of uv, and the version of the Python that it installs. uv has the sha256 of this Python."""
     value: Json = json.loads((resources.files("deploy") / "data" / "uv.json").read_text())
     return value
 
 
 async def ensure_uv(node: RemoteNode, about: Json, settings: SharedSettings) -> str:
-    """uv at the pinned version on a node's own disk; sent there when it is missing. Its path."""
+    """Copy the pinned uv to a node's local disk if it is missing there. Return its path."""
     version, wheel = pinned()["version"], pinned()["wheels"].get(about["machine"])
     if wheel is None:
-        raise HostError(f"{node.name}: no uv is pinned for {about['machine']}", remedy="aarch64 and x86_64 are supported")
+        raise HostError(f"{node.name}: no uv is pinned for {about['machine']}", remedy="use a node with aarch64 or x86_64")
     path = f"{about['home']}/.cache/gracefarm/uv-{version}"
     binary = await asyncio.to_thread(fetch_uv, version, wheel["tag"], wheel["sha256"], settings)
     wanted = hashlib.sha256(binary).hexdigest()
@@ -42,7 +42,7 @@ async def ensure_uv(node: RemoteNode, about: Json, settings: SharedSettings) -> 
 
 
 def fetch_uv(version: str, tag: str, sha256: str, settings: SharedSettings) -> bytes:
-    """The uv binary of a wheel whose sha256 is pinned, by way of pip, which knows this machine's index."""
+    """The uv binary from a wheel with a pinned sha256. pip fetches it, with the index that is configured on this machine."""
     kept = settings.home / "deploy" / f"uv-{version}-{sha256[:16]}"
     if kept.is_file():
         return kept.read_bytes()
@@ -60,9 +60,9 @@ def fetch_uv(version: str, tag: str, sha256: str, settings: SharedSettings) -> b
         wheels = list(Path(folder).glob("*.whl"))
         if process.returncode or not wheels:
             last = last_line(process.stderr)
-            remedy = "pip must reach a Python index: `pip config list`"
-            if last.endswith("No module named pip"):  # a virtual environment that uv made has none
-                remedy = f"`{sys.executable} -m ensurepip`"
+            remedy = "check that pip can reach a package index: `pip config list`"
+            if last.endswith("No module named pip"):  # virtual environments of uv have no pip
+                remedy = f"install pip: `{sys.executable} -m ensurepip`"
             raise FetchError(f"uv {version} for {tag}: {last}", remedy=remedy)
         with zipfile.ZipFile(io.BytesIO(wheels[0].read_bytes())) as zipped:
             binary = zipped.read(f"uv-{version}.data/scripts/uv")

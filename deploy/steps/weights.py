@@ -1,4 +1,4 @@
-"""Weights onto the shared folder: pinned, dealt over all nodes, each file verified by another node, resumed file by file."""
+"""Downloads the weights to the shared folder: pinned, distributed over all nodes, each file verified by another node."""
 
 from __future__ import annotations
 
@@ -25,58 +25,58 @@ from gracefarm.errors import DigestError, DiskFullError, GracefarmError, HostErr
 JOB = "weights"
 "Name of the detached job on each node."
 ROUNDS = 4
-"Deals before we give up: a corrupted file or a lost node costs one more each."
+"Maximum number of rounds. A corrupt file or a lost node requires one more round."
 SIGN = 5.0
-"Seconds within which whoever is at work on the shared folder gives a sign."
+"Seconds between signs of life of a deployment that works on the shared folder."
 ROOM = 1 << 30
-"Bytes that stay free on the shared folder."
+"Bytes to keep free on the shared folder."
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsSpec:
-    """What is wanted, and where."""
+    """The model to download, and where to."""
 
     root: str
-    "Our folder on the shared file system."
+    "Folder of gracefarm on the shared file system."
     repo: str
     owner: str = ""
-    "The deployment's id: several on one share, whose nodes have the same names, stage their files apart."
+    "The deployment's id. It separates the partial files of deployments on one share whose nodes have the same names."
     revision: str = "main"
-    "A commit pins it; a branch or tag is resolved to one, which is printed."
+    "A commit, branch or tag. A branch or tag is resolved to a commit, which is printed."
     endpoint: str | None = None
     "HF_ENDPOINT: a mirror of the Hub."
     token: str | None = field(default=None, repr=False)
-    "On stdin alone; the worker keeps it in memory and no file has it."
+    "Passed on stdin. The worker keeps it in memory and writes it to no file."
     skip: Sequence[str] = dealing.SKIP
     workers: int = 8
-    "Files at a time on each node."
+    "Concurrent downloads on each node."
     patience: float = 120.0
-    "Seconds without a sign of a node on the shared folder after which the others stop waiting for its files."
+    "Seconds without a sign of life of a node, after which the others stop waiting for its files."
     busy: float = 600.0
-    "Seconds for which a Hub that is busy (429, 5xx) is asked again, file by file."
+    "Seconds for which requests to a busy Hub (429, 5xx) are repeated, for each file."
     python: str | None = None
-    "Python that has huggingface_hub; default: the download environment's."
+    "Python with huggingface_hub; default: that of the download environment."
 
     @property
     def worker_python(self) -> str:
-        """What runs the parts that speak to the Hub."""
+        """The Python for calls that use the Hub."""
         return self.python or f"{self.root}/download/bin/python"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Brought:
-    """What is there now."""
+    """The result of a download."""
 
     manifest: Manifest
     folder: str
-    "Path on every node: what the engine is given."
+    "Path on every node, for the engine."
     fetched: int
-    "Bytes that this run brought."
+    "Bytes that this run downloaded."
     rounds: int
 
 
 def spec_of(work: Work) -> WeightsSpec:
-    """The deployment's model, with the token and the endpoint of whoever calls."""
+    """The deployment's model, with the caller's token and endpoint."""
     model = work.deployment.data.model
     return WeightsSpec(
         root=paths.root(work.deployment),
@@ -100,23 +100,23 @@ class WeightsStep(Step):
         return digest("weights", paths.root(work.deployment), model.repo, model.revision)
 
     def check(self, work: Work, record: StepRecord, looks: Looks) -> str | None:
-        """Every node sees the manifest, and the head every file in its length."""
+        """Check that every node sees the manifest, and the head sees every file with its size."""
         for node, seen in looks.items():
             if seen["weights"] is None or seen["weights"]["manifest"] != record.data["manifest"]:
                 return f"{node} does not see them"
             if seen["weights"]["wrong"]:
-                return f"{', '.join(seen['weights']['wrong'][:3])} is not what was brought"
+                return f"missing or of another size: {', '.join(seen['weights']['wrong'][:3])}"
         return None
 
     async def apply(self, work: Work, looks: Looks) -> Applied:
-        """Bring them."""
+        """Download the files."""
         spec = spec_of(work)
         brought = await bring(work.nodes, spec, work.console)
         pinned, size = brought.manifest, dealing.told(brought.manifest.size)
         seen = await call(work.nodes[0], "look.look", {"prefix": NO_MARK, "weights": brought.folder, "count": False})
         return Applied(
             text=f"{spec.repo} at {pinned.commit[:12]}: {len(pinned.files)} files, {size}",
-            now=f"{dealing.told(brought.fetched)} brought now, by {len(work.nodes)} nodes" if brought.fetched else "",
+            now=f"{dealing.told(brought.fetched)} downloaded now by {len(work.nodes)} nodes" if brought.fetched else "",
             data={
                 "folder": brought.folder,
                 "commit": pinned.commit,
@@ -125,13 +125,13 @@ class WeightsStep(Step):
         )
 
     async def undo(self, work: Work) -> Undone:
-        """End downloads."""
+        """Stop downloads."""
         return await end_jobs(work, JOB, grace=20, stopped=[(node, JOB) for node in work.deployment.nodes])
 
 
 @dataclass
 class BusyNotice:
-    """Tells once a minute that the Hub is busy: each of many downloads hears it."""
+    """Reports at most once a minute that the Hub is busy, for all downloads together."""
 
     console: Console
     told: float = -60.0
@@ -140,16 +140,16 @@ class BusyNotice:
         """An event of deploy.remote.hub."""
         if event["event"] == "busy" and time.monotonic() - self.told >= 60:
             self.told = time.monotonic()
-            self.console.step("wait", f"{node}: the Hub answers {event['status']}; asking again in {event['wait']:.0f} s")
+            self.console.step("wait", f"{node}: HTTP {event['status']} from the Hub; trying again in {event['wait']:.0f} s")
 
 
 async def bring(targets: Sequence[RemoteNode], spec: WeightsSpec, console: Console) -> Brought:
-    """Bring every file of the pinned commit, or say in one sentence why not; what is verified stays for the next run.
+    """Download every file of the pinned commit. Verified files are kept if this fails, and are not downloaded again.
 
     Raises:
-        FetchError: the Hub refuses (gated, no such revision) or cannot be reached.
-        DigestError: a file came wrong in every round.
-        DiskFullError: the shared folder has no room for what is missing.
+        FetchError: the Hub refuses (gated, unknown revision) or cannot be reached.
+        DigestError: a file was corrupt in every round.
+        DiskFullError: the shared folder has no room for the missing files.
         HostError: a node does not see the shared folder, or all nodes were lost.
     """
     pinned = await _manifest(targets[0], spec, console)
@@ -190,7 +190,7 @@ class _Run:
     _done: int = 0
 
     async def go(self, nodes: list[RemoteNode]) -> Brought:
-        # What a killed command has left at work comes to its end first, so that nothing is fetched twice.
+        # Wait for the downloads of a killed command first, so that nothing is downloaded twice.
         _, bad = await try_all(nodes, lambda node: settle(node, JOB, partial(self._told, node.name)))
         nodes = self._without(nodes, bad)
         for number in range(1, ROUNDS + 1):
@@ -202,8 +202,8 @@ class _Run:
             self._measure(shares, state)
             nodes = self._without(nodes, await self._round(nodes, shares))
         raise DigestError(
-            f"{', '.join(sorted(set(self.corrupt))[:3]) or 'some files'} came wrong in {ROUNDS} rounds",
-            remedy="what the Hub serves is not what it declares: try another HF_ENDPOINT, or a later commit",
+            f"{', '.join(sorted(set(self.corrupt))[:3]) or 'some files'}: corrupt in {ROUNDS} rounds",
+            remedy="the Hub's files do not match their digests: try another HF_ENDPOINT, or a later commit",
         )
 
     @property
@@ -211,7 +211,7 @@ class _Run:
         return f"{self.place}{'.' + self.spec.owner if self.spec.owner else ''}.staging"
 
     async def _alone(self, head: RemoteNode) -> Json:
-        """What is there, once no other deployment on this share is bringing the same files: twice would be for nothing."""
+        """The state of the files. Waits while another deployment on this shared folder downloads the same files."""
         before: Mapping[str, object] = {}
         told = False
         while True:
@@ -222,22 +222,24 @@ class _Run:
                 return state
             if before and not told:
                 told = True
-                self.console.step("wait", f"another deployment on this share brings these files ({alive[0]}); waiting for it")
+                self.console.step(
+                    "wait", f"another deployment on this share downloads these files ({alive[0]}); waiting for it"
+                )
             before = now
             await asyncio.sleep(SIGN)
 
     def _measure(self, shares: Mapping[str, Portion], state: Json) -> None:
-        """Whether the deal fits on the shared folder, before anything is downloaded."""
+        """Check that the missing files fit on the shared folder, before anything is downloaded."""
         missing = sum(file.size for portion in shares.values() for file in portion.fetch)
         self._done = self.manifest.size - missing
         if missing and state["free"] < missing + min(ROOM, missing):
             raise DiskFullError(
-                f"{dealing.told(missing)} are missing, and the shared folder has {dealing.told(state['free'])} free",
-                remedy="free space there: `deploy env gc`, other models below weights/",
+                f"{dealing.told(missing)} are missing, but the shared folder has only {dealing.told(state['free'])} free",
+                remedy="free space on it: `deploy env gc`, or remove other models below weights/",
             )
 
     async def _round(self, nodes: Sequence[RemoteNode], shares: Mapping[str, Portion]) -> dict[str, GracefarmError]:
-        """One deal carried out. Returns why nodes are lost for the next one; raises what no other node could mend."""
+        """Run one round. Return the errors of lost nodes."""
         nonce = secrets.token_hex(16)
         await call(nodes[0], "weights.prepare", {"final": self.place, "staging": self._staging, "nonce": nonce})
         busy = [node for node in nodes if shares[node.name].fetch or shares[node.name].verify]
@@ -245,11 +247,11 @@ class _Run:
         for corrupt in (answer["corrupt"] for answer in good.values()):
             self.corrupt += corrupt
             if corrupt:
-                self.console.warn(f"came wrong, fetched again by another node: {', '.join(corrupt)}")
+                self.console.warn(f"corrupt, will be downloaded again by another node: {', '.join(corrupt)}")
         return bad
 
     def _without(self, nodes: list[RemoteNode], bad: Mapping[str, GracefarmError]) -> list[RemoteNode]:
-        """The nodes that are left. Raises what no other node could mend, and the loss of the last one."""
+        """The remaining nodes. Raises errors that would occur on every node, and the error if no node is left."""
         for error in bad.values():
             if not isinstance(error, (HostError, SshError, NodeError)) or "shared folder" in error.cause:
                 raise error
@@ -257,7 +259,7 @@ class _Run:
         if not left:
             raise combined_error(bad, len(nodes))
         for error in bad.values():
-            self.console.warn(f"{error.cause}; its files go to the others")
+            self.console.warn(f"{error.cause}; the other nodes download its files")
         return left
 
     async def _fetch(self, node: RemoteNode, share: Portion, nonce: str) -> Json:
@@ -289,7 +291,7 @@ class _Run:
         elif event["event"] == "busy":
             self.notice(node, event)
         elif event["event"] == "wait":
-            self.console.step("wait", f"{node}: a download is still at work there ({event['owner']}); waiting for it")
+            self.console.step("wait", f"{node}: an earlier download is still running ({event['owner']}); waiting for it")
 
     async def _finish(self, head: RemoteNode, rounds: int) -> Brought:
         text = self.manifest.model_dump_json(indent=1)
@@ -298,7 +300,10 @@ class _Run:
 
 
 async def verify(targets: Sequence[RemoteNode], spec: WeightsSpec, commit: str, *, remove: bool = False) -> list[str]:
-    """Hash every finished file again, dealt over all nodes: the paths that are wrong or missing; `remove` takes them away."""
+    """Hash all files again, distributed over all nodes, and return the paths that are wrong or missing.
+
+    `remove`: delete the wrong files.
+    """
     place = paths.weights(spec.root, spec.repo, commit)
     text = (await call(targets[0], "weights.read_manifest", {"final": place}))["manifest"]
     pinned = Manifest.model_validate(json.loads(text))

@@ -105,8 +105,8 @@ def test_where_it_is_on_nothing_is_done() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"kind": "virtiofs", "fsc": None}, "virtiofs: the host caches it"),
-        ({"kind": "ext4", "fsc": None}, "ext4: `fsc` is an option of NFS alone"),
+        ({"kind": "virtiofs", "fsc": None}, "virtiofs: the host has its own cache"),
+        ({"kind": "ext4", "fsc": None}, "ext4: `fsc` is an option of NFS only"),
         ({"root": False}, "sudo asks for a password"),
         ({"fstab": "# nothing\n"}, "is not in /etc/fstab"),
     ],
@@ -124,7 +124,7 @@ def test_an_option_that_the_kernel_ignores_is_not_called_done() -> None:
     assert row.outcome == "skipped"
     assert "does not cache" in row.text
     (row,) = up(Pretend(NFS, fsc_after=False, busy="umount: target is busy."))
-    assert row.text == "umount: target is busy.; the next mount has it"
+    assert row.text == "umount: target is busy.; the cache is on after the next mount"
 
 
 def test_one_nodes_trouble_is_its_own_and_a_lost_node_is_an_error() -> None:
@@ -211,10 +211,10 @@ def test_the_share_of_this_machine_is_looked_at_and_measured(tmp_path: Path, mon
     assert speed["path"] == str(tmp_path / "big")
     assert speed["bytes"] == 300_000
     assert speed["cold"] is None
-    assert cache.told(speed) == "; not measured: dropping the page cache needs root"
+    assert cache.told(speed) == "; its speed is not measured: dropping the page cache requires root"
     (tmp_path / "empty").mkdir()
     none = measure({"share": str(tmp_path / "empty"), "bytes": 1})
-    assert cache.told(none) == "; it is measured when the weights are there"
+    assert cache.told(none) == "; its speed is measured when the weights are downloaded"
 
 
 def test_it_is_measured_once_when_the_weights_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

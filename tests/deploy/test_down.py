@@ -81,8 +81,8 @@ def test_with_a_node_away_everything_ends_on_all_others_and_then_it_is_told(tmp_
             assert code == 60, said
             assert "k2 127.0.0.13" in said
             assert "cannot be reached" in said
-            assert "; ended on the others: k0 (4), k1 (2) processes" in said
-            assert "repeat `deploy down` for k2: what ran there may still run, and cost" in said
+            assert "; stopped on the others: k0 (4), k1 (2) processes" in said
+            assert "repeat `deploy down`, since processes on k2 may still run and cost" in said
             assert said.count("cannot be reached") == 1
             assert running(made) == [("k2", "ray")]
             assert (await job_status(made.fleet, head, "engine")).state == "stopped"
@@ -240,7 +240,7 @@ def test_a_spare_that_is_away_is_left_out_and_a_node_that_serves_is_not(
                 await step.look_at_nodes(again)
 
     play(tmp_path, work, nodes=3)
-    assert "it is a spare: going on without it" in capsys.readouterr().err
+    assert "it is a spare node and is ignored" in capsys.readouterr().err
 
 
 def test_ray_makes_room_for_itself_and_not_of_a_build_or_a_download_that_is_at_work(tmp_path: Path) -> None:

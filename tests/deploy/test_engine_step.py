@@ -205,7 +205,7 @@ def test_a_death_while_loading_is_told_by_its_first_cause(tmp_path: Path) -> Non
 
     async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         plan = a_plan(free_port(), "--die", "1", "--say", str(words))
-        with pytest.raises(EngineError, match="ended with 1 while loading: GPU memory ran out") as error:
+        with pytest.raises(EngineError, match="exited with code 1 while loading: GPU memory ran out") as error:
             await engine.start_or_attach(fleet, head, spec(plan), Console())
         assert "deploy plan" in error.value.remedy
         verdict = diagnose(await probe(fleet, head, spec(plan)))
@@ -245,7 +245,7 @@ def test_a_node_that_ray_loses_while_loading_ends_it(tmp_path: Path) -> None:
 
 def test_too_long_a_load_is_stopped(tmp_path: Path) -> None:
     async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
-        with pytest.raises(EngineError, match="no completion after 2 s; it was loading"):
+        with pytest.raises(EngineError, match="no completion after 2 s; the engine was loading"):
             await engine.start_or_attach(fleet, head, spec(a_plan(free_port(), "--load", "60"), load=2.0), Console())
         assert (await job_status(fleet, made[0].node, "engine")).state == "stopped"
 
@@ -285,7 +285,7 @@ def test_a_phase_that_hangs_is_told_once_and_the_engine_is_left_alone(
 
     on_a_node(tmp_path, work)
     said = capsys.readouterr().err
-    assert said.count("the engine is loading for ") == 1
+    assert said.count("the engine has been loading for ") == 1
     assert "It may hang: `deploy preflight`" in said
     assert "about 0 s left" not in said.split("loading for")[1]
 
@@ -294,7 +294,7 @@ def test_a_port_that_somebody_holds_is_refused_by_name(tmp_path: Path) -> None:
     async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         with socket.create_server(("127.0.0.1", 0)) as other:
             plan = a_plan(int(other.getsockname()[1]))
-            with pytest.raises(EngineError, match=r"port \d+ is held by .*process \d+.*not of this deployment"):
+            with pytest.raises(EngineError, match=r"port \d+ is used by .*process \d+.*does not belong to this deployment"):
                 await engine.start_or_attach(fleet, head, spec(plan), Console())
         assert (await job_status(fleet, made[0].node, "engine")).state == "absent"
 

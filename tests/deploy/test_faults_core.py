@@ -98,7 +98,7 @@ def test_killed_while_ray_starts_and_while_the_engine_loads(made: Rehearsal) -> 
         loading = faultkit.engine_pid(made)
         kill(process)
         output = well(made, "serve")
-        assert "it is loading already: following it" in output
+        assert "already loading: waiting for it" in output
         assert "READY" in output
         assert faultkit.engine_pid(made) == loading
     finally:

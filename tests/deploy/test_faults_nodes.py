@@ -173,10 +173,10 @@ def test_a_port_that_is_taken(made: Rehearsal) -> None:
     try:
         done = deploy(made, "up", "--from", "preflight")
         assert done.code == PREFLIGHT
-        assert "k1: ports: port 8077 is held by a process of another user" in done.output
+        assert "k1: ports: port 8077 is used by a process of another user" in done.output
         done = deploy(made, "serve", "--skip-up")
         assert done.code == ENGINE
-        assert "k1: port 8077 is held by a process of another user, which is not of this deployment" in done.output
+        assert "k1: port 8077 is used by a process of another user, which does not belong to this deployment" in done.output
         left = walkthrough.left(made)
         assert list(left) == ["k1"]
         assert len(left["k1"]) == 1  # the one that has the port
@@ -186,7 +186,7 @@ def test_a_port_that_is_taken(made: Rehearsal) -> None:
     try:
         done = deploy(made, "serve", seconds=400)
         assert done.code == ENGINE
-        assert "k0: port 2242 is held by a process of another user" in done.output
+        assert "k0: port 2242 is used by a process of another user" in done.output
     finally:
         nodefaults.kill(made.room["k0"], pid)
     assert "READY" in well(made, "serve", seconds=400)
@@ -203,10 +203,10 @@ def test_a_shard_that_rotted_or_was_cut_short_is_brought_again(made: Rehearsal) 
     done = deploy(made, "weights", "verify", "--remove")
     assert done.code == INSTALL
     assert rotten.name in done.output
-    assert "brought now" in well(made, "up")
+    assert "downloaded now" in well(made, "up")
     short.write_bytes(short.read_bytes()[:100])
     output = well(made, "up", "--skip", "proof")
-    assert f"{short.name} is not what was brought" in output
+    assert f"missing or of another size: {short.name}" in output
     assert "every file is what the Hub declares" in well(made, "weights", "verify")
 
 
@@ -239,7 +239,7 @@ def test_a_share_that_goes_away_is_noticed_without_being_asked(made: Rehearsal) 
     try:
         done = deploy(made, "up")
         assert done.code == PREFLIGHT
-        assert "k2 has lost /mnt/share" in done.output
+        assert "/mnt/share is not mounted on k2" in done.output
     finally:
         made.room["k2"].off()
         made.room["k2"].boot()
@@ -290,7 +290,7 @@ def test_another_environment_starts_ray_and_the_engine_anew(made: Rehearsal) -> 
     try:
         plan = (made.folder / ".deploy" / "plan.json").read_text()
         said = well(made, "serve", seconds=400)
-        assert "stopping what runs with another plan or environment" in said
+        assert "of another plan or environment" in said
         assert (made.folder / ".deploy" / "plan.json").read_text() == plan
         second = serving(made)
         assert all(second[name] and second[name] != first[name] for name in first), (first, second)

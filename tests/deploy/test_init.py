@@ -127,7 +127,7 @@ def test_all_that_is_missing_is_listed_at_once(tmp_path: Path, nodes: Servers) -
         (tmp_path / "deploy.toml").write_text((tmp_path / "deploy.toml").read_text().replace("org/gated", "org/absent"))
         again = deploy(tmp_path, "init", "deploy.toml", "--json", **variables)
         assert (
-            "the model: the Hub shows no org/absent without a token"
+            "the model: org/absent is not accessible on the Hub without a token"
             in json.loads(again.stdout.splitlines()[-1])["missing"][-1]
         )
 
@@ -225,7 +225,7 @@ def test_another_deploy_toml_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "deploy.toml").write_text('[nodes]\nhosts = ["127.0.0.9"]\n')
     done = deploy(tmp_path, "init", "ips.txt", "--accept")
     assert done.returncode == 3
-    assert "is there already" in done.stderr
+    assert "exists already" in done.stderr
     assert "127.0.0.9" in (tmp_path / "deploy.toml").read_text()
 
 

@@ -174,7 +174,7 @@ def test_an_environment_that_fails_is_told_while_the_weights_still_come(
     }
     assert len(told_then) == 1  # the weights came to their end
     words = " ".join(told_then[0].split())
-    assert "environment failed: the index lacks tiny; mirror it. Meanwhile weights goes on" in words
+    assert "environment failed: the index lacks tiny; mirror it. Still running: weights" in words
 
 
 def test_what_was_killed_in_the_middle_is_never_taken_for_done(tmp_path: Path) -> None:
@@ -190,9 +190,9 @@ def test_what_was_killed_in_the_middle_is_never_taken_for_done(tmp_path: Path) -
 
 
 def test_steps_that_do_not_exist_are_told() -> None:
-    with pytest.raises(UsageError, match="no step 'weight'"):
+    with pytest.raises(UsageError, match="unknown step 'weight'"):
         StepChoice(skip=("weight",)).check()
-    with pytest.raises(UsageError, match="no step 'ray'"):
+    with pytest.raises(UsageError, match="unknown step 'ray'"):
         StepChoice(start="ray").check()
 
 
@@ -236,7 +236,7 @@ def test_a_set_without_the_engine_is_refused_before_anything_is_built(tmp_path: 
     monkeypatch.setattr(environment, "build_and_activate", pytest.fail)
 
     async def refused(work: Work) -> None:
-        with pytest.raises(ConfigError, match="gh200-cu124 has no vllm, and the engine is to be vllm") as error:
+        with pytest.raises(ConfigError, match="gh200-cu124 has no vllm, which the engine vllm requires") as error:
             await perform(EnvironmentStep(), work, {})
         assert 'set = "gh200-cu130"' in error.value.remedy
 
@@ -319,7 +319,7 @@ def test_a_node_that_hangs_does_not_hold_the_command_for_ever() -> None:
 
     node = RemoteNode(name="k1", address="", gpus=1, shell=Hangs())  # type: ignore[arg-type]
     begun = time.monotonic()
-    with pytest.raises(NodeError, match=r"k1: no answer to a short question within 0\.3 s"):
+    with pytest.raises(NodeError, match=r"k1: no answer to a short call within 0\.3 s"):
         asyncio.run(step.ask_briefly(node, {}, seconds=0.3))
     assert time.monotonic() - begun < 3
 
@@ -422,7 +422,7 @@ def test_two_deployments_of_one_name_on_one_share_do_not_switch_each_others_envi
                 assert (await step.look_at_nodes(first))["k0"]["owner"] == works[0].folder.id
                 only = StepChoice(skip=("preflight", "cache", "weights", "proof"))
                 for refused in (order.up(second, only), environment.roll_back(second)):
-                    with pytest.raises(ConfigError, match=r"another deployment on .*/share is called t: ") as error:
+                    with pytest.raises(ConfigError, match=r"another deployment on .*/share has the name t: ") as error:
                         await refused
                     assert "rm " + str(tmp_path / "share" / "gracefarm" / "t" / "owner") in error.value.remedy
                 assert second.keeper.state.steps == {}

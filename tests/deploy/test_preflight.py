@@ -103,11 +103,11 @@ def test_good_nodes_have_no_red_cell_and_no_yellow_one() -> None:
         ("python", {"environment": {**ENVIRONMENT, "python": {**PYTHON, "version": "3.11.2"}}}, "bad", "3.11.2"),
         ("cuda", {"cuda": {"absent": True}}, "bad", "libcuda"),
         ("cuda", {"cuda": {"error": "cuInit: system not yet initialized (802)"}}, "bad", "802"),
-        ("cuda", {"cuda": {"version": 12040, "gpus": []}}, "bad", "0 GPUs, not 1"),
+        ("cuda", {"cuda": {"version": 12040, "gpus": []}}, "bad", "0 GPUs instead of 1"),
         ("memory", {"cuda": {"version": 12040, "gpus": [{**GPU, "free": 60 * GIB}]}}, "bad", "60.0 of 96.0 GiB"),
         ("pages", {"environment": {**ENVIRONMENT, "alignment": 4096}}, "bad", "aligned to 4 KiB"),
-        ("libstdc++", {"glibcxx": "3.4.28"}, "bad", "needs GLIBCXX_3.4.29"),
-        ("libstdc++", {"glibcxx": None}, "bad", "no libstdc++.so.6"),
+        ("libstdc++", {"glibcxx": "3.4.28"}, "bad", "requires GLIBCXX_3.4.29"),
+        ("libstdc++", {"glibcxx": None}, "bad", "libstdc++.so.6 is missing"),
         ("shm", {"shm": None}, "bad", "no /dev/shm"),
         ("shm", {"shm": {"total": 64 << 20, "free": 64 << 20}}, "bad", "0.1 GiB free"),
         ("shm", {"shm": {"total": 8 * GIB, "free": 1 * GIB}}, "bad", "1.0 GiB free"),
@@ -118,7 +118,7 @@ def test_good_nodes_have_no_red_cell_and_no_yellow_one() -> None:
         ("limits", {"limits": limits(nproc=[4096, 4096])}, "warn", "nproc 4096"),
         ("limits", {"limits": limits(memlock=[65536, 65536])}, "warn", "memlock 65536"),
         ("limits", {"limits": limits(memlock=[65536, 65536], nproc=[500, 500])}, "bad", "nproc 500"),
-        ("token", {"environment": {**ENVIRONMENT, "ray": "2.41.0"}}, "warn", "Ray 2.41.0 knows no token"),
+        ("token", {"environment": {**ENVIRONMENT, "ray": "2.41.0"}}, "warn", "Ray 2.41.0 has no token"),
     ],
 )
 def test_a_node_that_differs_is_the_one_that_is_told(check: str, change: Json, status: str, word: str) -> None:
@@ -135,14 +135,14 @@ def test_a_node_that_differs_is_the_one_that_is_told(check: str, change: Json, s
     [
         ({"absent": True}, "no NVIDIA driver"),
         ({"error": "cuInit: system not yet initialized (802)"}, "802"),
-        ({"version": 12040, "gpus": [GPU]}, "which the kept facts do not know"),
+        ({"version": 12040, "gpus": [GPU]}, "which the stored facts do not have"),
     ],
 )
 def test_a_node_that_had_no_gpu_when_facts_were_asked_is_told_and_stops_nobody(cuda: Json, word: str) -> None:
     cell = judged({"k1": survey(cuda=cuda)}, gpus={**dict.fromkeys(NODES, 1), "k1": 0})["cuda", "k1"]
     assert cell.status == "warn"
     assert word in cell.text
-    assert "the plan leaves this node out" in cell.text
+    assert "the plan does not use this node" in cell.text
     assert "`deploy facts`" in cell.remedy
 
 
@@ -154,7 +154,7 @@ def test_the_nodes_own_pythons_do_not_matter_where_the_environment_brings_one(en
     assert judged(nodes)["python", "k1"].status == "bad"
     cell = judged(nodes, python="managed")["python", "k1"]
     assert cell.status == "ok"
-    assert "the environment will bring its own (managed)" in cell.text
+    assert "the environment will have its own (managed)" in cell.text
 
 
 def test_a_managed_python_that_a_node_does_not_see_is_told() -> None:
@@ -163,13 +163,13 @@ def test_a_managed_python_that_a_node_does_not_see_is_told() -> None:
     nodes = {node: survey(environment=own) for node in NODES} | {"k1": survey(environment=lost)}
     cells = judged(nodes, python="managed")
     assert (cells["python", "k0"].status, cells["python", "k1"].status) == ("ok", "bad")
-    assert "lies on the shared folder" in cells["python", "k1"].remedy
+    assert "the shared folder is mounted on this node: it contains /share/gracefarm/" in cells["python", "k1"].remedy
 
 
 @pytest.mark.parametrize(
     ("check", "change", "word"),
     [
-        ("ports", {"taken": {"6379": "redis-server *:6379 (process 7)"}}, "port 6379 is held by redis-server"),
+        ("ports", {"taken": {"6379": "redis-server *:6379 (process 7)"}}, "port 6379 is used by redis-server"),
         (
             "ports",
             {"reached": {"k0": {"ports": {"6379": {"rtt": 0.1}, "8076": {"error": "timed out"}}, "rtt": 0.1, "offset": 0.0}}},
@@ -178,7 +178,7 @@ def test_a_managed_python_that_a_node_does_not_see_is_told() -> None:
         (
             "route",
             {"reached": {"k0": {"ports": {"6379": {"error": "no route to host"}}, "rtt": None, "offset": None}}},
-            "no way to k0 (10.0.0.0): no route to host",
+            "cannot reach k0 (10.0.0.0): no route to host",
         ),
         (
             "route",
@@ -189,10 +189,10 @@ def test_a_managed_python_that_a_node_does_not_see_is_told() -> None:
                     "k2": {"ports": {"6379": {"rtt": 0.1}}, "rtt": 0.1, "offset": 0.0, "bulk": {}},
                 },
             },
-            "64 KiB to k0 (10.0.0.0) do not arrive, though single small packets do; the interface here has mtu 9000",
+            "64 KiB to k0 (10.0.0.0) do not arrive, but small packets do; the interface of this node has mtu 9000",
         ),
-        ("share", {"nonces": {"k1": "nonce-k1"}}, "this node's own"),
-        ("share", {"nonces": {"k0": "nonce-k0", "k1": "nonce-k1"}}, "what k2 wrote is not there"),
+        ("share", {"nonces": {"k1": "nonce-k1"}}, "is not shared on this node"),
+        ("share", {"nonces": {"k0": "nonce-k0", "k1": "nonce-k1"}}, "files of k2 are missing"),
     ],
 )
 def test_a_pair_that_does_not_meet_is_told_with_both_its_ends(check: str, change: Json, word: str) -> None:
@@ -285,7 +285,7 @@ def test_a_port_of_the_loopback_is_seen_too(tmp_path: Path) -> None:
 
         cells = {cell.check: cell for cell in asyncio.run(go())}
     assert cells["ports"].status == "bad"
-    assert f"port {port} is held by" in cells["ports"].text
+    assert f"port {port} is used by" in cells["ports"].text
 
 
 def test_the_first_red_cell_is_the_error_and_the_others_are_counted() -> None:
@@ -294,7 +294,7 @@ def test_the_first_red_cell_is_the_error_and_the_others_are_counted() -> None:
         NodeCheck(check="share", node="k1", status="bad", text="not there", remedy="mount it"),
         NodeCheck(check="cuda", node="k2", status="bad", text="broken", remedy="reboot"),
     ]
-    with pytest.raises(PreflightError, match="k1: share: not there; 1 more cells are red") as error:
+    with pytest.raises(PreflightError, match="k1: share: not there; 1 more failed") as error:
         preflight.require(cells)
     assert error.value.remedy == "mount it"
     preflight.require(cells[:1])
@@ -319,7 +319,7 @@ def test_real_nodes_are_asked_and_pairs_meet(tmp_path: Path) -> None:
     assert cells["share", "k2"].status == "ok"
     assert cells["route", "k0"].status == "ok"
     assert cells["ports", "k1"].status == "bad"
-    assert f"port {taken} is held by" in cells["ports", "k1"].text
+    assert f"port {taken} is used by" in cells["ports", "k1"].text
     assert cells["ports", "k0"].status == "ok"
     assert not list((share / ".gracefarm" / "preflight").iterdir())
 
@@ -378,7 +378,7 @@ def test_a_node_that_does_not_answer_is_one_red_cell_and_the_others_are_judged(t
 def test_rays_before_2_52_know_no_token(version: str, without: bool) -> None:
     cell = judged({"k1": survey(environment={**ENVIRONMENT, "ray": version})}, open={"k1": "192.0.2.7:6379"})["token", "k1"]
     assert (cell.status == "warn") is without
-    assert ("192.0.2.7:6379 was reached" in cell.text) is without
+    assert ("this machine reached 192.0.2.7:6379" in cell.text) is without
 
 
 def test_a_port_of_rays_that_is_open_to_this_machine_is_told_and_one_that_is_in_use_is_not_asked(tmp_path: Path) -> None:
@@ -414,7 +414,7 @@ def test_a_port_of_rays_that_is_open_to_this_machine_is_told_and_one_that_is_in_
 
         reached, in_use, private = asyncio.run(go())
     assert {cell.status for cell in (reached, in_use, private)} == {"warn"}
-    assert reached.text == f"{open_door('2.41.0')}; 127.0.0.11:{port} was reached from this machine, over a public address"
+    assert reached.text == f"{open_door('2.41.0')}; this machine reached 127.0.0.11:{port} over a public address"
     assert in_use.text == private.text == open_door("2.41.0")
     assert "only ssh" in reached.remedy
 

@@ -120,7 +120,7 @@ def test_a_cluster_comes_up_is_left_alone_repaired_changed_and_stopped(
     assert plan.spares == ("k2",)
     let_die(room, 1)
     first = up(room, deployment, plan)
-    assert f"k1: Ray did not start (raylet.out: {DEATH}); once more\n" in capsys.readouterr().err
+    assert f"k1: Ray did not start (raylet.out: {DEATH}); trying once more\n" in capsys.readouterr().err
     assert first.started == ("k0", "k1")
     assert first.gpus == 2
     running = raylets(room)
@@ -155,7 +155,7 @@ def test_a_second_death_is_the_error_with_node_and_cause_and_leaves_nothing_ther
     let_die(room, 2)
     with pytest.raises(EngineError) as told:
         up(room, deployment, plan)
-    cause = f"k1: `ray start` ended with 1: Ray runtime could not be started.: raylet.out: {DEATH}"
+    cause = f"k1: `ray start` failed with exit code 1: Ray runtime could not be started.: raylet.out: {DEATH}"
     assert (told.value.cause, "`deploy logs k1`" in told.value.remedy) == (cause, True)
     assert (room.share / "mortal-ray.deaths").read_text() == "0\n"
     assert [len(pids) for pids in raylets(room).values()] == [1, 0, 0]  # the head's stays: the next start goes on from it

@@ -78,7 +78,7 @@ def test_without_the_dashboards_needs_the_matrix_says_so_and_ray_does_not_start(
         InstallError, match=r"ray\.dashboard\.optional_deps: ModuleNotFoundError: No module named 'aiohttp_cors'"
     ):
         with_nodes(room, made, lambda _fleet, nodes: environment.prove(nodes, folder, DASHBOARD, 120))
-    with pytest.raises(EngineError, match="k0: `ray start` ended with 1"):
+    with pytest.raises(EngineError, match="k0: `ray start` failed with exit code 1"):
         up(room, made, plan)
     down(room, made)
     assert anything_of_ray(room) == []

@@ -89,7 +89,7 @@ def test_who_does_not_want_to_wait_is_refused(folder: Folder) -> None:
     with holder(folder, 30) as first:
         first_line(first)
         with (
-            pytest.raises(HostError, match=r"`deploy up` of .* is at work"),
+            pytest.raises(HostError, match=r"`deploy up` of .* is running"),
             state.hold(folder, "deploy down", wait=False, on_wait=pytest.fail),
         ):
             pytest.fail("entered")

@@ -169,7 +169,7 @@ def test_a_node_that_does_not_answer_is_part_of_the_answer(tmp_path: Path, monke
 
     async def work(made: Scene) -> None:
         seen = await status.look(status.watch_of(made.deployment, made.fleet))
-        assert "k0: no answer to a short question within 1 s" in seen.nodes[0].error
+        assert "k0: no answer to a short call within 1 s" in seen.nodes[0].error
 
     play(tmp_path, work)
 

@@ -154,7 +154,7 @@ def test_a_full_disk_is_told_and_what_was_verified_stays(homes: Path, hub_python
         pytest.skip("needs the right to mount a tmpfs")
     try:
         with hub.serving(kit.shards(8, 80_000)) as served:
-            with pytest.raises(DiskFullError, match="missing, and the shared folder has"):
+            with pytest.raises(DiskFullError, match="missing, but the shared folder has only"):
                 bring(homes, served, hub_python, count=2)
             room = weights.ROOM
             weights.ROOM = -(1 << 60)  # without the check before, so that the disk fills up while downloading
@@ -340,7 +340,7 @@ def test_a_cut_of_every_connection_stops_no_download(homes: Path, hub_python: st
 def test_an_interrupted_commands_download_goes_on_and_the_next_one_waits_for_it(homes: Path, hub_python: str) -> None:
     """The Hub is slow until the next command has found on each node what is still at work there."""
     said: set[str] = set()
-    wait = "{}: a download is still at work there (of an earlier command); waiting for it"
+    wait = "{}: an earlier download is still running (of an earlier command); waiting for it"
     with hub.serving(kit.shards(10, 200_000), rate=100_000, token=TOKEN) as served:
 
         class Hears(Console):
@@ -429,7 +429,7 @@ def test_while_another_deployment_gives_signs_of_life_this_one_waits_and_says_so
         assert content(outcome) == wanted(served.files)
         ((text, downloads),) = said
     name = Path(outcome.folder).name
-    assert text == f"another deployment on this share brings these files ({name}.other.staging); waiting for it"
+    assert text == f"another deployment on this share downloads these files ({name}.other.staging); waiting for it"
     assert downloads == 0
 
 
@@ -477,7 +477,7 @@ def test_a_node_that_is_lost_leaves_its_files_to_the_others(
         assert content(outcome) == wanted(served.files)
         assert dies or each_once(served)
     assert "k2" in (said := capsys.readouterr().err)
-    assert "its files go to the others" in said
+    assert "the other nodes download its files" in said
     assert outcome.rounds == (2 if dies else 1)
 
 

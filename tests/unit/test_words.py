@@ -51,7 +51,6 @@ TO_DO = frozenset(
         "deploy/measure/",
         "deploy/rehearsal/",
         "deploy/remote/",
-        "deploy/steps/",
         "deploy/watch/",
         "docs/reference/audit.md",
         "docs/explanation/benchmarks.md",
