@@ -1,4 +1,4 @@
-"""Does the wheel load? A fresh environment plus the wheel, another working directory, imports by name; then a GPU, if any."""
+"""Smoke tests: import the wheel in a clean environment, from another working directory; then test it on a GPU, if any."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ TRAP = "raise ImportError('imported from the working directory: the import did n
 
 
 class SmokeResult(Table):
-    """What was imported in the clean environment."""
+    """Modules that were imported in the clean environment."""
 
-    modules: dict[str, str] = Field(description="Module to the file it came from")
+    modules: dict[str, str] = Field(description="Imported modules and their files")
     script: str | None = Field(default=None, description="Output of smoke.py")
 
 
 class ComparedResult(Table):
     """One result that a GPU computed with the wheel, compared with a reference."""
 
-    name: str = Field(min_length=1, max_length=200, description="What was computed, as 'forward float16'")
-    error: float = Field(ge=0, allow_inf_nan=False, description="The largest difference found")
-    tolerance: float = Field(gt=0, allow_inf_nan=False, description="The largest difference allowed")
+    name: str = Field(min_length=1, max_length=200, description="The computed result, as 'forward float16'")
+    error: float = Field(ge=0, allow_inf_nan=False, description="Largest difference")
+    tolerance: float = Field(gt=0, allow_inf_nan=False, description="Largest allowed difference")
 
 
 class GpuResult(Table):
-    """What became of smoke_gpu.py; a failure is the build's."""
+    """The result of smoke_gpu.py; if it fails, the build fails."""
 
     status: Literal["passed", "not run"] = Field(description="Whether the script ran on a GPU")
     reason: str = Field(default="", description="Why it was not run")
     device: str | None = Field(default=None, description="The GPU that it ran on")
     sm: str | None = Field(default=None, description="That GPU's architecture, as 90")
-    driver: str = Field(default="", description="Version of NVIDIA's driver; empty: it did not say")
+    driver: str = Field(default="", description="Version of NVIDIA's driver; empty: unknown")
     script: str | None = Field(default=None, description="Output of smoke_gpu.py")
-    comparisons: tuple[ComparedResult, ...] = Field(default=(), description="What was compared with a reference")
-    negative_control: str | None = Field(default=None, description="The wrong result that the comparison refused")
+    comparisons: tuple[ComparedResult, ...] = Field(default=(), description="Results that were compared with a reference")
+    negative_control: str | None = Field(default=None, description="A wrong result that the comparison refused")
     wall_s: float | None = Field(default=None, description="Duration in seconds")
 
 
 class _Answer(SmokeResult):
-    """What the driver prints: of smoke_gpu.py also what it compared."""
+    """The output of the driver; for smoke_gpu.py also the comparisons."""
 
     comparisons: tuple[ComparedResult, ...] = ()
     negative_control: str | None = None
@@ -66,20 +66,20 @@ class _Answer(SmokeResult):
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One wheel, what is asked of it, and where."""
+    """A wheel, its tests, and the place where they run."""
 
     wheel: Path
     imports: tuple[str, ...]
     script: Path | None
     environment: TrialEnvironment
     folder: Path
-    "Scratch space, on the environment's file system."
+    "Folder for temporary files, on the environment's file system."
     memory: int
     log: Path
 
 
 def prepare(folder: Path, imports: Sequence[str], script: Path | None) -> None:
-    """Lay out the working directory: the driver, smoke.py and, under each import's name, a decoy that must not be found."""
+    """Fill the working directory: the driver, smoke.py, and for each import a module that must not be imported."""
     remove_tree(folder)
     folder.mkdir(parents=True)
     for top in {name.split(".")[0] for name in imports}:
@@ -93,16 +93,16 @@ def prepare(folder: Path, imports: Sequence[str], script: Path | None) -> None:
 def driver(
     imports: Sequence[str], script: Path | None, prefix: str = "/env", folder: str = WORKDIR, elsewhere: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """The command inside; modules of `elsewhere` may come from outside the environment."""
+    """The command; modules in `elsewhere` may come from outside of the environment."""
     words = (",".join(imports), f"{folder}/smoke.py" if script else "-", ",".join(elsewhere) or "-")
     return (f"{prefix}/bin/python3", "-P", f"{folder}/driver.py", *words)
 
 
 def run(trial: Trial) -> tuple[SmokeResult, Outcome, tuple[str, ...]]:
-    """Import the wheel in a fresh environment.
+    """Import the wheel in a clean environment.
 
     Raises:
-        SmokeError: an import or smoke.py failed; carries the first error of its output. Or nothing imported is the wheel's.
+        SmokeError: an import or smoke.py failed (has the first error of its output), or no imported module is the wheel's.
     """
     with _clean(trial) as clean:
         command = driver(trial.imports, trial.script, clean.prefix, clean.files, _elsewhere(trial))
@@ -114,31 +114,31 @@ def run(trial: Trial) -> tuple[SmokeResult, Outcome, tuple[str, ...]]:
 
 
 def _require_own(wheel: Path, result: SmokeResult) -> None:
-    """The environment has many modules: one that imports proves nothing of a wheel that does not bring it."""
+    """Require that an imported module is from the wheel, since the environment has many other modules."""
     brought = _brought(wheel)
     for place in result.modules.values():
         inside = place.partition("/site-packages/")[2]
-        # A namespace package has no file of its own; its place is a folder.
+        # A namespace package has a folder instead of a file.
         if any(name == inside or name.startswith(f"{inside}/") for name in brought):
             return
     raise SmokeError(
-        f"none of {', '.join(result.modules)} comes from {wheel.name}: they are the environment's own",
-        remedy="name the wheel's own modules in [smoke] imports",
+        f"none of {', '.join(result.modules)} comes from {wheel.name}: they are from other packages of the environment",
+        remedy="name modules of the wheel in `imports` of [smoke]",
     )
 
 
 def _brought(wheel: Path) -> list[str]:
-    """The wheel's files, as they lie in site-packages."""
+    """The wheel's files, as paths in site-packages."""
     with zipfile.ZipFile(wheel) as archive:
         return [re.sub(r"^[^/]+\.data/(?:purelib|platlib)/", "", name) for name in archive.namelist()]
 
 
 def run_gpu(trial: Trial, sm: Sequence[str], ptx: str | None = None) -> GpuResult:
-    """Run smoke_gpu.py (the trial's script) where torch sees a GPU of the architectures `sm`, or one that compiles the wheel's
-    PTX for itself; else say why it was not run.
+    """Run smoke_gpu.py (the trial's script) if torch finds a GPU with one of the architectures `sm`, or one that can run the
+    wheel's PTX; otherwise return the reason.
 
     Raises:
-        SmokeError: it ran and failed.
+        SmokeError: it failed.
     """
     if trial.environment.emulated:
         return GpuResult(status="not run", reason="no GPU: the wheel's architecture is emulated here")
@@ -146,13 +146,15 @@ def run_gpu(trial: Trial, sm: Sequence[str], ptx: str | None = None) -> GpuResul
         return GpuResult(status="not run", reason="no GPU")
     with _clean(trial, with_gpu=True) as clean:
         probe = (f"{clean.prefix}/bin/python3", "-P", f"{clean.files}/gpu.py")
-        answer, _ = _answer(trial, clean, probe, "is not tried on a GPU: torch fails")
+        answer, _ = _answer(trial, clean, probe, "cannot be tested on a GPU: torch fails")
         probed = json.loads(answer)
         if "reason" in probed:
             return GpuResult(status="not run", reason=probed["reason"])
         own = probed["sm"] in [re.sub(r"\D", "", value) for value in sm]
         if not own and (ptx is None or int(probed["sm"]) < int(ptx)):
-            reason = f"{probed['device']} is sm_{probed['sm']}, the wheel is for {', '.join(f'sm_{value}' for value in sm)}"
+            reason = (
+                f"{probed['device']} is sm_{probed['sm']}, but the wheel is for {', '.join(f'sm_{value}' for value in sm)}"
+            )
             return GpuResult(status="not run", reason=reason)
         command = driver(trial.imports, trial.script, clean.prefix, clean.files, _elsewhere(trial))
         answer, outcome = _answer(trial, clean, command, f"is wrong on {probed['device']}")
@@ -167,37 +169,37 @@ def run_gpu(trial: Trial, sm: Sequence[str], ptx: str | None = None) -> GpuResul
 
 
 def _compared(answer: str, trial: Trial) -> dict[str, Any]:
-    """What smoke_gpu.py printed and left behind.
+    """The output and the comparisons of smoke_gpu.py.
 
     Raises:
-        SmokeError: it is not what it must be, or a difference is above its tolerance.
+        SmokeError: the comparisons are invalid, or a difference is greater than its tolerance.
     """
     try:
         answered = _Answer.model_validate_json(answer)
     except ValidationError as error:
         reason = f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
         raise SmokeError(
-            f"{trial.script} leaves no list of comparisons: {reason}", remedy="docs/howto/gpu.md says what it must leave"
+            f"{trial.script} wrote no valid list of comparisons: {reason}", remedy="see docs/howto/gpu.md for its format"
         ) from error
     for comparison in answered.comparisons:
         if comparison.error > comparison.tolerance:
             raise SmokeError(
                 f"{trial.wheel.name} computes {comparison.name} with an error of {comparison.error:.3g}, "
-                f"and {comparison.tolerance:.3g} are allowed",
-                remedy=f"the whole output is in {trial.log}",
+                f"but at most {comparison.tolerance:.3g} is allowed",
+                remedy=f"see the complete output in {trial.log}",
             )
     return answered.model_dump(include={"script", "comparisons", "negative_control"})
 
 
 def sentence(result: GpuResult) -> str:
-    """What the console says of it."""
+    """The result in words."""
     if result.status == "not run":
         return f"not run: {result.reason}"
     return f"passed on {result.device} in {result.wall_s:.0f} s: {(result.script or 'no output').strip()}"
 
 
 def _elsewhere(trial: Trial) -> list[str]:
-    """Modules that are not the wheel's own: over another environment, torch comes from there."""
+    """Modules from outside of the wheel: with an environment below, torch comes from there."""
     if not trial.environment.overlaid:
         return []
     own = {name.split("/")[0].split(".")[0] for name in _brought(trial.wheel)}
@@ -217,7 +219,7 @@ def _clean(trial: Trial, *, with_gpu: bool = False) -> Iterator[CleanEnvironment
 
 
 def _answer(trial: Trial, clean: CleanEnvironment, command: tuple[str, ...], failure: str) -> tuple[str, Outcome]:
-    """Run a command whose last marked line is its answer."""
+    """Run a command; its last marked line is the answer."""
     own_log = trial.folder / "smoke.log"
     own_log.unlink(missing_ok=True)
     outcome = sandbox.run(clean.place, command, log=own_log)
@@ -228,7 +230,7 @@ def _answer(trial: Trial, clean: CleanEnvironment, command: tuple[str, ...], fai
     if outcome.returncode != 0 or not answers:
         raise SmokeError(
             f"{trial.wheel.name} {failure}: {first_error(own_log)}",
-            remedy=f"the whole output is in {trial.log}",
+            remedy=f"see the complete output in {trial.log}",
             repeat=f"builder smoke {trial.wheel} --import {' --import '.join(trial.imports)}",
         )
     return answers[-1].removeprefix(MARK).strip(), outcome

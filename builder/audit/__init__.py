@@ -1,4 +1,4 @@
-"""The gates that a wheel passes before anybody gets it. docs/reference/audit.md describes each."""
+"""The gates that a wheel must pass before it is published. docs/reference/audit.md describes each gate."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ __all__ = [
 
 
 class Gate(Protocol):
-    """What a module of audit/gates has that judges an opened wheel."""
+    """A module of audit/gates that judges an opened wheel."""
 
     GATE: str
 
     def judge(self, contents: Contents, policy: Policy) -> Verdict:
-        """The gate's verdict."""
+        """The verdict of the gate."""
 
 
 _CONTENT_GATES: tuple[Gate, ...] = (
@@ -53,17 +53,17 @@ _CONTENT_GATES: tuple[Gate, ...] = (
 )
 
 GATES: tuple[str, ...] = (wheel.GATE, *(gate.GATE for gate in _CONTENT_GATES))
-"Every gate, in the order of the verdicts."
+"All gates, in the order of the verdicts."
 
 OBJECT_GATES = (
     *(wheel.GATE, elf_machine.GATE, python_abi.GATE, licence.GATE),
     *(alignment.GATE, cubins.GATE, variant_label.GATE),
 )
-"What can be judged of a wheel built against headers alone: nothing that asks what its libraries define."
+"Gates for a wheel that was built with headers only: those that do not depend on libraries."
 
 
 def holds_device_code(path: Path) -> bool:
-    """Whether an object of the wheel has CUDA device code; a file that cannot be read has none, which `audit` refuses."""
+    """Whether an object of the wheel has CUDA device code. Unreadable files are ignored here; `audit` refuses them."""
     try:
         with opened(path) as contents:
             return any(binary.fatbin for binary in contents.objects.values())
@@ -72,12 +72,12 @@ def holds_device_code(path: Path) -> bool:
 
 
 def audit(path: Path, policy: Policy) -> tuple[Verdict, ...]:
-    """Every gate's verdict on a wheel, always all of them and in the order of GATES; nothing of the wheel is executed.
+    """The verdicts of all gates on a wheel, in the order of GATES; nothing of the wheel is executed.
 
-    Where the policy asks for objects only, those of OBJECT_GATES.
+    With `objects_only` in the policy: the verdicts of OBJECT_GATES.
 
     Raises:
-        HostError: a tool of this machine does not run. A bad wheel, however bad, only gets bad verdicts.
+        HostError: a tool of this machine does not run. A bad wheel never raises; it is refused.
     """
     try:
         with opened(path) as contents:

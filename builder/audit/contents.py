@@ -1,4 +1,4 @@
-"""A wheel opened once for all gates: its file names, and its ELF objects unpacked beside each other."""
+"""A wheel, opened once for all gates: its file names and its unpacked ELF objects."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from builder.planning.stack import Arch
 from gracefarm.variants import split_label
 
 UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
-"What zipfile raises on damaged, encrypted and unknown archives."
+"Exceptions of zipfile for damaged, encrypted and unknown archives."
 
 MACHINES = {"EM_AARCH64": Arch.AARCH64, "EM_X86_64": Arch.X86_64}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What is inside a wheel."""
+    """The contents of a wheel."""
 
     wheel: Path
-    "Under its plain name: that of a variant wheel leads to it."
+    "Path with the name without variant label; for a variant wheel this is a link."
     label: str = ""
-    "Of a variant wheel."
+    "Label of a variant wheel."
     names: tuple[str, ...]
-    "Files, in the archive's order."
+    "Files in the archive's order."
     objects: dict[str, elf.Object]
-    "ELF objects by name, those of other machines and those that no loader takes included."
+    "ELF objects by name, including those for other machines and those that no loader loads."
     damaged: dict[str, str]
-    "Files that begin as ELF objects and cannot be read, with the reason."
+    "Files that begin like ELF objects but cannot be read, with the reason."
 
     def loadable(self, target: Arch) -> dict[str, elf.Object]:
-        """The objects that the target's loader could take; the others are the machine gate's business."""
+        """The objects that the target's loader could load; the gate `elf-machine` judges the others."""
         return {name: binary for name, binary in self.objects.items() if is_for(binary, target)}
 
 
 def is_for(found: elf.Object, target: Arch) -> bool:
-    """A shared object or executable of the target."""
+    """Whether it is a shared object or executable for the target."""
     return found.kind in elf.LOADABLE and found.bits == 64 and found.little_endian and MACHINES.get(found.machine) == target
 
 
 @contextmanager
 def plainly_named(wheel: Path) -> Iterator[tuple[Path, str]]:
-    """A wheel by its plain name, which every tool reads, and its variant label; the name vanishes with the block."""
+    """A wheel under the name without variant label, which every tool can read, and its label. The name is temporary."""
     plain, label = split_label(wheel.name)
     if not label:
         yield wheel, ""
@@ -62,10 +62,10 @@ def plainly_named(wheel: Path) -> Iterator[tuple[Path, str]]:
 
 @contextmanager
 def opened(wheel: Path) -> Iterator[Contents]:
-    """The contents of a wheel; the unpacked objects vanish with the block.
+    """The contents of a wheel; the unpacked objects are deleted at the end of the `with` block.
 
     Raises:
-        one of UNREADABLE, OSError: the file is no wheel at all.
+        one of UNREADABLE, OSError: the file is not a wheel.
     """
     with (
         plainly_named(wheel) as (plain, label),
@@ -87,7 +87,7 @@ def opened(wheel: Path) -> Iterator[Contents]:
 
 
 def _unpack_elf(archive: zipfile.ZipFile, name: str, path: Path) -> Path | None:
-    """The file on disk when it is an ELF object; not under its own name, which is the wheel's maker's choice."""
+    """Unpack the file if it is an ELF object; under another name, since names in a wheel are not trusted."""
     with archive.open(name) as stream:
         head = stream.read(len(elf.MAGIC))
         if head != elf.MAGIC:

@@ -1,4 +1,4 @@
-"""The device code of an object, read with NVIDIA's cuobjdump."""
+"""Read the device code of an object with NVIDIA's cuobjdump."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class UnreadableError(ValueError):
 def architectures(cuobjdump: Path, name: str, path: Path) -> tuple[list[str], list[str]]:
     """The sm values of the cubins and of the PTX in an object, in the file's order.
 
-    `--list-elf` calls the cubin of a family sm_100, this option sm_100f.
+    `--list-elf` would print sm_100 for the cubin of a family; the option used here prints sm_100f.
 
     Raises:
-        UnreadableError, HostError: as `run`.
+        UnreadableError, HostError: as in `run`.
     """
     codes = _CODE.findall(run(cuobjdump, name, ["--dump-resource-usage", path]))
     return [sm for kind, sm in codes if kind == "elf"], [sm for kind, sm in codes if kind == "ptx"]
@@ -34,34 +34,34 @@ def architectures(cuobjdump: Path, name: str, path: Path) -> tuple[list[str], li
 
 @contextmanager
 def extracted(cuobjdump: Path, name: str, path: Path) -> Iterator[list[tuple[str, Path]]]:
-    """Each cubin of an object as a file, with its sm value; the files vanish with the block.
+    """Each cubin of an object as a file, with its sm value; the files are deleted at the end of the `with` block.
 
     Raises:
-        UnreadableError, HostError: as `run`.
+        UnreadableError, HostError: as in `run`.
     """
     values, _ptx = architectures(cuobjdump, name, path)
     with TemporaryDirectory(prefix="gracefarm-cubins-") as folder:
         output = run(cuobjdump, name, ["--extract-elf", "all", path], Path(folder)) if values else ""
         files = [Path(folder) / file for file in _EXTRACTED.findall(output)]
         if len(files) != len(values):
-            raise UnreadableError(f"{name}: cuobjdump lists {len(values)} cubins and extracts {len(files)}")
+            raise UnreadableError(f"{name}: cuobjdump lists {len(values)} cubins, but extracts {len(files)}")
         yield list(zip(values, files, strict=True))
 
 
 def run(cuobjdump: Path, name: str, arguments: list[str | Path], folder: Path | None = None) -> str:
-    """What cuobjdump prints of the object that the wheel calls `name`.
+    """The output of cuobjdump for the object `name` of the wheel.
 
     Raises:
-        UnreadableError: it cannot read the object.
-        HostError: it does not run.
+        UnreadableError: cuobjdump cannot read the object.
+        HostError: cuobjdump does not run.
     """
     try:
         process = subprocess.run([cuobjdump, *arguments], capture_output=True, text=True, check=False, cwd=folder)
     except OSError as error:
         raise HostError(
-            f"{cuobjdump} does not run: {error}", remedy="`builder doctor` says what this machine lacks"
+            f"{cuobjdump} does not run: {error}", remedy="run `builder doctor`, which lists what is missing on this machine"
         ) from error
-    # It also ends with 255 where there is merely none of the kind asked for.
+    # The exit code is also 255 if the object has no code of the requested kind.
     if process.returncode and "does not contain device code" not in process.stdout + process.stderr:
         reason = last_line(process.stdout + process.stderr).removeprefix("cuobjdump fatal   : ")
         raise UnreadableError(f"{name}: cuobjdump cannot read its device code ({reason})")

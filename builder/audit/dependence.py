@@ -1,4 +1,4 @@
-"""What a wheel depends on of its stack, as its objects say: CUDA by device code and libraries, torch by its libraries."""
+"""Whether a wheel depends on the stack's CUDA and torch, measured at its objects: by device code and needed libraries."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ CUDA = (
     "libnvJitLink*", "libnvToolsExt*", "libnvblas*", "libnvfatbin*", "libnvjpeg*", "libnvperf*", "libnvptxcompiler*",
     "libnvrtc*", "libnvshmem*", "libnvtx*", "libnvvm*",
 )  # fmt: skip
-"""Names of NVIDIA's libraries, hashed ones (libcudart-0123abcd.so.13) included. Not plain libcu* and libnv*: a package's own
-libcustom_ops.so is none."""
+"""Names of NVIDIA's libraries, including hashed ones (libcudart-0123abcd.so.13). libcu* and libnv* would also match other
+libraries, such as libcustom_ops.so."""
 DRIVER = (driver.SONAME, "libnvidia*")
-"Names of the driver's libraries: they belong to the machine, not to a release of CUDA."
+"Names of the driver's libraries, which belong to the machine, not to a release of CUDA."
 _TORCH_FOR_CUDA = ("libtorch_cuda*", "libc10_cuda*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dependence:
-    """Why a wheel depends on CUDA and on torch, a phrase for each object; empty: it does not."""
+    """Why a wheel depends on CUDA and on torch, with a phrase for each object; empty: it does not."""
 
     cuda: tuple[str, ...]
     torch: tuple[str, ...]
 
 
 def measure(contents: Contents, target: Arch) -> Dependence:
-    """What the objects for the target hold and need. A library that the wheel itself brings is nothing that it depends on."""
+    """Measure the objects for the target. Libraries that the wheel contains are not dependencies."""
     own = own_names(contents.objects)
     cuda, torch = [], []
     for name, binary in contents.loadable(target).items():

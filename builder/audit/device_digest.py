@@ -1,9 +1,9 @@
-"""The device digest: one hash over a wheel's device code for one sm.
+"""The device digest: a hash of a wheel's device code for one sm.
 
-Two wheels with the same digest run the same code on that GPU, whatever their host architecture, Python and torch are. So a
-test of one on a GPU holds for the other. The digest covers the instructions, the constants, the initial values of variables,
-and what refers to which symbol. It leaves out debug data, which holds a process id, and the ids that nvcc makes of a source's
-path.
+Two wheels with the same digest run the same code on that GPU, even if they are for different host architectures, Pythons or
+torch versions. So a test of one wheel on a GPU is valid for the other. The digest covers the instructions, the constants, the
+initial values of variables and the references to symbols. It does not cover debug data, which contains a process id, and the
+ids that nvcc derives from a source's path.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from builder.audit.contents import UNREADABLE, opened
 from builder.audit.cuobjdump import UnreadableError
 
 _CODE = (".text.", ".nv.constant", ".nv.global", ".nv.shared.", ".nv.capmerc.text.")
-"""Begin the names of sections that decide what a kernel computes. From sm_100 on the driver may take a kernel's code from the
-last of these, which differs between a compile with and without -lineinfo."""
+"""Prefixes of sections that determine what a kernel computes. From sm_100 on, the driver may read a kernel's code from the
+last of these, which differs between compiles with and without -lineinfo."""
 _UNIT = re.compile(r"(\d+)(_GLOBAL__N__|_INTERNAL_)[0-9a-f]{8}_(\d+)_")
 """nvcc's id of a translation unit in a mangled name, after its length: a hash of the source's absolute path, the length of the
-file's name, the name, and what differs between hosts, as 54_INTERNAL_8e4a7fd3_20_causal_conv1d_bwd_cu_feceb7dc_65."""
+file name, the file name, and a part that differs between hosts: 54_INTERNAL_8e4a7fd3_20_causal_conv1d_bwd_cu_feceb7dc_65."""
 _STATIC = re.compile(r"(__nv_static_)\d+(__)[0-9a-f]{8}(_\d+_\w+?_)[0-9a-f]{8}(?:_\d+)?(?=_)")
 "The same in the name of a static variable."
 _DAMAGE = (ELFError, ConstructError, struct.error, ValueError, KeyError, IndexError, AttributeError, TypeError)
 
 
 def of_wheel(wheel: Path, reader: Path) -> dict[str, str]:
-    """Digests by sm, as {"90": 64 hexadecimal digits}; empty where the wheel has no cubin. `reader` is NVIDIA's cuobjdump.
+    """Digests by sm, as {"90": 64 hexadecimal digits}; empty if the wheel has no cubins. `reader` is NVIDIA's cuobjdump.
 
     Raises:
-        UnreadableError: the wheel, or device code in it, cannot be read.
+        UnreadableError: the wheel, or its device code, cannot be read.
         HostError: cuobjdump does not run.
     """
     try:
@@ -52,10 +52,10 @@ def of_wheel(wheel: Path, reader: Path) -> dict[str, str]:
 
 
 def of_objects(objects: Mapping[str, elf.Object], reader: Path) -> dict[str, str]:
-    """Digests by sm of objects by their names in the wheel; the names and the order of the objects do not count.
+    """Digests by sm of objects by their names in the wheel; names and order do not change the digests.
 
     Raises:
-        UnreadableError, HostError: as `of_wheel`.
+        UnreadableError, HostError: as in `of_wheel`.
     """
     parts: dict[str, list[str]] = defaultdict(list)
     for name, binary in objects.items():
@@ -72,12 +72,12 @@ def _parts(name: str, cubin: Path) -> list[str]:
             sections = list(ELFFile(stream).iter_sections())
             return [line for section in sections for line in _lines(section, sections)]
     except _DAMAGE as error:
-        raise UnreadableError(f"{name}: a cubin in it is damaged: {error}") from error
+        raise UnreadableError(f"{name}: a cubin is damaged: {error}") from error
 
 
 def _lines(section: Section, sections: list[Section]) -> Iterator[str]:
     if section.name.startswith(_CODE):
-        # Of memory without initial values there is only the size.
+        # Memory without initial values has only a size.
         content = b"" if section["sh_type"] == "SHT_NOBITS" else section.data()
         yield f"{stable_name(section.name)} {section['sh_size']} {hashlib.sha256(content).hexdigest()}"
     elif isinstance(section, RelocationSection):
@@ -91,11 +91,11 @@ def _lines(section: Section, sections: list[Section]) -> Iterator[str]:
 
 
 def stable_name(name: str) -> str:
-    """A symbol's name without what nvcc makes of the source's path and of the host."""
+    """A symbol's name without the parts that nvcc derives from the source's path and from the host."""
     parts, at = [], 0
     for match in _UNIT.finditer(name):
         begin, least = match.start(2), match.end() - match.start(2) + int(match[3])
-        # The digits before the id may also be the end of another name: the length is the shortest that the id fits into.
+        # The digits before the id may be the end of another name: use the shortest length that the id fits into.
         lengths = (match[1][-count:] for count in range(1, len(match[1]) + 1))
         length = next((text for text in lengths if int(text) >= least), None)
         if length is None or match.start() < at:

@@ -1,4 +1,4 @@
-"""What a wheel is held against."""
+"""The policy: the requirements that gates check a wheel against."""
 
 from __future__ import annotations
 
@@ -18,58 +18,58 @@ DEFAULT_MAX_SIZE = 500 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """The demands of stack and recipe, and where the stack's files are."""
+    """The requirements of stack and recipe, and the paths of the stack's files."""
 
     target: Arch
     glibc: str
     "Highest manylinux level accepted, as '2_34'."
     python: str = "3.11"
     name: str | None = None
-    "Distribution name that the recipe promises; None for anybody's wheel."
+    "Distribution name of the recipe; None for a wheel without a recipe."
     version: str | None = None
-    "The recipe's: the wheel's has a local part for what it depends on."
+    "Version of the recipe; the wheel's version adds a local part for CUDA and torch."
     appends: str | None = None
-    "What upstream's build appends to the version, as the recipe says."
+    "Text that upstream's build appends to the version, from the recipe."
     cuda: str | None = None
-    "The stack's, as '13.0'."
+    "CUDA of the stack, as '13.0'."
     torch: str | None = None
-    "The stack's, as '2.11.0'."
+    "torch of the stack, as '2.11.0'."
     driver_headers: Path | None = None
-    "The folder of cuda.h, whose declarations stand for libcuda.so.1; None: the stack has no CUDA."
+    "The folder of cuda.h, whose declarations are used instead of libcuda.so.1; None: the stack has no CUDA."
     sm: tuple[str, ...] | None = None
-    "Exactly these cubins, as ('90',); None: the wheel must hold no CUDA code."
+    "Exactly these cubins, as ('90',); None: the wheel must not contain CUDA code."
     ptx: str | None = None
-    "Each object with device code has PTX for exactly this, as '90'; None: no PTX."
+    "Each object with device code must have PTX for exactly this, as '90'; None: no PTX."
     needs_cubins: bool = False
-    "The recipe compiles CUDA code: a wheel without any cubin is refused."
+    "The recipe compiles CUDA code: a wheel without cubins is refused."
     sm_extra: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    "Further sm values by source glob, as the recipe declares them."
+    "Additional sm values by source glob, from the recipe."
     bundled: tuple[Bundled, ...] = ()
     "Third-party files that the recipe declares."
     parts: Mapping[str, str | None] = field(default_factory=dict)
-    "What the recipe fetches into the source tree beside the source, by name, with its declared licence."
+    "Everything else that the recipe fetches into the source tree, by name, with its declared licence."
     licenses: tuple[str, ...] = ()
-    "Texts that .dist-info/licenses must hold, by their place there."
+    "Texts that .dist-info/licenses must contain, by their path in it."
     max_size: int = DEFAULT_MAX_SIZE
     "Bytes."
     build_paths: tuple[str, ...] = ()
-    "Prefixes of the build that must not stand in an RPATH, even behind $ORIGIN."
+    "Prefixes of paths in the build that must not occur in an RPATH, even after $ORIGIN."
     site_packages: Path | None = None
-    "The stack's environment: torch/lib, nvidia/*/lib and whatever else the lock installs."
+    "The stack's environment: torch/lib, nvidia/*/lib and everything else that the lock installs."
     root: Path | None = None
     "The Debian root: libc, libstdc++, loader and the target's Python."
     folders: tuple[str, ...] = ()
-    "Further folders of the root that its loader searches."
+    "Additional folders of the root that its loader searches."
     interpreter: Path | None = None
-    "The Python that exports the C API, where it is known; else it is looked for in the root."
+    "The Python that exports the C API; None: it is searched in the root."
     cuobjdump: Path | None = None
     "NVIDIA's cuobjdump for this host."
     objects_only: bool = False
-    "The stack has headers alone: only what can be judged without its libraries is asked."
+    "The stack has only headers: only gates that do not depend on libraries are used."
 
 
 def of_stack(stack: LoadedStack, target: Arch, ground: Ground) -> Policy:
-    """What a stack asks of anybody's wheel."""
+    """The requirements of a stack for every wheel."""
     data = stack.data
     return Policy(
         target=target,
@@ -90,7 +90,7 @@ def of_stack(stack: LoadedStack, target: Arch, ground: Ground) -> Policy:
 
 
 def asked_by(recipe: Recipe, policy: Policy) -> Policy:
-    """What a recipe declares of its wheel, on top of what the stack asks of anybody's."""
+    """The requirements of a recipe, added to those of the stack."""
     return replace(
         policy,
         name=recipe.name,
@@ -108,6 +108,6 @@ def asked_by(recipe: Recipe, policy: Policy) -> Policy:
 
 
 def of_plan(plan: Plan, ground: Ground, folder: Path) -> Policy:
-    """What the gates expect of a plan's wheel, built in `folder`."""
+    """The requirements for a plan's wheel, built in `folder`."""
     policy = asked_by(plan.recipe.data, of_stack(plan.stack, plan.target, ground))
     return replace(policy, ptx=plan.ptx, build_paths=plan.toolchain.build_paths(folder))

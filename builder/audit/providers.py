@@ -1,4 +1,4 @@
-"""Where the loader finds a library: in the wheel, in the stack's environment, in the root, or with the driver."""
+"""Find libraries as the loader does: in the wheel, in the stack's environment, in the root, or in the driver."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Origin = Literal["wheel", "environment", "system", "driver", "interpreter"]
 ORIGIN = ("$ORIGIN", "${ORIGIN}")
 LIBRARY_FOLDERS = ("lib", "lib64")
 MAX_LINKS = 40
-"As the kernel counts them before it says ELOOP."
+"The kernel's limit before ELOOP."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,12 @@ class Library:
 
     @property
     def label(self) -> str:
-        """How it is called in a verdict."""
+        """Its name in a verdict."""
         return f"{posixpath.basename(self.name)} ({self.place})"
 
 
 def library_files(site_packages: Path) -> dict[str, list[str]]:
-    """Shared libraries of an environment by file name, as paths below it; the likeliest to be loaded first."""
+    """Shared libraries of an environment by file name, as paths below it, in the order of preference."""
     files: dict[str, list[str]] = defaultdict(list)
     for folder, folders, names in os.walk(site_packages):
         folders[:] = [name for name in folders if name not in ("include", "__pycache__")]
@@ -49,22 +49,22 @@ def library_files(site_packages: Path) -> dict[str, list[str]]:
 
 
 def _preference(path: str) -> tuple[int, str]:
-    """torch loads its own folder's libraries and NVIDIA's; a copy inside another package comes after them."""
+    """The rank of a library: torch loads the libraries of its folder and NVIDIA's; copies in other packages come last."""
     parts = path.split("/")
     return ({"torch": 0, "nvidia": 1}.get(parts[0], 2), path)
 
 
 def environment_sonames(site_packages: Path | None) -> frozenset[str]:
-    """File names of the shared libraries that torch and CUDA bring into the stack's environment."""
+    """File names of the shared libraries of torch and CUDA in the stack's environment."""
     if site_packages is None:
         return frozenset()
-    # In a folder made for others to link against (torch/lib, nvidia/cu13/lib), not a package's private one.
+    # Only folders that others link against (torch/lib, nvidia/cu13/lib), not private folders of a package.
     files = library_files(site_packages).items()
     return frozenset(name for name, paths in files if any(Path(path).parent.name in LIBRARY_FOLDERS for path in paths))
 
 
 def inside(root: Path, path: str) -> Path | None:
-    """A file of the root with links followed as they would be in it, or None."""
+    """A file of the root, with links resolved inside the root, or None."""
     pending, current, links = path.split("/")[::-1], list[str](), 0
     while pending:
         part = pending.pop()
@@ -85,13 +85,13 @@ def inside(root: Path, path: str) -> Path | None:
 
 
 def system_folders(target: Arch) -> tuple[str, ...]:
-    """Folders of Debian's loader, by its built-in order."""
+    """Folders of Debian's loader, in its built-in order."""
     triplet = target.triplet
     return (f"lib/{triplet}", f"usr/lib/{triplet}", "lib", "usr/lib", "lib64", "usr/lib64")
 
 
 class Providers:
-    """Libraries by the name that DT_NEEDED uses. Each file is read once; the tables live as long as this object."""
+    """Libraries by the name in DT_NEEDED. Each file is read once; the tables are kept in this object."""
 
     def __init__(self, contents: Contents, policy: Policy, root: Path) -> None:
         self._policy = policy
@@ -103,17 +103,17 @@ class Providers:
         self._driver = _driver_library(policy)
 
     def own(self) -> list[Library]:
-        """The wheel's objects."""
+        """The objects of the wheel."""
         return [self._own(name) for name in self._objects]
 
     def _own(self, name: str) -> Library:
         return Library(name=name, place="wheel", binary=self._objects[name])
 
     def find(self, soname: str, requester: Library) -> Library | None:
-        """The library that a DT_NEEDED of `requester` gets.
+        """The library that the loader finds for a DT_NEEDED of `requester`.
 
-        First the folders that the requester names, then what is loaded already by the time a wheel's module is
-        (its siblings; torch's and CUDA's libraries), then the system's, then the driver's.
+        It searches the folders in the requester's RPATH, then libraries that are loaded before a wheel's module (the other
+        objects of the wheel; the libraries of torch and CUDA), then the system's, then the driver's.
         """
         return (
             self.led_to(soname, requester)
@@ -126,8 +126,8 @@ class Providers:
     def interpreter(self) -> Library | None:
         """The target's Python executable in the root.
 
-        In the sandbox a launcher of the host's may stand at /usr/bin; the real one is the object of the target that
-        exports the C API.
+        In the sandbox /usr/bin may have a launcher for the host; the Python is the object for the target that exports the
+        C API.
         """
         root, known = self._root, self._policy.interpreter
         if known is not None:
@@ -141,7 +141,7 @@ class Providers:
         return None
 
     def led_to(self, soname: str, requester: Library) -> Library | None:
-        """The library where the requester's own RUNPATH or RPATH finds it, whatever is loaded already."""
+        """The library that the requester's RUNPATH or RPATH finds, without regard to loaded libraries."""
         if requester.place not in ("wheel", "environment"):
             return None
         for entry in requester.binary.search:
@@ -168,7 +168,7 @@ class Providers:
         return next(filter(None, (self._library(inside(self._root, path), path, "system") for path in paths)), None)
 
     def _library(self, path: Path | None, name: str, place: Origin) -> Library | None:
-        """The file as a library of the target; None where it is not one (a linker script, another machine's)."""
+        """The file as a library for the target; None if it is something else (a linker script, for another machine)."""
         if path is None or not path.is_file():
             return None
         if path not in self._read:

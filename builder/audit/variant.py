@@ -1,7 +1,7 @@
-"""The variant that a wheel is (PEP 825, a draft), as it is measured: CUDA's release and the architectures of its device code.
+"""The variant of a wheel (PEP 825, a draft), measured at its content: CUDA's release, and architectures of its device code.
 
-NVIDIA's provider, which uv has built in, knows `cuda_version_lower_bound` (the driver's) and `sm_arch`: 90_real runs on 9.0
-and later 9.x, 90_virtual (PTX) on 9.0 and all later ones. glibc is no property: the platform tag says it.
+NVIDIA's provider, which is built into uv, has `cuda_version_lower_bound` (for the driver) and `sm_arch`: 90_real runs on 9.0
+and later 9.x, 90_virtual (PTX) on 9.0 and all later ones. glibc is not a property, since the platform tag names it.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ SHARED = {
         }
     },
 }
-"What the variant.json of every wheel says alike."
+"The part of variant.json that is equal for all wheels."
 
 
 class UnlabelledError(ValueError):
-    """What is measured cannot be said as a variant; a phrase."""
+    """The measured properties cannot be expressed as a variant; has the reason."""
 
 
 def measure(contents: Contents, policy: Policy) -> Variant:
-    """The variant that a wheel is, as its objects say; `null` where they depend on no CUDA.
+    """The variant of a wheel, measured at its objects; `null` if they do not depend on CUDA.
 
     Raises:
-        UnlabelledError: its device code cannot be read, or is for a device that no property names.
+        UnlabelledError: its device code cannot be read, or is for a device that no property can name.
         HostError: cuobjdump does not run.
     """
     features: dict[str, list[str]] = {}
@@ -60,12 +60,12 @@ def document(of: Variant) -> bytes:
 
 
 def _architectures(contents: Contents, policy: Policy) -> tuple[list[str], list[str]]:
-    """Of the cubins and of the PTX that every object with device code has: a device needs all of them."""
+    """Architectures of cubins and of PTX that all objects with device code have, since a device needs all objects."""
     objects = cubins.coded(contents, policy)
     if not objects:
         return [], []
     if policy.cuobjdump is None:
-        raise UnlabelledError("there is device code and no cuobjdump to read it with")
+        raise UnlabelledError("the wheel has device code, but there is no cuobjdump to read it")
     try:
         read = [cuobjdump.architectures(policy.cuobjdump, name, path) for name, path in objects.items()]
     except cuobjdump.UnreadableError as error:
@@ -91,10 +91,10 @@ def _real(sm: str) -> str:
     """The property of a cubin.
 
     Raises:
-        UnlabelledError: it is for one device alone, and the property would name later ones too.
+        UnlabelledError: it is for one device only, but the property would include later ones.
     """
     if sm.endswith("a") and sm != "90a":  # there is no other 9.x
         raise UnlabelledError(
-            f"device code for sm_{sm} runs on that device alone, and no property of NVIDIA's provider says so"
+            f"device code for sm_{sm} runs only on that device, which no property of NVIDIA's provider can express"
         )
     return f"{_device(sm)}_real"

@@ -1,4 +1,4 @@
-"""What a gate says about a wheel."""
+"""The verdict of a gate on a wheel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gracefarm.tables import Table
 GateStatus = Literal["passed", "failed", "not applicable"]
 
 SHOWN = 3
-"Complaints quoted in a gate's one sentence; the details hold all."
+"Number of complaints in the summary; the details have all."
 
 
 class Verdict(Table):
@@ -21,31 +21,31 @@ class Verdict(Table):
 
     gate: str = Field(description="Name of the gate")
     status: GateStatus = Field(description="Result of the gate")
-    summary: str = Field(description="One sentence; says why where the gate does not apply")
-    details: tuple[str, ...] = Field(default=(), description="All complaints and further facts")
+    summary: str = Field(description="The result in one sentence, or why the gate does not apply")
+    details: tuple[str, ...] = Field(default=(), description="All complaints and other facts")
 
 
 def passed(gate: str, summary: str, details: Sequence[str] = ()) -> Verdict:
-    """The gate let the wheel through."""
+    """The gate accepts the wheel."""
     return Verdict(gate=gate, status="passed", summary=summary, details=tuple(details))
 
 
 def refused(gate: str, complaints: Sequence[str], details: Sequence[str] = ()) -> Verdict:
-    """The gate refuses the wheel; the first complaints make the sentence, the details hold every one."""
+    """The gate refuses the wheel; the summary has the first complaints, the details have all."""
     more = f", and {len(complaints) - SHOWN} more" if len(complaints) > SHOWN else ""
     return Verdict(gate=gate, status="failed", summary="; ".join(complaints[:SHOWN]) + more, details=(*complaints, *details))
 
 
 def not_applicable(gate: str, why: str) -> Verdict:
-    """The gate has nothing to judge."""
+    """The gate does not apply to the wheel."""
     return Verdict(gate=gate, status="not applicable", summary=why)
 
 
 def require(verdicts: Sequence[Verdict]) -> None:
-    """Go on only when no gate refused.
+    """Raise if a gate refused the wheel.
 
     Raises:
-        AuditError: names each gate that failed, with its sentence.
+        AuditError: names each gate that refused, with its summary.
     """
     failed = [verdict for verdict in verdicts if verdict.status == "failed"]
     if failed:
@@ -53,5 +53,5 @@ def require(verdicts: Sequence[Verdict]) -> None:
         raise AuditError(
             f"the wheel is refused by {len(failed)} {gates}: "
             + "; ".join(f"{verdict.gate} ({verdict.summary})" for verdict in failed),
-            remedy="docs/reference/audit.md says what each gate wants and how a recipe meets it",
+            remedy="see docs/reference/audit.md, which describes what each gate requires and how to fix a recipe",
         )

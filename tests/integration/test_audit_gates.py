@@ -290,19 +290,22 @@ def cuda_draft(bench: Bench, *sms: str) -> Draft:
 
 
 REFUSED: dict[Callable[[Bench], Draft], tuple[str, str]] = {
-    wrong_record: ("wheel", "demo/__init__.py is not what RECORD says"),
+    wrong_record: ("wheel", "demo/__init__.py differs from RECORD"),
     stowaway: ("wheel", "demo/extra.py is not in RECORD"),
-    wrong_version: ("wheel", "has version 1.1, the recipe says 1.0"),
-    unsaid_cuda: ("wheel", "has version 1.0, by what is measured it is 1.0+cu130 (demo/kernels.so has device code)"),
-    feigned_torch: ("wheel", "has version 1.0+cu130.torch2.11, by what is measured it is 1.0+cu130"),
-    unsaid_torch: ("wheel", f"by what is measured it is 1.0+torch2.11 ({CORE} needs libtorch_cpu.so)"),
-    other_torch: ("wheel", "has version 1.0+torch2.4, by what is measured it is 1.0+torch2.11"),
-    other_metadata: ("wheel", "METADATA says Version: 1.0+cu124"),
+    wrong_version: ("wheel", "has version 1.1, but the recipe has 1.0"),
+    unsaid_cuda: ("wheel", "has version 1.0, but its content requires 1.0+cu130 (demo/kernels.so has device code)"),
+    feigned_torch: ("wheel", "has version 1.0+cu130.torch2.11, but its content requires 1.0+cu130"),
+    unsaid_torch: ("wheel", f"but its content requires 1.0+torch2.11 ({CORE} needs libtorch_cpu.so)"),
+    other_torch: ("wheel", "has version 1.0+torch2.4, but its content requires 1.0+torch2.11"),
+    other_metadata: ("wheel", "METADATA has Version: 1.0+cu124"),
     foreign_object: ("elf-machine", "demo/helper.so is for x86_64 (64 bit), not aarch64"),
     old_python: ("python-abi", "is for CPython 310"),
-    false_tag: ("platform-tag", "manylinux_2_17_aarch64 is false: it needs manylinux_2_34 for pthread_create@GLIBC_2.34"),
+    false_tag: (
+        "platform-tag",
+        "manylinux_2_17_aarch64 is false: the wheel requires manylinux_2_34 for pthread_create@GLIBC_2.34",
+    ),
     young_glibc: ("platform-tag", "needs manylinux_2_36 for arc4random@GLIBC_2.36 of"),
-    linux_tag: ("platform-tag", "linux_aarch64 promises no glibc level"),
+    linux_tag: ("platform-tag", "linux_aarch64 does not name a glibc level"),
     copied_library: ("grafted", "the stack's environment has libfoo.so.1"),
     disguised_library: ("grafted", "libcudart.so.13 is a library of torch or CUDA"),
     no_licence_text: ("licence", "the text csrc/cutlass/LICENSE.txt is not in .dist-info/licenses"),
@@ -310,16 +313,16 @@ REFUSED: dict[Callable[[Bench], Draft], tuple[str, str]] = {
     old_style_build_path: ("rpath", "RPATH /usr/local/cuda/lib64"),
     small_pages: ("alignment", "4096 bytes"),
     patched_alignment: ("alignment", "16384 bytes"),
-    extra_cubin: ("cubins", "cubins for sm_100, which nobody asked for"),
+    extra_cubin: ("cubins", "cubins for sm_100, which was not requested"),
     missing_cubin: ("cubins", "has no cubin for sm_90"),
     ptx: ("cubins", "has PTX for sm_90"),
-    wrong_label: ("variant", "the label is cu130_sm100, by what is measured it is cu130_sm90"),
+    wrong_label: ("variant", "the label is cu130_sm100, but cu130_sm90 was measured"),
     wrong_property: ("variant", "measured is {'nvidia': {'cuda_version_lower_bound': ['13.0'], 'sm_arch': ['90_real']}}"),
     lost_label: ("variant", "the file name has no label, and .dist-info 1 variant.json"),
     missing_symbol: ("symbols", "undefined symbol nobody_defines_me"),
-    too_new_symbol: ("symbols", "needs version FOO_2 of libfoo.so.1; the stack's has up to FOO_1"),
+    too_new_symbol: ("symbols", "needs version FOO_2 of libfoo.so.1; the stack has up to FOO_1"),
     unknown_driver_symbol: ("symbols", "undefined symbol cuReadMind"),
-    second_cxx_runtime: ("symbols", "has a C++ runtime of its own beside libstdc++.so.6"),
+    second_cxx_runtime: ("symbols", "has its own C++ runtime and is loaded with libstdc++.so.6"),
 }
 
 
@@ -415,7 +418,7 @@ def test_a_wheel_without_cuda_is_the_variant_that_every_machine_may_take(bench: 
 def test_code_for_one_device_alone_cannot_be_labelled(bench: Bench, tmp_path: Path) -> None:
     """100_real would be taken for 10.3 too, which sm_100a does not run on."""
     plain = cuda_draft(bench, "100a").pack(tmp_path)
-    with pytest.raises(WheelError, match="sm_100a runs on that device alone"):
+    with pytest.raises(WheelError, match="sm_100a runs only on that device"):
         embed.label(plain, bench.policy, 1_700_000_000, tmp_path / "labelled")
 
 
@@ -442,7 +445,7 @@ def test_a_cuda_recipe_without_device_code_and_a_plain_one_with_it_are_refused(b
     assert failed(audit.audit(without, dataclasses.replace(bench.policy, needs_cubins=True))) == ["cubins"]
     verdicts = audit.audit(with_code, dataclasses.replace(bench.policy, sm=None))
     assert failed(verdicts) == ["cubins"]
-    assert "the recipe says that there is none" in by_gate(verdicts)["cubins"].summary
+    assert "the recipe has cuda = false" in by_gate(verdicts)["cubins"].summary
 
 
 def test_device_code_that_cuobjdump_cannot_read_is_refused(bench: Bench, tmp_path: Path) -> None:
@@ -529,10 +532,10 @@ def test_a_module_sees_what_it_needs_and_the_interpreter_but_no_other_module(ben
     lost.files["demo/libhelper.so"] = helper
     noted = audit.audit(lost.pack(tmp_path / "lost"), bench.policy)
     assert failed(noted) == []
-    assert f"{CORE} names no folder for libhelper.so: the wheel must load its own before" in by_gate(noted)["symbols"].details
+    assert f"{CORE} has no RPATH to libhelper.so: the wheel must load its own copy first" in by_gate(noted)["symbols"].details
     found = audit.audit(needing.pack(tmp_path / "needing"), bench.policy)
     assert failed(found) == []
-    assert "names no folder" not in " ".join(by_gate(found)["symbols"].details)
+    assert "has no RPATH" not in " ".join(by_gate(found)["symbols"].details)
     assert failed(audit.audit(hoping.pack(tmp_path / "hoping"), bench.policy)) == ["symbols"]
 
 
@@ -564,7 +567,7 @@ def test_a_needed_library_that_nobody_has_is_named(bench: Bench, tmp_path: Path)
     bench.compiler.link("nowhere.so", FOO, "-Wl,-soname,libnowhere.so.7")
     one = draft(bench.core("seeking.so", module("foo()", before="int foo(void);"), "nowhere.so"))
     verdicts = by_gate(audit.audit(one.pack(tmp_path), bench.policy))
-    assert "libnowhere.so.7, which neither the wheel nor the stack has" in verdicts["symbols"].summary
+    assert "libnowhere.so.7, which is neither in the wheel nor in the stack" in verdicts["symbols"].summary
     assert "libnowhere.so.7" in verdicts["platform-tag"].summary
 
 

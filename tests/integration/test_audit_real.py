@@ -94,7 +94,7 @@ def test_a_torch_extension_closes_over_the_real_torch(policy: Policy, compiler: 
     ("wanted", "words"),
     [
         ({"libc10.so": (OLD_ABI,)}, f"undefined symbol {OLD_ABI}"),
-        ({"libcudart.so.12": ("cudaMalloc",)}, "needs libcudart.so.12, which neither the wheel nor the stack has"),
+        ({"libcudart.so.12": ("cudaMalloc",)}, "needs libcudart.so.12, which is neither in the wheel nor in the stack"),
         ({"libcudart.so.13": ("cudaMallocTwice",)}, "undefined symbol cudaMallocTwice@libcudart.so.13"),
     ],
     ids=["the other C++ ABI", "another CUDA", "a function that this CUDA lacks"],
@@ -159,15 +159,15 @@ def test_aphrodites_published_wheel_fails_as_found(farm: Farm, tmp_path: Path) -
         "wheel": "failed", "elf-machine": "passed", "python-abi": "passed", "platform-tag": "failed", "grafted": "passed",
         "licence": "not applicable", "rpath": "failed", "alignment": "not applicable", "cubins": "failed", "symbols": "failed",
     }  # fmt: skip
-    assert "WHEEL has the tags cp38-abi3-linux_x86_64, the file name cp38-abi3-manylinux1_x86_64" in said["wheel"]
-    assert "manylinux1_x86_64 is false: it needs manylinux_2_34" in said["platform-tag"]
+    assert "WHEEL has the tags cp38-abi3-linux_x86_64, but the file name has cp38-abi3-manylinux1_x86_64" in said["wheel"]
+    assert "manylinux1_x86_64 is false: the wheel requires manylinux_2_34" in said["platform-tag"]
     assert {"GLIBC_2.32", "GLIBCXX_3.4.29"} <= set(re.findall(r"@(\S+) of", said["platform-tag"]))
     assert "RUNPATH /usr/local/cuda-12.4/lib64" in said["rpath"]
     assert "site-packages/torch/lib" in said["rpath"]
     for sm in ("60", "70", "75", "80", "86", "89", "90a"):
-        assert f"aphrodite/_C.abi3.so has cubins for sm_{sm}, which nobody asked for" in said["cubins"]
+        assert f"aphrodite/_C.abi3.so has cubins for sm_{sm}, which was not requested" in said["cubins"]
     for soname in ("libcudart.so.12", "libcublas.so.12"):
-        assert f"aphrodite/_C.abi3.so needs {soname}, which neither the wheel nor the stack has" in said["symbols"]
+        assert f"aphrodite/_C.abi3.so needs {soname}, which is neither in the wheel nor in the stack" in said["symbols"]
     assert re.search(r"undefined symbol cuda\w+@libcudart.so.12", said["symbols"])
     # Its driver calls are fine: libcuda's promises outlive releases.
     assert not re.search(r"undefined symbol cu[A-Z]", said["symbols"])

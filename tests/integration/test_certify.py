@@ -190,8 +190,8 @@ def test_a_report_certifies_the_twin_with_the_same_device_code_and_no_other(
         (SCRIPT.format(error=2e-3), 31, "computes sum with an error of 0.002, and 0.001 are allowed"),
         ("assert False, 'off by one'\n", 31, "is wrong on a fake GPU: AssertionError: off by one"),
         ("print('computed')\n", 32, "names no comparisons or no negative control"),
-        ("COMPARISONS = [{'name': 'sum'}]\n", 31, "leaves no list of comparisons: comparisons.0.error: Field required"),
-        (SCRIPT.format(error="float('nan')"), 31, "leaves no list of comparisons: comparisons.0.error"),
+        ("COMPARISONS = [{'name': 'sum'}]\n", 31, "wrote no valid list of comparisons: comparisons.0.error: Field required"),
+        (SCRIPT.format(error="float('nan')"), 31, "wrote no valid list of comparisons: comparisons.0.error"),
     ],
 )
 def test_a_wrong_result_is_not_certified(

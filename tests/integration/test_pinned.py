@@ -176,7 +176,7 @@ def test_trap_an_offline_build_that_loses_the_tools_is_refused(farm: Farm, tmp_p
     trinity(farm, tmp_path, build=build)
     done = farm.run("build", "trinity", "--target", NATIVE, **mirrors(tmp_path))
     assert done.code == 30, done.said
-    assert "trinity/backends/bin/ptxas is declared and not in the wheel" in done.said
+    assert "trinity/backends/bin/ptxas is declared, but not in the wheel" in done.said
 
 
 def test_trap_1_a_commit_that_loses_its_suffix_is_not_taken_for_the_release(farm: Farm, tmp_path: Path) -> None:

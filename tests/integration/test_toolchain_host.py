@@ -485,7 +485,7 @@ def gpu_trial(built: Built, place: Path, script: str) -> smoke.Trial:
     ("seen", "capability", "status", "reason"),
     [
         (True, "(9, 0)", "passed", ""),
-        (True, "(8, 0)", "not run", "a fake GPU is sm_80, the wheel is for sm_90"),
+        (True, "(8, 0)", "not run", "a fake GPU is sm_80, but the wheel is for sm_90"),
         (False, "(9, 0)", "not run", "no GPU"),
     ],
 )

@@ -228,7 +228,7 @@ def test_ptx_is_exactly_what_was_asked_for_in_each_object_and_of_each_unit() -> 
     )
     assert "b.so has no PTX for sm_90" in judged({"a.so": (["90"], ["90"]), "b.so": (["90"], [])}, ptx="90").summary
     assert "of 1 units and cubins of 2" in judged({"a.so": (["90", "90"], ["90"])}, ptx="90").summary
-    assert "PTX for sm_80, which the cell does not ask for" in judged({"a.so": (["90"], ["80", "90"])}, ptx="90").summary
+    assert "PTX for sm_80, which was not requested" in judged({"a.so": (["90"], ["80", "90"])}, ptx="90").summary
 
 
 def test_a_source_that_was_not_compiled_for_all_shows_in_the_counts() -> None:
@@ -291,9 +291,9 @@ def test_a_record_that_is_no_text_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ("demo/__init__.py,md5=abc,0", "not what RECORD says"),
+        ("demo/__init__.py,md5=abc,0", "differs from RECORD"),
         ("demo/gone.py,,", "demo/gone.py is in RECORD"),
-        (f"demo/__init__.py,sha256={EMPTY},x", "not what RECORD"),
+        (f"demo/__init__.py,sha256={EMPTY},x", "differs from RECORD"),
         ("junk,,\njunk,,", "twice"),
     ],
 )
@@ -307,7 +307,7 @@ def test_a_weak_algorithm_is_refused_though_its_digest_fits(tmp_path: Path) -> N
     digest = urlsafe_b64encode(hashlib.md5(b"", usedforsecurity=False).digest()).rstrip(b"=").decode()
     one = Draft(files={"demo/__init__.py": b""})
     one.record = f"demo/__init__.py,md5={digest},0\n".encode()
-    assert "demo/__init__.py is not what RECORD says" in wheel.judge(one.pack(tmp_path), POLICY).details
+    assert "demo/__init__.py differs from RECORD" in wheel.judge(one.pack(tmp_path), POLICY).details
 
 
 @pytest.mark.parametrize(
@@ -315,8 +315,8 @@ def test_a_weak_algorithm_is_refused_though_its_digest_fits(tmp_path: Path) -> N
     [
         ({"wheel": "Wheel-Version: 1.0\nTag: cp311-cp311-linux_aarch64\n"}, "WHEEL has the tags cp311-cp311-linux_aarch64"),
         ({"wheel": "Wheel-Version: 2.0\nTag: cp311-cp311-manylinux_2_17_aarch64\n"}, "Wheel-Version: 2.0"),
-        ({"metadata": "Metadata-Version: 2.1\nName: other\nVersion: 1.0\n"}, "METADATA says Name: other"),
-        ({"metadata": "Metadata-Version: 2.1\nName: demo\n"}, "METADATA says Version: None"),
+        ({"metadata": "Metadata-Version: 2.1\nName: other\nVersion: 1.0\n"}, "METADATA has Name: other"),
+        ({"metadata": "Metadata-Version: 2.1\nName: demo\n"}, "METADATA has Version: None"),
         ({"folder": "other-1.0.dist-info"}, "the folder other-1.0.dist-info does not fit"),
         ({"folder": "demo-1.1.dist-info"}, "the folder demo-1.1.dist-info does not fit"),
     ],
@@ -331,7 +331,7 @@ def test_a_wheel_needs_its_three_files_in_one_folder(tmp_path: Path) -> None:
     name = "demo-1.0-cp311-cp311-manylinux_2_17_aarch64.whl"
     with zipfile.ZipFile(tmp_path / name, "w") as archive:
         archive.writestr("demo-1.0.dist-info/WHEEL", "")
-    assert "lacks METADATA and RECORD" in wheel.judge(tmp_path / name, POLICY).summary
+    assert "has no METADATA and no RECORD" in wheel.judge(tmp_path / name, POLICY).summary
     two = Draft(files={"demo-0.9.dist-info/METADATA": b""}).pack(tmp_path / "two")
     assert "2 .dist-info folders" in wheel.judge(two, POLICY).summary
 
@@ -344,7 +344,7 @@ def test_a_file_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path = Draft(files={"demo/__init__.py": b""}).pack(tmp_path)
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "a") as archive:
         archive.writestr("demo/__init__.py", b"import os\n")
-    assert "demo/__init__.py stands 2 times in the archive" in wheel.judge(path, POLICY).details
+    assert "demo/__init__.py occurs 2 times in the archive" in wheel.judge(path, POLICY).details
 
 
 def test_there_is_only_one_wheel(tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ def test_there_is_only_one_wheel(tmp_path: Path) -> None:
     (tmp_path / "a.whl").touch()
     assert audit.only_wheel(tmp_path) == tmp_path / "a.whl"
     (tmp_path / "b.whl").touch()
-    with pytest.raises(WheelError, match=r"2 wheels where one was promised: a\.whl, b\.whl"):
+    with pytest.raises(WheelError, match=r"2 wheels instead of one: a\.whl, b\.whl"):
         audit.only_wheel(tmp_path)
 
 

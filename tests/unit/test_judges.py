@@ -91,9 +91,9 @@ def test_a_changed_rule_judges_anew(code: Path, name: str, old: str, new: str) -
     ("name", "old", "new"),
     [
         ("audit/gates/alignment.py", "GATE =", "# a comment\n\n\nGATE ="),
-        ("audit/verdict.py", "Go on only when no gate refused.", "Another sentence."),
+        ("audit/verdict.py", "Raise if a gate refused the wheel.", "Another sentence."),
         ("audit/policy.py", "Highest manylinux level accepted", "Another sentence"),
-        ("smoke.py", "Import the wheel in a fresh environment.", "Another sentence."),
+        ("smoke.py", "Import the wheel in a clean environment.", "Another sentence."),
         ("flow/judge.py", "one refuses", "Another sentence"),
     ],
 )

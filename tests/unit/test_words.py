@@ -37,13 +37,11 @@ DIALECT = {
 
 TO_DO = frozenset(
     {
-        "builder/audit/",
         "builder/compiling/",
         "builder/data/",
         "builder/flow/",
         "builder/proof/",
         "builder/sets/",
-        "builder/smoke.py",
         "builder/toolchains/",
         "builder/upkeep/",
         "deploy/data/",
@@ -52,7 +50,6 @@ TO_DO = frozenset(
         "deploy/rehearsal/",
         "deploy/remote/",
         "deploy/watch/",
-        "docs/reference/audit.md",
         "docs/explanation/benchmarks.md",
         "docs/explanation/building.md",
         "docs/howto/deploy-bench.md",

@@ -1,1 +1,1 @@
-"""Gates: one module each, called as its gate in records and docs/reference/audit.md."""
+"""Gates: a module for each, with the gate's name in records and docs/reference/audit.md."""

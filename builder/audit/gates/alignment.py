@@ -1,4 +1,4 @@
-"""Gate `alignment`: kernels with pages of 64 KiB, as many Grace systems run, can map every segment.
+"""Gate `alignment`: kernels with pages of 64 KiB, as on many Grace systems, can map every segment.
 
 The loader refuses a PT_LOAD whose p_align is smaller than the page ("ELF load command alignment not page-aligned").
 GNU ld's default for aarch64 is 64 KiB; old patchelf and foreign linkers break it (pypa/auditwheel#251).
@@ -17,12 +17,12 @@ PAGE = 64 << 10
 
 
 def judge(contents: Contents, policy: Policy) -> Verdict:
-    """Alignment of each PT_LOAD, and that address and file offset agree modulo a page."""
+    """Check the alignment of each PT_LOAD, and that address and file offset are equal modulo a page."""
     if policy.target != Arch.AARCH64:
-        return not_applicable(GATE, f"pages of {policy.target} are 4 KiB on every kernel")
+        return not_applicable(GATE, f"pages of {policy.target} are always 4 KiB")
     objects = contents.loadable(policy.target)
     if not objects:
-        return not_applicable(GATE, f"the wheel holds no ELF object for {policy.target}")
+        return not_applicable(GATE, f"the wheel has no ELF object for {policy.target}")
     complaints = [f"{name}: {wrong}" for name, binary in objects.items() for wrong in _wrong(binary)]
     if complaints:
         return refused(GATE, complaints)

@@ -1,4 +1,4 @@
-"""Gate `cubins`: the device code is for exactly the architectures that stack and recipe ask for, and so is the PTX."""
+"""Gate `cubins`: cubins and PTX are for exactly the architectures of stack and recipe."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ GATE = "cubins"
 
 
 def judge(contents: Contents, policy: Policy) -> Verdict:
-    """Every object with a fatbin section, through NVIDIA's cuobjdump."""
+    """Check every object with a fatbin section, with NVIDIA's cuobjdump."""
     objects = coded(contents, policy)
     if not objects:
         if policy.needs_cubins:
-            return refused(GATE, ["the recipe compiles CUDA code and the wheel holds none"])
-        return not_applicable(GATE, "the wheel holds no CUDA device code")
+            return refused(GATE, ["the recipe compiles CUDA code, but the wheel has no device code"])
+        return not_applicable(GATE, "the wheel has no CUDA device code")
     if policy.sm is None:
-        return refused(GATE, [f"{name} holds CUDA device code, and the recipe says that there is none" for name in objects])
+        return refused(GATE, [f"{name} has CUDA device code, but the recipe has cuda = false" for name in objects])
     if policy.cuobjdump is None:
-        return refused(GATE, ["there is CUDA device code and no cuobjdump to read it with"])
+        return refused(GATE, ["the wheel has CUDA device code, but there is no cuobjdump to read it"])
     try:
         cubins = {name: cuobjdump.architectures(policy.cuobjdump, name, path) for name, path in objects.items()}
     except cuobjdump.UnreadableError as error:
@@ -44,15 +44,17 @@ def compare(found: dict[str, tuple[list[str], list[str]]], policy: Policy) -> Ve
     for name, (cubins, ptx) in found.items():
         counts = Counter(cubins)
         complaints += _ptx_complaints(name, counts, Counter(ptx), policy)
-        complaints += [f"{name} has cubins for sm_{sm}, which nobody asked for" for sm in sorted(set(counts) - wanted - extra)]
-        # An object made of sources with values of their own (sm_extra) alone may lack the stack's.
+        complaints += [
+            f"{name} has cubins for sm_{sm}, which was not requested" for sm in sorted(set(counts) - wanted - extra)
+        ]
+        # An object may have no cubins for the stack's values if all of its sources are listed in sm_extra.
         if not set(counts) & extra:
             complaints += [f"{name} has no cubin for sm_{sm}" for sm in sorted(wanted - set(counts))]
         if not extra and len({counts[sm] for sm in wanted & set(counts)}) > 1:
             shown = ", ".join(f"{counts[sm]} for sm_{sm}" for sm in sorted(wanted))
-            complaints.append(f"{name} has {shown}: some source was not compiled for all of them")
+            complaints.append(f"{name} has {shown}: a source was not compiled for all of them")
     everywhere = {sm for cubins, _ptx in found.values() for sm in cubins}
-    complaints += [f"the recipe declares sm_{sm} (sm_extra) and no object has it" for sm in sorted(extra - everywhere)]
+    complaints += [f"the recipe declares sm_{sm} (sm_extra), but no object has it" for sm in sorted(extra - everywhere)]
     if len(found) > 1 or extra:
         complaints += [f"no object has a cubin for sm_{sm}" for sm in sorted(wanted - everywhere)]
     details = [f"{name}: {_listed(cubins)}" for name, (cubins, _ptx) in found.items()]
@@ -64,8 +66,8 @@ def compare(found: dict[str, tuple[list[str], list[str]]], policy: Policy) -> Ve
 
 
 def _ptx_complaints(name: str, cubins: Counter[str], ptx: Counter[str], policy: Policy) -> Iterator[str]:
-    """What is wrong with an object's PTX: units of each architecture, cubins and PTX, are counted."""
-    yield from (f"{name} has PTX for sm_{sm}, which the cell does not ask for" for sm in sorted(set(ptx) - {policy.ptx}))
+    """Complaints about an object's PTX, from the number of cubins and PTX for each architecture."""
+    yield from (f"{name} has PTX for sm_{sm}, which was not requested" for sm in sorted(set(ptx) - {policy.ptx}))
     if policy.ptx is None or not cubins:
         return
     if policy.ptx not in ptx:
@@ -73,7 +75,7 @@ def _ptx_complaints(name: str, cubins: Counter[str], ptx: Counter[str], policy: 
     elif ptx[policy.ptx] != max(cubins.values()):
         yield (
             f"{name} has PTX for sm_{policy.ptx} of {ptx[policy.ptx]} units and cubins of {max(cubins.values())}: "
-            "some source was not compiled for both"
+            "a source was not compiled for both"
         )
 
 

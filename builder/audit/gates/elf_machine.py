@@ -1,4 +1,4 @@
-"""Gate `elf-machine`: every object that a loader could take is of the target."""
+"""Gate `elf-machine`: every object that a loader could load is for the target."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GATE = "elf-machine"
 
 
 def judge(contents: Contents, policy: Policy) -> Verdict:
-    """Machine, word size and byte order of shared objects and executables; object files that nothing loads are let be."""
+    """Check machine, word size and byte order of shared objects and executables; other object files are not loaded."""
     loadable = {name: binary for name, binary in contents.objects.items() if binary.kind in elf.LOADABLE}
     complaints = [f"{name}: {reason}" for name, reason in contents.damaged.items()]
     complaints += [
@@ -22,7 +22,7 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
     if complaints:
         return refused(GATE, complaints)
     if not loadable:
-        return not_applicable(GATE, "the wheel holds no ELF object")
+        return not_applicable(GATE, "the wheel has no ELF object")
     objects = "the one ELF object is" if len(loadable) == 1 else f"all {len(loadable)} ELF objects are"
     return passed(GATE, f"{objects} for {policy.target}", sorted(loadable))
 

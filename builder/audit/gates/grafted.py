@@ -1,4 +1,4 @@
-"""Gate `grafted`: no third-party file inside but those that the recipe declares by path, digest and licence."""
+"""Gate `grafted`: the only third-party files are those that the recipe declares with path, digest and licence."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _HASHED = re.compile(r"-[0-9a-f]{8}(?=\.so)")
 
 
 def judge(contents: Contents, policy: Policy) -> Verdict:
-    """Undeclared third-party files, and declarations that nothing in the wheel answers to."""
+    """Find third-party files without a declaration, and declarations without a file."""
     declared = {entry.path: entry for entry in policy.bundled if entry.sha256}
     from_sources = [entry for entry in policy.bundled if not entry.sha256]
     sonames = environment_sonames(policy.site_packages)
     complaints = [
-        f"{name} is third-party ({why}) and not declared by the recipe"
+        f"{name} is third-party ({why}), but the recipe does not declare it"
         for name in contents.names
         if name not in declared
         and not any(fnmatch(name, entry.path) for entry in from_sources)
@@ -40,27 +40,27 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
     details = []
     for path, entry in declared.items():
         if path not in contents.names:
-            complaints.append(f"{path} is declared and not in the wheel")
+            complaints.append(f"{path} is declared, but not in the wheel")
         elif (found := _sha256(contents, path)) != entry.sha256:
-            complaints.append(f"{path} has sha256 {found}, the recipe declares {entry.sha256}")
+            complaints.append(f"{path} has sha256 {found}, but the recipe declares {entry.sha256}")
         else:
             details.append(f"{path} ({entry.license})")
     for entry in from_sources:
-        # Its bytes are those of a download that the recipe pins, or of the source.
+        # Its bytes come from a download that the recipe pins, or from the source.
         found_names = [name for name in contents.names if fnmatch(name, entry.path)]
-        complaints += [] if found_names else [f"{entry.path} is declared and not in the wheel"]
+        complaints += [] if found_names else [f"{entry.path} is declared, but not in the wheel"]
         details += [f"{name} ({entry.license}, from {entry.origin})" for name in found_names]
     if complaints:
         return refused(GATE, complaints, details)
-    summary = f"{len(details)} declared third-party files and no other" if details else "no third-party file inside"
+    summary = f"{len(details)} declared third-party files and no others" if details else "no third-party files"
     return passed(GATE, summary, details)
 
 
 def _third_party(name: str, contents: Contents, sonames: frozenset[str]) -> str | None:
-    """Why a file is taken for somebody else's, or None."""
+    """Why a file counts as third-party, or None."""
     path = PurePosixPath(name)
     if any(part.endswith(".libs") for part in path.parts[:-1]):
-        return "in a .libs folder, where auditwheel grafts"
+        return "in a .libs folder, where auditwheel puts libraries"
     if any(fnmatch(path.name, pattern) for pattern in TOOLS):
         return "part of the CUDA toolkit"
     binary = contents.objects.get(name)

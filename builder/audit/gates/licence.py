@@ -1,4 +1,4 @@
-"""Gate `licence`: all that a recipe fetches beside its source has a declared licence, and the wheel has the texts it promises.
+"""Gate `licence`: everything that a recipe fetches has a declared licence, and the wheel contains the declared texts.
 
 https://peps.python.org/pep-0639/
 """
@@ -13,11 +13,11 @@ GATE = "licence"
 
 
 def judge(contents: Contents, policy: Policy) -> Verdict:
-    """Submodules, repositories and downloads without a licence, and texts that .dist-info/licenses lacks."""
+    """Find submodules, repositories and downloads without a licence, and texts that are missing in .dist-info/licenses."""
     if not policy.parts and not policy.licenses:
-        return not_applicable(GATE, "no recipe names code beside the package's own source")
+        return not_applicable(GATE, "the package has no other code than its source")
     complaints = [
-        f"{part} has no declared licence: write `license` beside it in the recipe"
+        f"{part} has no declared licence: add `license` to its table in the recipe"
         for part, license_id in policy.parts.items()
         if license_id is None
     ]
@@ -27,4 +27,4 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
     if complaints:
         return refused(GATE, complaints, details)
     texts = "1 text" if len(policy.licenses) == 1 else f"{len(policy.licenses)} texts"
-    return passed(GATE, f"{len(details)} declared licences of code beside the source, {texts} in .dist-info/licenses", details)
+    return passed(GATE, f"{len(details)} declared licences of other code, {texts} in .dist-info/licenses", details)

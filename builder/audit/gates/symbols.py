@@ -1,14 +1,14 @@
-"""Gate `symbols`: every undefined symbol is defined by something that is loaded with it, version included.
+"""Gate `symbols`: every undefined symbol is defined, with its version, by a library that is loaded with it.
 
-This follows glibc's loader over ELF tables alone; nothing is executed, so it works for any target on any host.
+This simulates glibc's loader on ELF tables. Nothing is executed, so it works for every target on every host.
 
-- The objects of a wheel that nothing else in it needs are its roots: extension modules, plugins, executables.
-- A root's scope is its DT_NEEDED closure, breadth first. Objects that Python loads also see the interpreter and its
-  closure, which are global; they do not see other extension modules, which Python loads with RTLD_LOCAL.
-- A version demanded of a library (.gnu.version_r) must be defined by that library, as the loader checks before it binds
-  anything (_dl_check_map_versions), and a versioned reference must find a definition of that version in the scope.
-- A C++ runtime that is linked in (-static-libstdc++) beside the shared one of torch resolves everything, and the first
-  exception that crosses from one to the other ends the process: seen on a GPU, where a refusal was a segmentation fault.
+- The roots are the objects of a wheel that no other object in it needs: extension modules, plugins, executables.
+- The scope of a root is its DT_NEEDED closure, breadth first. For objects that Python loads, the interpreter and its
+  closure are also visible, since they are global; other extension modules are not, since Python uses RTLD_LOCAL.
+- A library must define each version that is required of it (.gnu.version_r): the loader checks this before it binds
+  symbols (_dl_check_map_versions). A versioned reference must have a definition with that version in the scope.
+- With a statically linked C++ runtime (-static-libstdc++) next to torch's shared one, all symbols resolve, but the first
+  exception that crosses between them ends the process. This was a segmentation fault in a test on a GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CXX_RUNTIME, _CXX_THROW = "libstdc++.so.6", "__cxa_throw"
 
 @dataclass(kw_only=True)
 class _Findings:
-    """What was found about all objects; each sentence once, though an object may stand in several scopes."""
+    """The findings for all objects; each sentence occurs once, even if an object is in several scopes."""
 
     complaints: dict[str, None] = field(default_factory=dict)
     weak: dict[str, None] = field(default_factory=dict)
@@ -39,11 +39,11 @@ class _Findings:
 
 
 def judge(contents: Contents, policy: Policy) -> Verdict:
-    """Symbol closure over the wheel, the stack's environment and root, the interpreter and the driver's functions."""
+    """Resolve symbols in the wheel, the stack's environment and root, the interpreter and the driver's functions."""
     if not contents.loadable(policy.target):
-        return not_applicable(GATE, f"the wheel holds no ELF object for {policy.target}")
+        return not_applicable(GATE, f"the wheel has no ELF object for {policy.target}")
     if policy.root is None:
-        return not_applicable(GATE, "no root of the stack was given to resolve symbols in")
+        return not_applicable(GATE, "the stack's root is not available")
     providers = Providers(contents, policy, policy.root)
     findings = _Findings()
     python = _python_scope(providers, policy, findings)
@@ -74,7 +74,7 @@ def _verdict(findings: _Findings) -> Verdict:
 def _python_scope(providers: Providers, policy: Policy, findings: _Findings) -> list[Library]:
     interpreter = providers.interpreter()
     if interpreter is None:
-        findings.notes[f"the root has no python{policy.python} for {policy.target}: its symbols count as undefined"] = None
+        findings.notes[f"the root has no python{policy.python} for {policy.target}; its symbols count as undefined"] = None
         return []
     return _closure(interpreter, providers, findings)
 
@@ -88,14 +88,14 @@ def _roots(providers: Providers) -> list[Library]:
         for soname in library.binary.needed
         if (found := providers.find(soname, library)) is not None and found.place == "wheel" and found.name != library.name
     }
-    # Objects that need each other in a circle have no root among them: each then counts as one.
+    # A cycle of objects has no root: each of its objects then counts as a root.
     roots = [library for library in own if library.name not in needed]
     reached = {library.name for root in roots for library in _closure(root, providers, _Findings())}
     return roots + [library for library in own if library.name not in reached]
 
 
 def _closure(root: Library, providers: Providers, findings: _Findings) -> list[Library]:
-    """The root and all that it needs, in the loader's order."""
+    """The root and all libraries that it needs, in the loader's order."""
     scope, known = [root], {_identity(root)}
     for library in scope:
         for soname in library.binary.needed:
@@ -104,7 +104,7 @@ def _closure(root: Library, providers: Providers, findings: _Findings) -> list[L
                 _report_absent(soname, library, findings)
                 continue
             if provider.place == "wheel" and providers.led_to(soname, library) is None:
-                note = f"{library.name} names no folder for {soname}: the wheel must load its own before"
+                note = f"{library.name} has no RPATH to {soname}: the wheel must load its own copy first"
                 findings.notes[note] = None
             if (identity := _identity(provider)) not in known:
                 known.add(identity)
@@ -120,13 +120,13 @@ def _report_absent(soname: str, library: Library, findings: _Findings) -> None:
     if library.place != "wheel":
         findings.notes[f"{library.label} needs {soname}, which is not in the stack"] = None
     elif soname == driver.SONAME:
-        findings.complaints[f"{library.name} needs {soname}, and the stack has no cuda.h that declares its functions"] = None
+        findings.complaints[f"{library.name} needs {soname}, but the stack has no cuda.h that declares its functions"] = None
     else:
-        findings.complaints[f"{library.name} needs {soname}, which neither the wheel nor the stack has"] = None
+        findings.complaints[f"{library.name} needs {soname}, which is neither in the wheel nor in the stack"] = None
 
 
 def _check(library: Library, scope: list[Library], findings: _Findings) -> None:
-    """One object of the wheel in one scope."""
+    """Check one object of the wheel in one scope."""
     for complaint in (*_unmet_versions(library, scope), *_second_runtime(library, scope)):
         findings.complaints[complaint] = None
     counts = findings.resolved.setdefault(library.name, Counter())
@@ -151,20 +151,20 @@ def _unmet_versions(library: Library, scope: list[Library]) -> Iterator[str]:
             continue
         defined = provider.binary.exports.versions.values()
         if need.version not in defined:
-            newest = _newest(need.version, list(defined)) or "none of that kind"
-            yield f"{library.name} needs version {need.version} of {need.file}; the stack's has {newest}"
+            newest = _newest(need.version, list(defined)) or "no such version"
+            yield f"{library.name} needs version {need.version} of {need.file}; the stack has {newest}"
 
 
 def _second_runtime(library: Library, scope: list[Library]) -> Iterator[str]:
     if _CXX_THROW in library.binary.exports.symbols and any(other.binary.soname == _CXX_RUNTIME for other in scope):
         yield (
-            f"{library.name} has a C++ runtime of its own beside {_CXX_RUNTIME}, which it is loaded with: an exception that "
-            f"crosses between them crashes; link with the shared one, without -static-libstdc++"
+            f"{library.name} has its own C++ runtime and is loaded with {_CXX_RUNTIME}: an exception that "
+            f"crosses between them crashes; link with the shared runtime, without -static-libstdc++"
         )
 
 
 def _newest(version: str, defined: list[str]) -> str | None:
-    """The last version of the same family (GLIBC_2.36 for GLIBC_2.99), to say how far off the stack is."""
+    """The newest version of the same family (GLIBC_2.36 for GLIBC_2.99), for the message."""
     family = version.rpartition("_")[0]
     same = [name for name in defined if name.rpartition("_")[0] == family]
 

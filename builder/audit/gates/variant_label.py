@@ -1,4 +1,4 @@
-"""Gate `variant`: the label of a variant wheel and its variant.json say what is measured (PEP 825, a draft)."""
+"""Gate `variant`: label and variant.json of a variant wheel match its measured properties (PEP 825, a draft)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GATE = "variant"
 
 
 def judge(contents: Contents, policy: Policy) -> Verdict:
-    """Label against variant.json, and both against cubins, PTX and libraries."""
+    """Compare the label with variant.json, and both with cubins, PTX and libraries."""
     members = [name for name in contents.names if name.endswith(f".dist-info/{variants.MEMBER}")]
     if not contents.label and not members:
         return not_applicable(GATE, "it is a plain wheel")
@@ -29,7 +29,7 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
     except ValueError as error:
         return refused(GATE, [str(error)])
     if said.label != measured.label:
-        return refused(GATE, [f"the label is {said.label}, by what is measured it is {measured.label}"])
+        return refused(GATE, [f"the label is {said.label}, but {measured.label} was measured"])
     if said != measured:
-        return refused(GATE, [f"{variants.MEMBER} says {dict(said.properties)}, measured is {dict(measured.properties)}"])
+        return refused(GATE, [f"{variants.MEMBER} has {dict(said.properties)}, but {dict(measured.properties)} was measured"])
     return passed(GATE, f"{said.label}, as measured")

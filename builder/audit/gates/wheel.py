@@ -1,4 +1,4 @@
-"""Gate `wheel`: the file is the wheel that the recipe promises, and says of itself what it holds.
+"""Gate `wheel`: name, version and size are those of the recipe, and the metadata match the content.
 
 https://packaging.python.org/en/latest/specifications/binary-distribution-format/
 """
@@ -31,25 +31,25 @@ from gracefarm.variants import split_label
 
 GATE = "wheel"
 UNRECORDED = ("RECORD", "RECORD.jws", "RECORD.p7s")
-"Files of .dist-info that RECORD cannot or need not hold a digest of."
+"Files of .dist-info for which RECORD requires no digest."
 
 
 def only_wheel(folder: Path) -> Path:
     """The one wheel in a folder.
 
     Raises:
-        WheelError: there is none, or more than one (named).
+        WheelError: there is no wheel, or more than one (named).
     """
     match sorted(folder.glob("*.whl")):
         case [only]:
             return only
         case []:
-            raise WheelError("the build left no wheel", remedy="the log says what the build backend did instead")
+            raise WheelError("the build left no wheel", remedy="see the output of the build backend in the log")
         case several:
             names = ", ".join(path.name for path in several)
             raise WheelError(
-                f"the build left {len(several)} wheels where one was promised: {names}",
-                remedy="build the others by recipes of their own",
+                f"the build left {len(several)} wheels instead of one: {names}",
+                remedy="write a separate recipe for each wheel",
             )
 
 
@@ -57,29 +57,29 @@ def target_of(wheel: Path) -> Arch:
     """The architecture that a wheel's file name claims.
 
     Raises:
-        WheelError: the name is no wheel's, or names none or several of the architectures we know.
+        WheelError: the name is not that of a wheel, or does not name exactly one supported architecture.
     """
     try:
         tags = parse_wheel_filename(split_label(wheel.name)[0])[3]
     except InvalidWheelFilename as error:
-        raise WheelError(f"{wheel.name}: {error}", remedy="give the wheel the name it was built with") from error
+        raise WheelError(f"{wheel.name}: {error}", remedy="give the wheel its original name") from error
     archs = {arch for arch in Arch for tag in tags if tag.platform.endswith(f"_{arch.value}")}
     if len(archs) != 1:
         raise WheelError(
-            f"{wheel.name} is for {' and '.join(sorted(archs)) or 'no architecture that we know'}",
+            f"{wheel.name} is for {' and '.join(sorted(archs)) or 'no supported architecture'}",
             remedy="audit wheels whose platform tag ends in _aarch64 or _x86_64",
         )
     return archs.pop()
 
 
 def judge(wheel: Path, policy: Policy, contents: Contents | None = None) -> Verdict:
-    """Name, version, size, WHEEL, METADATA and RECORD. None: the archive cannot be opened."""
+    """Check name, version, size, WHEEL, METADATA and RECORD. `contents` is None if the archive cannot be opened."""
     problems = _size(wheel, policy)
     try:
         name, version, _build, _tags = parse_wheel_filename(wheel.name)
         problems += _promise(name, version, policy, contents)
     except InvalidWheelFilename:
-        pass  # `complaints` says so
+        pass  # `complaints` reports it
     problems += complaints(wheel)
     if problems:
         return refused(GATE, problems)
@@ -87,13 +87,13 @@ def judge(wheel: Path, policy: Policy, contents: Contents | None = None) -> Verd
 
 
 def complaints(wheel: Path) -> list[str]:
-    """What is wrong between the file name, WHEEL, METADATA, RECORD and the content; empty where they agree."""
+    """Contradictions between file name, WHEEL, METADATA, RECORD and content; empty if they agree."""
     try:
         name, version, _build, tags = parse_wheel_filename(wheel.name)
         with zipfile.ZipFile(wheel) as archive:
             return _inside(archive, name, version, tags)
     except InvalidWheelFilename as error:
-        return [f"the file name does not parse: {error}"]
+        return [f"the file name cannot be parsed: {error}"]
     except UNREADABLE as error:
         return [f"the archive cannot be read: {error}"]
     except (UnicodeDecodeError, csv.Error) as error:
@@ -106,42 +106,42 @@ def _sized(size: int) -> str:
 
 def _size(wheel: Path, policy: Policy) -> list[str]:
     size = wheel.stat().st_size
-    return [f"{_sized(size)} is more than the {_sized(policy.max_size)} allowed"] if size > policy.max_size else []
+    return [f"{_sized(size)} is more than the limit of {_sized(policy.max_size)}"] if size > policy.max_size else []
 
 
 def _promise(name: str, version: Version, policy: Policy, contents: Contents | None) -> list[str]:
     complaints = []
     if policy.name is not None and name != canonicalize_name(policy.name):
-        complaints.append(f"the wheel is called {name}, the recipe says {canonicalize_name(policy.name)}")
+        complaints.append(f"the wheel's name is {name}, but the recipe has {canonicalize_name(policy.name)}")
     if policy.version is not None and not local_version.is_of(str(version), policy.version, policy.appends):
-        complaints.append(f"the wheel has version {version}, the recipe says {policy.version}")
+        complaints.append(f"the wheel has version {version}, but the recipe has {policy.version}")
     elif policy.version is not None and contents is not None:
         complaints += _local(version, policy.version, dependence.measure(contents, policy.target), policy)
     return complaints
 
 
 def _local(version: Version, promised: str, measured: Dependence, policy: Policy) -> list[str]:
-    """The local part says what is measured: nothing less, since two stacks would give one name, and nothing more."""
+    """Compare the local part with the measured dependence: without a part, wheels of two stacks would have one name."""
     if measured.torch and policy.torch is None:
-        return [f"{measured.torch[0]}, and the stack has no torch"]
+        return [f"{measured.torch[0]}, but the stack has no torch"]
     wanted = local_version.named(promised, policy.cuda if measured.cuda else None, policy.torch if measured.torch else None)
     if str(version) == wanted:
         return []
     reasons = "; ".join((*measured.cuda[:1], *measured.torch[:1])) or "it depends on neither CUDA nor torch"
-    return [f"the wheel has version {version}, by what is measured it is {wanted} ({reasons})"]
+    return [f"the wheel has version {version}, but its content requires {wanted} ({reasons})"]
 
 
 def _inside(archive: zipfile.ZipFile, name: str, version: Version, tags: frozenset[Tag]) -> list[str]:
     names = [info.filename for info in archive.infolist() if not info.is_dir()]
     folders = sorted({top for top in (entry.partition("/")[0] for entry in names) if top.endswith(".dist-info")})
-    complaints = [f"{entry} stands {count} times in the archive" for entry, count in Counter(names).items() if count > 1]
+    complaints = [f"{entry} occurs {count} times in the archive" for entry, count in Counter(names).items() if count > 1]
     complaints += [f"{entry} leaves the wheel" for entry in names if _leaves(entry)]
     if len(folders) != 1:
-        return [*complaints, f"{len(folders)} .dist-info folders where there must be one"]
+        return [*complaints, f"{len(folders)} .dist-info folders instead of one"]
     folder = folders[0]
     missing = [part for part in ("WHEEL", "METADATA", "RECORD") if f"{folder}/{part}" not in names]
     if missing:
-        return [*complaints, f"{folder} lacks {' and '.join(missing)}"]
+        return [*complaints, f"{folder} has no {' and no '.join(missing)}"]
     complaints += _folder(folder, name, version)
     complaints += _metadata(_message(archive, f"{folder}/METADATA"), name, version)
     complaints += _wheel(_message(archive, f"{folder}/WHEEL"), tags)
@@ -166,9 +166,9 @@ def _folder(folder: str, name: str, version: Version) -> list[str]:
 def _metadata(metadata: Message, name: str, version: Version) -> list[str]:
     complaints = []
     if canonicalize_name(str(metadata["Name"])) != name:
-        complaints.append(f"METADATA says Name: {metadata['Name']}, the file name {name}")
+        complaints.append(f"METADATA has Name: {metadata['Name']}, but the file name has {name}")
     if not _same(str(metadata["Version"]), version):
-        complaints.append(f"METADATA says Version: {metadata['Version']}, the file name {version}")
+        complaints.append(f"METADATA has Version: {metadata['Version']}, but the file name has {version}")
     return complaints
 
 
@@ -182,10 +182,10 @@ def _same(text: str, version: Version) -> bool:
 def _wheel(wheel: Message, tags: frozenset[Tag]) -> list[str]:
     complaints = []
     if not str(wheel["Wheel-Version"]).startswith("1."):
-        complaints.append(f"WHEEL says Wheel-Version: {wheel['Wheel-Version']}, which installers refuse")
+        complaints.append(f"WHEEL has Wheel-Version: {wheel['Wheel-Version']}, which installers refuse")
     inside = frozenset(tag for text in wheel.get_all("Tag", []) for tag in parse_tag(str(text)))
     if inside != tags:
-        complaints.append(f"WHEEL has the tags {_tags(inside)}, the file name {_tags(tags)}")
+        complaints.append(f"WHEEL has the tags {_tags(inside)}, but the file name has {_tags(tags)}")
     return complaints
 
 
@@ -198,20 +198,20 @@ def _record(archive: zipfile.ZipFile, folder: str, names: list[str]) -> list[str
     recorded = {row[0]: row for row in rows}
     exempt = {f"{folder}/{part}" for part in UNRECORDED}
     counts = Counter(row[0] for row in rows)
-    complaints = [f"{entry} stands twice in RECORD" for entry, count in counts.items() if count > 1]
-    complaints += [f"{entry} is in RECORD and not in the wheel" for entry in recorded if entry not in names]
+    complaints = [f"{entry} occurs twice in RECORD" for entry, count in counts.items() if count > 1]
+    complaints += [f"{entry} is in RECORD, but not in the wheel" for entry in recorded if entry not in names]
     for entry in dict.fromkeys(names):
         if entry in exempt:
             continue
         if entry not in recorded:
             complaints.append(f"{entry} is not in RECORD")
         elif not _digest_fits(archive, recorded[entry]):
-            complaints.append(f"{entry} is not what RECORD says")
+            complaints.append(f"{entry} differs from RECORD")
     return complaints
 
 
 def _digest_fits(archive: zipfile.ZipFile, row: list[str]) -> bool:
-    """Digest and size; algorithms weaker than sha256 are refused, as the specification has it."""
+    """Check digest and size; algorithms weaker than sha256 are refused, as the specification requires."""
     entry, digest, size = (*row, "", "")[:3]
     algorithm, _, value = digest.partition("=")
     if algorithm not in ("sha256", "sha384", "sha512"):
