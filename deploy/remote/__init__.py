@@ -1,6 +1,6 @@
-"""What runs on a node: shipped there over SSH as one archive, run by the node's own `python3`, gone when it ends.
+"""Code that runs on a node. It is sent over SSH as one archive, run by the node's `python3`, and leaves no files.
 
-Standard library alone and nothing newer than Python 3.10, for a fresh node has no more than that (Ubuntu 22.04). The one
-exception is a function that says which environment's Python runs it. Each public function of a module here takes one JSON
-object and returns one; `deploy.fleet.calls` calls them by name.
+It uses only the standard library and Python 3.10, since a new node may have nothing else (Ubuntu 22.04). The exceptions are
+functions that are run by the Python of an environment; their docstrings say so. Each public function of a module takes one
+JSON object and returns one; `deploy.fleet.calls` calls them by name.
 """

@@ -1,4 +1,4 @@
-"""Read one request from stdin, `{"call": "module.function", "arguments": {…}}`, and answer it."""
+"""Reads one request from stdin, `{"call": "module.function", "arguments": {…}}`, and answers it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from deploy.remote import wire
 
 
 def main() -> int:
-    """The exit code is 0 for a result, 1 for a WorkerError; a defect of ours keeps its traceback on stderr."""
+    """Return 0 for a result, 1 for a WorkerError. Other exceptions end with a traceback on stderr."""
     request = json.loads(sys.stdin.buffer.read().decode())
     module, function = request["call"].split(".")
     try:

@@ -1,4 +1,4 @@
-"""The node's part of the NFS cache: look, edit fstab, install cachefilesd, mount again, verify, measure; needs `sudo -n`."""
+"""The NFS cache on a node: inspect, edit fstab, install cachefilesd, remount, verify, measure. Requires `sudo -n`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ DEFAULTS = Path("/etc/default/cachefilesd")
 
 
 def inspect(request: Json) -> Json:
-    """What holds `share`, what fstab says of it, whether its cache is on, and what is installed."""
+    """The mount of `share`, its entry in fstab, whether its cache is on, and whether root is possible."""
     mount = mounts.mount_of(request["share"])
     if mount is None or not Path(request["share"]).is_dir():
-        raise WorkerError("share", f"{request['share']} is no folder on this node", "mount the shared file system there")
+        raise WorkerError(
+            "share", f"{request['share']} is not a folder on this node", "mount the shared file system at this path"
+        )
     fstab = FSTAB.read_bytes().decode(errors="surrogateescape") if FSTAB.exists() else ""
     return {
         "target": mount.target,
@@ -37,7 +39,7 @@ def inspect(request: Json) -> Json:
 
 
 def fsc(target: str) -> bool | None:
-    """FSC of the mount as the kernel says; None where there is no NFS."""
+    """Whether the kernel caches the mount (FSC); None if it is not NFS."""
     volumes = Path("/proc/fs/nfsfs/volumes")
     if not volumes.exists():
         return None
@@ -47,17 +49,17 @@ def fsc(target: str) -> bool | None:
 
 
 def install(request: Json) -> Json:
-    """cachefilesd from the node's own distribution, switched on; nothing where it runs already."""
+    """Install cachefilesd from the distribution and switch it on, unless it already runs."""
     del request
     changed = False
     if not shutil.which("cachefilesd", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin"):
         if not shutil.which("apt-get"):
             raise WorkerError(
-                "node", "cachefilesd is not installed, and this node has no apt-get", "install cachefilesd by hand"
+                "node", "cachefilesd is not installed, and this node has no apt-get", "install cachefilesd on this node"
             )
         sudo("apt-get", "install", "-y", "--no-install-recommends", "cachefilesd")
         changed = True
-    if DEFAULTS.exists():  # Debian and Ubuntu ship it switched off
+    if DEFAULTS.exists():  # switched off by default on Debian and Ubuntu
         old = DEFAULTS.read_text()
         new = "\n".join("RUN=yes" if line.strip() == "#RUN=yes" else line for line in old.split("\n"))
         if new != old:
@@ -70,7 +72,7 @@ def install(request: Json) -> Json:
 
 
 def write_fstab(request: Json) -> Json:
-    """Replace /etc/fstab by `text` if it is still what was read (`before`, sha256); the old one stays beside it."""
+    """Replace /etc/fstab by `text` if it still has the sha256 `before`. A copy of the old file is kept beside it."""
     new = request["text"].encode(errors="surrogateescape")
     old = FSTAB.read_bytes()
     if digest(old) != request["before"]:
@@ -83,7 +85,7 @@ def write_fstab(request: Json) -> Json:
 
 
 def _replace(path: Path, content: bytes, before: str) -> None:
-    """Whole or not at all: a file beside it, flushed, then renamed over; owner and mode stay."""
+    """Replace a file atomically, keeping owner and mode: write a new file beside it, flush it, rename it."""
     with tempfile.NamedTemporaryFile(delete=False) as stream:
         stream.write(content)
     beside = path.with_name(f".{path.name}.gracefarm")
@@ -98,7 +100,7 @@ def _replace(path: Path, content: bytes, before: str) -> None:
 
 
 def remount(request: Json) -> Json:
-    """Make the option take effect: remount; where the kernel keeps the old one, unmount and mount. FSC afterwards."""
+    """Apply the option: remount, or unmount and mount if the kernel ignores that. Return whether the kernel caches now."""
     target = request["target"]
     sudo("mount", "-o", "remount,fsc", target, check=False)
     if fsc(target) is not True:
@@ -112,7 +114,7 @@ def remount(request: Json) -> Json:
 def measure(request: Json) -> Json:
     """Bytes per second of one sequential read of `bytes` of a file: cold, and from the cache on disk.
 
-    Reads `path`, or the largest file below `share`. Cold and disk need the page cache dropped: root; else they are None.
+    Reads `path`, or the largest file below `share`. Both values are None without root, which can drop the page cache.
     """
     path = Path(request["path"]) if request.get("path") else _largest(Path(request["share"]))
     if path is None:
@@ -137,7 +139,7 @@ def _largest(share: Path) -> Path | None:
 
 
 def drop_caches() -> bool:
-    """Whether the page cache was dropped."""
+    """Drop the page cache. Return whether that was possible."""
     os.sync()
     return sudo("sh", "-c", "echo 3 > /proc/sys/vm/drop_caches", check=False).returncode == 0 if root() is not None else False
 
@@ -159,7 +161,7 @@ def _running() -> bool:
 
 
 def root() -> list[str] | None:
-    """How to run a command as root here, or None."""
+    """The prefix to run a command as root, or None if it is not possible."""
     if os.geteuid() == 0:
         return []
     process = subprocess.run(["sudo", "-n", "true"], capture_output=True, check=False) if shutil.which("sudo") else None
@@ -167,14 +169,16 @@ def root() -> list[str] | None:
 
 
 def sudo(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """A command as root. Raises WorkerError: that cannot be, or it failed and `check` is set."""
+    """Run a command as root. Raises WorkerError if that is not possible, or if it fails and `check` is true."""
     prefix = root()
     if prefix is None:
-        raise WorkerError("node", "this needs root, and sudo asks for a password", "allow sudo without one, or skip this step")
+        raise WorkerError(
+            "node", "this requires root, but sudo asks for a password", "allow sudo without a password, or skip this step"
+        )
     process = subprocess.run([*prefix, *command], capture_output=True, text=True, check=False)
     if check and process.returncode:
         last = last_line(process.stderr)
-        raise WorkerError("node", f"{' '.join(command)}: {last}", "do it by hand on this node, or skip this step")
+        raise WorkerError("node", f"{' '.join(command)}: {last}", "run the command on this node yourself, or skip this step")
     return process
 
 

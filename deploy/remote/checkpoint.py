@@ -1,6 +1,6 @@
-"""What the headers of a model's safetensors files say: names, types and shapes; no weight is read.
+"""Reads the headers of a model's safetensors files: names, types and shapes, but no weights.
 
-The format: 8 bytes of little-endian length, so many bytes of JSON, then the data (huggingface/safetensors, README).
+The format: 8 bytes of little-endian length, this number of bytes of JSON, then the data (huggingface/safetensors, README).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from deploy.remote.wire import Json, WorkerError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 LONGEST = 100_000_000
-"Bytes of a header; the format allows no more."
+"Maximum bytes of a header in this format."
 BITS: Mapping[str, int] = MappingProxyType(
     {
         **dict.fromkeys(("F64", "I64", "U64"), 64),
@@ -29,7 +29,7 @@ BITS: Mapping[str, int] = MappingProxyType(
         "F4": 4,
     }
 )
-"Bits of one element, by the format's names of types."
+"Bits of one element by the format's type names."
 _LAYER = re.compile(r"(?:language_model\.)?(?:model\.)?(?:language_model\.)?layers\.(\d+)\.(.+)")
 _OUTER = re.compile(r"(?:language_model\.)?(?:model\.)?(?:language_model\.)?(embed_tokens|norm|lm_head)\.weight")
 _EXPERT = re.compile(r"\bexperts\.\d+\.")
@@ -39,10 +39,13 @@ Entry = tuple[str, str, tuple[int, ...]]
 
 
 def read(request: Json) -> Json:
-    """`folder`: of a model's files. Layers that are equal are told once; experts are counted. Empty: no file is safetensors.
+    """Read the headers of the files in `folder`. Equal layers are returned once, and experts are counted.
+
+    Returns:
+        The tensors; empty if no file is in the format safetensors.
 
     Raises:
-        WorkerError: a file is missing, or a header does not describe its file.
+        WorkerError: a file is missing, or a header does not match its file.
     """
     folder = Path(request["folder"])
     index = names(folder)
@@ -54,7 +57,7 @@ def read(request: Json) -> Json:
     for shard in shards(folder, index):
         for name, dtype, shape in header(folder / shard):
             if index is not None and index.get(name) != shard:
-                raise _wrong(folder / shard, f"it holds {name}, which {INDEX} does not name there")
+                raise _wrong(folder / shard, f"it contains {name}, but {INDEX} does not list it for this file")
             if place := folded(name):
                 layers.setdefault(place[0], Counter())[place[1], dtype, shape] += 1
             elif found := _OUTER.fullmatch(name):
@@ -70,7 +73,7 @@ def _told_once(layers: dict[int, Counter[Entry]]) -> Json:
     for number in range(len(layers)):
         if number not in layers:
             raise WorkerError(
-                "fetch", f"the files have {len(layers)} layers, and none of them is {number}", "fetch the files again"
+                "fetch", f"the files have {len(layers)} layers, but layer {number} is missing", "fetch the files again"
             )
         kind = sorted((*entry, count) for entry, count in layers[number].items())
         if kind not in kinds:
@@ -80,13 +83,13 @@ def _told_once(layers: dict[int, Counter[Entry]]) -> Json:
 
 
 def folded(name: str) -> tuple[int, str] | None:
-    """Layer and name within it of a tensor, experts with `*` for their number; None: it is in no layer."""
+    """Layer and name of a tensor within the layer, with `*` for the number of an expert; None: it is not in a layer."""
     found = _LAYER.fullmatch(name)
     return (int(found[1]), _EXPERT.sub("experts.*.", found[2])) if found else None
 
 
 def names(folder: Path) -> dict[str, str] | None:
-    """Tensor to file, as the index has it; None: there is no index.
+    """The file of each tensor, from the index; None: there is no index.
 
     Raises:
         WorkerError: the index is damaged.
@@ -103,26 +106,26 @@ def names(folder: Path) -> dict[str, str] | None:
 
 
 def shards(folder: Path, index: dict[str, str] | None) -> tuple[str, ...]:
-    """The files. Raises WorkerError: the index names some that are missing, or there are none."""
+    """The files. Raises WorkerError if some files of the index are missing, or there are no files."""
     wanted = tuple(sorted(set(index.values()))) if index is not None else (SINGLE,)
     if outside := [shard for shard in wanted if "/" in shard or shard.startswith(".")]:
-        raise _wrong(folder / INDEX, f"it names {outside[0]}, which is outside of the folder")
+        raise _wrong(folder / INDEX, f"it lists {outside[0]}, which is outside of the folder")
     missing = [shard for shard in wanted if not (folder / shard).is_file()]
     if missing:
         raise WorkerError(
-            "fetch", f"{folder}: {len(missing)} of {len(wanted)} files are missing, {missing[0]} is the first", "fetch them"
+            "fetch", f"{folder}: {len(missing)} of {len(wanted)} files are missing, such as {missing[0]}", "fetch the files"
         )
     return wanted
 
 
 def header(path: Path) -> Iterator[Entry]:
-    """The tensors of one file. Raises WorkerError: the header does not describe the file."""
+    """The tensors of one file. Raises WorkerError if the header does not match the file."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > min(LONGEST, size - 8):
-            raise _wrong(path, "it is shorter than its header says")
+            raise _wrong(path, "it is shorter than its header")
         try:
             table = json.loads(stream.read(length))
             entries = [
@@ -131,7 +134,7 @@ def header(path: Path) -> Iterator[Entry]:
                 if name != "__metadata__"
             ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _wrong(path, "its header is not that of a safetensors file") from error
+            raise _wrong(path, "it is not a safetensors file: its header cannot be read") from error
     place = 0
     for name, dtype, shape, begin, end in sorted(entries, key=lambda entry: (entry[3], entry[4])):
         if dtype not in BITS:
@@ -139,11 +142,13 @@ def header(path: Path) -> Iterator[Entry]:
         if not all(isinstance(side, int) and side >= 0 for side in shape):
             raise _wrong(path, f"{name} has the impossible shape {list(shape)}")
         if begin != place or end - begin != -(-math.prod(shape) * BITS[dtype] // 8):
-            raise _wrong(path, f"{name} is said to lie at {begin} to {end}, which does not fit its shape and its neighbours")
+            raise _wrong(
+                path, f"{name} is at {begin} to {end} in the header, which does not match its shape or its neighbours"
+            )
         place = end
         yield name, dtype, shape
     if place != size - 8 - length:
-        raise _wrong(path, f"its tensors end at byte {8 + length + place}, and it has {size}")
+        raise _wrong(path, f"its tensors end at byte {8 + length + place}, but the file has {size} bytes")
 
 
 def _wrong(path: Path, cause: str) -> WorkerError:

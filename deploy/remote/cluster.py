@@ -1,4 +1,4 @@
-"""Ray as the node sees it; `warm`, `nodes` are run by the environment's Python, `cause` by any."""
+"""Ray on a node. `warm` and `nodes` are run by the environment's Python, `cause` by any Python."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from gracefarm.process import first_line
 
 
 def warm(request: Json) -> Json:
-    """Import Ray once: from a network file system the first import takes longer than `ray start` waits for its children."""
+    """Import Ray once. The first import from a network file system may take longer than the timeout of `ray start`."""
     del request
     try:
         import ray  # noqa: F401
     except ImportError as error:
-        raise WorkerError("install", f"ray does not import: {error}", "`deploy env matrix` shows every import") from error
+        raise WorkerError(
+            "install", f"ray cannot be imported: {error}", "run `deploy env matrix`, which tries every import"
+        ) from error
     return {}
 
 
 def nodes(request: Json) -> Json:
     """All nodes that this cluster ever had: address, alive, gpus.
 
-    `address` (host:port), `ip` (of this node), `env` (of the client), `seconds`.
-
-    Without a head Ray's own time-outs add up to minutes: whoever asks says how long to wait.
+    `address` (host:port), `ip` (of this node), `env` (of the client), `seconds` (timeout). Without a head, Ray's own timeouts
+    add up to minutes.
     """
     os.environ.update(request["env"])
     watchdog = threading.Timer(float(request["seconds"]), _give_up, (request["address"], request["seconds"]))
@@ -81,11 +82,11 @@ _FILES = (
     "dashboard.log",
     "monitor.log",
 )
-"In the order in which a cause is found first."
+"Logs in the order in which they are searched for a cause."
 
 
 def cause(request: Json) -> Json:
-    """The first line of each of Ray's own logs that looks like a cause; `temp`: Ray's temporary folder, `since`: seconds."""
+    """The first line of each of Ray's logs that looks like a cause. `temp`: Ray's temporary folder. `since`: Unix time."""
     folder = Path(request["temp"]) / "session_latest" / "logs"
     lines = []
     for name in _FILES:

@@ -1,4 +1,4 @@
-"""NVIDIA's driver on a node, asked in a process of its own."""
+"""Queries NVIDIA's driver on a node, in a separate process."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ for index in range(count.value):
     gpus.append({"name": name.value.decode(), "free": free.value, "total": total.value})
 print(json.dumps({"version": version.value, "gpus": gpus}))
 """
-"In a process of its own, for a sick driver hangs in cuInit; a context proves more than nvidia-smi does."
+"Runs in a separate process, since cuInit hangs with a broken driver. Creating a context tests more than nvidia-smi."
 
 
 def cuda() -> Json:
-    """Driver version, memory of each GPU in bytes, or the driver's own words for why not; `absent` without a driver."""
+    """CUDA version and memory of each GPU in bytes, or the driver's error; `absent` if there is no driver."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -55,7 +55,7 @@ def cuda() -> Json:
     try:
         process = subprocess.run([sys.executable, "-c", _DRIVER], capture_output=True, text=True, timeout=60, check=False)
     except subprocess.TimeoutExpired:
-        return {"error": "cuInit did not come back within 60 s"}
+        return {"error": "cuInit did not return within 60 s"}
     try:
         answer: Json = json.loads(process.stdout)
     except ValueError:

@@ -1,12 +1,12 @@
-"""Environments on the shared file system: built once under their content's name, switched by a symbolic link, rolled back.
+"""Environments on the shared file system: built once, named by their content, activated with a symbolic link, rolled back.
 
-    ROOT/envs/ID/              finished: it has environment.json; never changed afterwards
-    ROOT/generations/000007    a symbolic link to ../envs/ID: what was active, in order
-    ROOT/env                   a symbolic link to generations/000007: what is active now
-    ROOT/python/ID/            an interpreter that uv or conda brought
-    ROOT/locks/                deploy.remote.sharedlock
+    ROOT/envs/ID/                  complete if it has environment.json, and never changed afterwards
+    ROOT/generations-env/000007    symbolic link to ../envs/ID; the generations that were active, in order
+    ROOT/env                       symbolic link to generations-env/000007, the active environment
+    ROOT/python/ID/                interpreter that uv or conda installed
+    ROOT/locks/                    deploy.remote.sharedlock
 
-Downloads have an environment of their own: the same under ROOT/envs, active as ROOT/download.
+The environment for downloads is also in ROOT/envs. Its links are ROOT/download and ROOT/generations-download.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from deploy.remote.wire import Json, WorkerError, event
 from gracefarm.process import last_line
 from gracefarm.uv import explain
 
-_MANAGED = '`python = "managed"` in deploy.toml brings one onto the shared folder'
+_MANAGED = 'set `python = "managed"` in deploy.toml to have one on the shared folder'
 _BRING = (
-    "the head must reach the releases of python-build-standalone: else name a mirror of them by `python_mirror` in "
-    'deploy.toml, or install Python 3.11 on every node and set `python = "system"`'
+    "check that the head reaches the releases of python-build-standalone; or set `python_mirror` in deploy.toml to a mirror "
+    'of them; or install Python 3.11 on every node and set `python = "system"`'
 )
 DESCRIPTION = "environment.json"
 OWNER = "owner"
 SCRATCH = "gracefarm-env-"
-"How folders on a node's own disk begin that a build needs; the number of its process follows."
+"Prefix of a build's temporary folders on a node's local disk. The process id of the build follows."
 
 
 def build(request: Json) -> Json:
-    """Make ROOT/envs/ID unless it is there, by whoever comes first; the others wait for it.
+    """Build ROOT/envs/ID unless it exists. If several nodes call this, the first one builds, and the others wait.
 
-    `root`, `id`, `lock` (text of the requirements), `packages` (what it pins), `index` (simple API), `python` ({source,
-    version, mirror}), `uv` (path of uv on this node), `engine` and `set` (words for people).
+    `root`, `id`, `lock` (text of the requirements), `packages` (its pins), `index` (simple API), `python` ({source, version,
+    mirror}), `uv` (path of uv on this node), `engine` and `set` (for the description).
     """
     root = Path(request["root"])
     final = root / "envs" / request["id"]
@@ -59,7 +59,7 @@ def build(request: Json) -> Json:
         try:
             described = _make(request, partial)
             if not held.still_mine():
-                raise WorkerError("busy", "another node took this build over while we were away", "repeat the command")
+                raise WorkerError("busy", "another node has taken over this build", "repeat the command")
             partial.rename(final)
         except BaseException:
             remove_all(partial)
@@ -68,9 +68,9 @@ def build(request: Json) -> Json:
 
 
 def sweep(request: Json) -> Json:
-    """Remove what builds on this node have left that were killed: half-made environments of ROOT, scratch on its own disk.
+    """Remove files of killed builds: partial environments in ROOT, and temporary folders on this node's local disk.
 
-    A build that was told to end removes them itself; one that was killed, as after `deploy down` has waited, cannot.
+    A build that gets TERM removes them itself, but a killed one, as at the end of `deploy down`, cannot.
     """
     root, removed = Path(request["root"]), []
     for left in sorted((root / "envs").glob(".*")):
@@ -92,7 +92,7 @@ def _make(request: Json, partial: Path) -> Json:
     with tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-", ignore_cleanup_errors=True) as scratch:
         lock = Path(scratch) / "requirements.lock"
         lock.write_text(request["lock"])
-        event("step", text=f"virtual environment of {base}")
+        event("step", text=f"creating a virtual environment with {base}")
         _uv(request, "venv", "--quiet", "--relocatable", "--no-project", "--python", base, str(partial), scratch=scratch)
         event("step", text=f"installing {len(request['packages'])} pinned packages")
         _uv(
@@ -122,7 +122,7 @@ def _make(request: Json, partial: Path) -> Json:
 
 
 def about(request: Json) -> Json:
-    """Machine, home, and the exact version of the Python that an environment would be built from."""
+    """Architecture, home folder, and the exact version of the Python for an environment."""
     version = request["python"]
     if request["source"] == "system":
         executable = shutil.which(f"python{'.'.join(version.split('.')[:2])}")
@@ -133,25 +133,25 @@ def about(request: Json) -> Json:
 
 
 def digest(request: Json) -> Json:
-    """sha256 of a file on this node, None when it is not there."""
+    """sha256 of a file on this node; None if it does not exist."""
     path = Path(request["path"])
     return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None}
 
 
 def interpreter(request: Json) -> str:
-    """The base Python of an environment: the node's own, uv's, or conda's; the latter two on the shared folder."""
+    """The base Python of an environment: the node's, or one on the shared folder from uv or conda, installed if missing."""
     wanted, source = request["python"]["version"], request["python"]["source"]
     if source == "system":
         executable = shutil.which(f"python{'.'.join(wanted.split('.')[:2])}")
         if executable is None:
-            raise WorkerError("python", f"no python{wanted} on this node", f"{_MANAGED}; or install it on every node")
+            raise WorkerError("python", f"no python{wanted} on this node", f"install it on every node, or {_MANAGED}")
         return os.path.realpath(executable)
     place = Path(request["root"]) / "python" / f"{source}-{wanted}-{os.uname().machine}"
     with SharedLock(Path(request["root"]) / "locks" / place.name, on_wait=lambda who: event("wait", owner=who)):
         if not (place / ".complete").is_file():
             remove_all(place)
             place.mkdir(parents=True)
-            event("step", text=f"Python {wanted} from {'uv' if source == 'managed' else 'conda'}")
+            event("step", text=f"installing Python {wanted} with {'uv' if source == 'managed' else 'conda'}")
             _bring(request, source, wanted, place)
             (place / ".complete").touch()
     pattern = "bin/python3" if source == "conda" else "*/bin/python3"
@@ -163,28 +163,28 @@ def _bring(request: Json, source: str, wanted: str, place: Path) -> None:
         mirror = request["python"].get("mirror")
         where = ("--install-dir", str(place), *(("--mirror", mirror) if mirror else ()))
         with tempfile.TemporaryDirectory() as scratch:
-            # Not --quiet: it hides the reason of a failure.
+            # No --quiet, which hides the reason of a failure.
             _uv(request, "python", "install", "--no-progress", "--no-bin", *where, wanted, scratch=scratch)
         return
     tool = next((program for program in _conda() if shutil.which(program)), None)
     if tool is None:
-        raise WorkerError("python", "no conda, mamba or micromamba on this node", f"install one; or {_MANAGED}")
+        raise WorkerError("python", "no conda, mamba or micromamba on this node", f"install one of them, or {_MANAGED}")
     process = subprocess.run(
         [tool, "create", "--yes", "--prefix", str(place), f"python={wanted}"], capture_output=True, text=True, check=False
     )
     if process.returncode:
         reason = last_line(process.stderr or process.stdout)
-        raise WorkerError("python", f"{tool}: {reason}", "look at the channels that conda is configured for")
+        raise WorkerError("python", f"{tool}: {reason}", "check the channels in conda's configuration")
 
 
 def _conda() -> list[str]:
-    """By name, and where its installers put it: a login without a terminal does not read the profile that names it."""
+    """Names and usual paths of conda. The paths are necessary since a login without a terminal does not read the profile."""
     folders = [Path.home() / name / "bin" for name in ("miniforge3", "miniconda3", "anaconda3", "micromamba")]
     return ["micromamba", "mamba", "conda", *(str(folder / "conda") for folder in [*folders, Path("/opt/conda/bin")])]
 
 
 def _uv(request: Json, *arguments: str, scratch: str) -> None:
-    """uv without anybody's configuration, and with a cache on this node's own disk."""
+    """Run uv without the user's configuration, with a cache on this node's local disk."""
     kept = ("UV_PYTHON_INSTALL_MIRROR", "UV_PYTHON_DOWNLOADS_JSON_URL")
     environment = {key: value for key, value in os.environ.items() if key in kept or not key.startswith(("UV_", "PIP_"))}
     process = subprocess.run(
@@ -199,26 +199,26 @@ def _uv(request: Json, *arguments: str, scratch: str) -> None:
 
 
 def _failure(command: str, root: str, text: str) -> WorkerError:
-    """What uv said, as the kind of error that it is."""
+    """The error for a failure of uv."""
     kind, words = explain(text[max(0, text.find("error:")) :] if command == "python" else text)
     words = words[:400]
     if kind == "disk":
-        return WorkerError("disk", f"no space left while installing into {root}", "free space there: `deploy env gc`")
+        return WorkerError("disk", f"no space left while installing to {root}", "free space on it: `deploy env gc`")
     if command == "python":
         if kind == "digest":
-            return WorkerError("digest", f"another Python came than uv knows: {words}", "do not use that mirror")
-        return WorkerError("python", f"uv could not bring Python: {words}", _BRING)
+            return WorkerError("digest", f"the mirror has another file than uv pins: {words}", "use another python_mirror")
+        return WorkerError("python", f"uv could not install Python: {words}", _BRING)
     if kind == "digest":
-        return WorkerError("digest", f"the index gave another file than the lock names: {words}", "do not use that index")
+        return WorkerError("digest", f"the index has another file than the lock pins: {words}", "use another index")
     if kind in ("absent", "unsolved"):
-        return WorkerError("install", f"the index lacks a package of the lock: {words}", "mirror the lock into the set")
-    return WorkerError("install", f"uv {command}: {words}", "the index must serve every file of the lock")
+        return WorkerError("install", f"the index lacks a package of the lock: {words}", "add the lock's wheels to the index")
+    return WorkerError("install", f"uv {command}: {words}", "check that the index serves every file of the lock")
 
 
 def matrix(request: Json) -> Json:
-    """Import each module of the active (or named) environment in a process of its own; run each command.
+    """Import each module of an environment in a separate process, and run each command.
 
-    `environment` (folder), `modules` ([{module, gpu}]), `commands` ([[program, argument…]]), `seconds` for each.
+    `environment` (folder), `modules` ([{module, gpu}]), `commands` ([[program, argument…]]), `seconds` (timeout of each).
     """
     folder = Path(request["environment"])
     gpu = "gpus" in cuda()
@@ -246,7 +246,7 @@ def _try(name: str, command: list[str], folder: Path, seconds: float) -> Json:
             command, capture_output=True, text=True, timeout=seconds, check=False, env=environment, cwd=tempfile.gettempdir()
         )
     except subprocess.TimeoutExpired:
-        return {"name": name, "error": f"not done after {seconds:.0f} s"}
+        return {"name": name, "error": f"timed out after {seconds:.0f} s"}
     except OSError as error:
         return {"name": name, "error": f"{command[0]}: {os.strerror(error.errno or 0).lower()}"}
     if process.returncode:
@@ -255,10 +255,10 @@ def _try(name: str, command: list[str], folder: Path, seconds: float) -> Json:
 
 
 def switch(request: Json) -> Json:
-    """Make ROOT/envs/ID the active one (`link`: env or download) by one rename: a generation more, unless it is active."""
+    """Activate ROOT/envs/ID atomically, as a new generation of `link` (env or download), unless it is active already."""
     root, link = Path(request["root"]), request["link"]
     if not (root / "envs" / request["id"] / DESCRIPTION).is_file():
-        raise WorkerError("node", f"there is no finished environment {request['id']}", "`deploy env list` says what there is")
+        raise WorkerError("node", f"there is no complete environment {request['id']}", "see `deploy env list`")
     with SharedLock(root / "locks" / f"switch-{link}"):
         if active(root, link) == request["id"]:
             return {"switched": False, "active": request["id"]}
@@ -281,19 +281,19 @@ def _point(link: Path, target: Path) -> None:
 
 
 def claim(request: Json) -> Json:
-    """`owner` (a deployment's id) owns `root` from now on, unless another does; whoever owns it."""
+    """Make `owner` (a deployment's id) the owner of `root`, unless it has one. Return the owner."""
     root = Path(request["root"])
     root.mkdir(parents=True, exist_ok=True)
     mine = root / f".owner.{uuid.uuid4().hex[:8]}"
     mine.write_text(request["owner"])
     with suppress(FileExistsError):
-        os.link(mine, root / OWNER)  # one of two who come at once
+        os.link(mine, root / OWNER)  # only one of several concurrent calls succeeds
     mine.unlink()
     return {"owner": owner(root)}
 
 
 def owner(root: Path) -> str | None:
-    """The id of the deployment whose environments are here, if it was said."""
+    """The id of the deployment that owns the environments in `root`, or None."""
     try:
         return (root / OWNER).read_text().strip()
     except OSError:
@@ -307,7 +307,7 @@ def active(root: Path, link: str) -> str | None:
 
 
 def roll_back(request: Json) -> Json:
-    """Back to the generation before the active one that was another environment and still exists."""
+    """Activate the latest earlier generation with another environment that still exists."""
     root, link = Path(request["root"]), request["link"]
     with SharedLock(root / "locks" / f"switch-{link}"):
         now = active(root, link)
@@ -317,11 +317,11 @@ def roll_back(request: Json) -> Json:
             if generation.name < current and target.name != now and (target / DESCRIPTION).is_file():
                 _point(root / link, Path(f"generations-{link}") / generation.name)
                 return {"from": now, "active": target.name, "generation": int(generation.name)}
-    raise WorkerError("nothing", "there is no earlier environment to go back to", "`deploy env list` says what there is")
+    raise WorkerError("nothing", "there is no earlier environment", "see `deploy env list`")
 
 
 def listing(request: Json) -> Json:
-    """Every finished environment, newest first, what is active, and what is half-built."""
+    """The complete environments, newest first, with their links, and the partial ones."""
     root = Path(request["root"])
     rows: list[Json] = []
     for folder in (root / "envs").glob("*"):
@@ -335,7 +335,10 @@ def listing(request: Json) -> Json:
 
 
 def collect(request: Json) -> Json:  # noqa: C901 - one rule a line
-    """Remove what is not active, not among the last `keep` generations, not in use (`used`, ids) and old (`grace`, s)."""
+    """Remove environments that are not in use.
+
+    Kept are the active ones, the last `keep` generations, those in `used`, and those younger than `grace` seconds.
+    """
     root = Path(request["root"])
     removed, freed, kept_by_use = [], 0, []
     kept: set[str] = set()
@@ -372,7 +375,7 @@ def collect(request: Json) -> Json:  # noqa: C901 - one rule a line
 
 
 def users(request: Json) -> Json:
-    """The ids of environments under `root` that a process of this node runs from, executes or has mapped."""
+    """The ids of environments in `root` that a process of this node has mapped or in its command line."""
     pattern = re.compile(re.escape(os.path.realpath(Path(request["root"]) / "envs")).encode() + rb"/([0-9a-f]+)/")
     used: set[str] = set()
     for process in Path("/proc").glob("[0-9]*"):

@@ -1,7 +1,7 @@
-"""64 KiB each way between two nodes: what no single small packet proves.
+"""Sends 64 KiB in both directions between two nodes, since single small packets are not sufficient as a test.
 
-Where interfaces send larger packets than the network between them carries (MTU 9000 on nodes, 1500 on a switch), connections
-are made, greetings arrive, and everything that fills a packet is lost without a word.
+If interfaces send larger packets than the network supports (MTU 9000 on nodes, 1500 on a switch), connections are established
+and short messages arrive, but full packets are lost without an error.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from deploy.remote.network import interfaces
 from deploy.remote.wire import Json, WorkerError
 
 SIZE = 1 << 16
-"Bytes each way: more than any frame, so that full packets are among them."
+"Bytes in each direction. This is more than any frame, so there are full packets."
 SECONDS = 8.0
-"For all of it; a network that takes longer for 64 KiB serves no model."
+"Timeout. A network that needs longer for 64 KiB is too slow for serving."
 
 
 def ask(me: str, address: str, port: int) -> Json:
-    """Exchange with the peer that listens there: {} is well, `stalled` (`to` or `from`) where full packets do not arrive."""
+    """Exchange data with a peer. Return {} if it works, else `stalled`: the direction in which full packets are lost."""
     stage = ""
     try:
         with socket.create_connection((address, port), timeout=SECONDS) as connection:
             connection.sendall(f"gracefarm {me} bulk\n".encode())
             if connection.recv(3) != b"go\n":
-                return {}  # another service: the ports say so
+                return {}  # another service, which the check of ports reports
             stage = "to"
             connection.sendall(bytes(SIZE))
             if connection.recv(3) == b"ok\n":
@@ -34,12 +34,12 @@ def ask(me: str, address: str, port: int) -> Json:
     except TimeoutError:
         return {"stalled": stage} if stage else {}
     except OSError:
-        return {}  # refused or reset: the ports say so
+        return {}  # refused or reset, which the check of ports reports
     return {}
 
 
 def answer(connection: socket.socket) -> None:
-    """The other side of `ask`, after its greeting."""
+    """The server's part of the exchange, after the greeting."""
     connection.settimeout(SECONDS)
     with suppress(OSError):
         connection.sendall(b"go\n")
@@ -58,7 +58,7 @@ def _take(connection: socket.socket) -> None:
 
 
 def mtu(address: str) -> int | None:
-    """Of the interface that has the address, in bytes; None: not known."""
+    """The MTU of the interface with this address in bytes; None: unknown."""
     with suppress(WorkerError):
         holding = (link for link in interfaces() if address in [held["address"] for held in link["addresses"]])
         return next((link["mtu"] for link in holding), None)

@@ -1,4 +1,4 @@
-"""What a node is: machine, memory, GPU, addresses, file systems. Facts only; the asker judges and chooses."""
+"""Reports the facts of a node: machine, memory, GPUs, addresses, file systems. The caller judges them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deploy.remote.wire import Json, event
 
 
 def probe(request: Json) -> Json:
-    """`local`: the deployment's folder on the node's own disk, with {user} in it."""
+    """Collect the facts. `local`: the deployment's folder on the node's local disk, with the placeholder {user}."""
     system = os.uname()
     user = getpass.getuser()
     facts = {
@@ -39,18 +39,18 @@ def probe(request: Json) -> Json:
         "mounts": _mounts(),
         "disk": mounts.space(mounts.existing(request["local"].replace("{user}", user))),
     }
-    event("clock", time=time.time())  # last, so that the asker can tell how far it is off
+    event("clock", time=time.time())  # last, so that the caller can compare the clocks
     return facts
 
 
 def memory(meminfo: str) -> Json:
-    """Bytes of host memory, all and available, of /proc/meminfo."""
+    """Total and available bytes of host memory, from /proc/meminfo."""
     rows = dict(re.findall(r"^(\w+):\s+(\d+) kB", meminfo, re.MULTILINE))
     return {"total": int(rows["MemTotal"]) << 10, "available": int(rows["MemAvailable"]) << 10}
 
 
 def _route() -> str | None:
-    """The address that the kernel takes for the way out; nothing is sent."""
+    """The source address of the default route. No packet is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as channel:
         try:
             channel.connect(("192.0.2.1", 9))
@@ -60,7 +60,7 @@ def _route() -> str | None:
 
 
 def _mounts() -> list[Json]:
-    """File systems that several nodes can see."""
+    """The mounted network file systems."""
     return [
         {"source": mount.source, "target": mount.target, "kind": mount.kind, **space}
         for mount in mounts.current()

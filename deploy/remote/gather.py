@@ -1,4 +1,4 @@
-"""What a node has to say after something went wrong: logs, the kernel's words on the GPU, the GPUs' state."""
+"""Collects data from a node for `deploy collect`: logs, kernel messages about GPUs, state of the GPUs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deploy.remote import stacks
 from deploy.remote.wire import Json, event
 
 TAIL = 4 << 20
-"Bytes kept of the end of each log; of its beginning HEAD."
+"Maximum bytes from the end of each log; from its beginning: HEAD."
 HEAD = 256 << 10
 
 COMMANDS = {
@@ -29,9 +29,9 @@ COMMANDS = {
 
 
 def gather(request: Json) -> Json:
-    """Say the content of `files` ([{name, pattern}], shell patterns) and what COMMANDS print, one event each, compressed.
+    """Send the content of `files` ([{name, pattern}], shell patterns) and the output of COMMANDS, compressed, one event each.
 
-    `prefix`: of the marks of our processes; `environment`: the active one's folder; for the stacks of an engine.
+    `prefix` (of the marks of our processes) and `environment` (folder of the active one) are for the stacks of an engine.
     """
     count = 0
     for wanted in request["files"]:
@@ -55,14 +55,14 @@ def _say(name: str, content: bytes, modified: float) -> None:
 
 
 def kernel() -> str:
-    """The kernel's lines about GPUs (NVRM, Xid), killed processes and machine checks."""
+    """Lines of the kernel's log about GPUs (NVRM, Xid), killed processes and machine checks."""
     prefix = ["sudo", "-n"] if os.geteuid() and shutil.which("sudo") else []
     for command in (["dmesg", "--time-format", "iso"], ["journalctl", "-k", "-o", "short-iso", "--no-pager", "-n", "20000"]):
         text = _output([*prefix, *command]).decode(errors="replace")
         words = ("NVRM", "Xid", "Out of memory", "oom-kill", "Killed process", "Machine check", "nvidia", "NFS", "nfs:")
         if "\n" in text and not text.startswith("("):
             return "\n".join(line for line in text.splitlines() if any(word in line for word in words)) + "\n"
-    return "(the kernel's log cannot be read by this user)\n"
+    return "(this user cannot read the kernel's log)\n"
 
 
 def _below(path: str, pattern: str) -> str:
@@ -71,7 +71,7 @@ def _below(path: str, pattern: str) -> str:
 
 
 def ends(path: Path) -> bytes:
-    """A file, or of a long one its first and last lines."""
+    """The content of a file; of a long file, only its first and last lines."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         if size <= HEAD + TAIL:
@@ -79,7 +79,7 @@ def ends(path: Path) -> bytes:
         start = stream.read(HEAD)
         stream.seek(size - TAIL)
         end = stream.read()
-    # Whole lines only: half of a secret would not be known for one.
+    # Only complete lines, since half of a secret would not be redacted.
     start = start[: start.rfind(b"\n") + 1]
     end = end[end.find(b"\n") + 1 :]
     return start + b"[... %d bytes left out ...]\n" % (size - len(start) - len(end)) + end

@@ -1,4 +1,4 @@
-"""The Hub's answers that are no files: when to ask again, and what a refusal means.
+"""Errors of the Hub: when to repeat a request, and what a refusal means.
 
 Run by the Python of the download environment.
 """
@@ -17,21 +17,21 @@ from gracefarm.process import first_line
 
 T = TypeVar("T")
 BUSY = (408, 429, 500, 502, 503, 504)
-"HTTP statuses that pass."
+"HTTP statuses of temporary errors."
 LONGEST = 60.0
-"Seconds between two questions where the Hub does not say how long to wait."
+"Seconds between requests if the Hub does not send Retry-After."
 
 
 class Busy(NamedTuple):
-    """The Hub cannot answer just now."""
+    """The Hub is temporarily not available."""
 
     status: int
     wait: float | None
-    "Seconds that it asks to wait (Retry-After); None: it does not say."
+    "Seconds to wait, from Retry-After; None: not given."
 
 
 def busy(error: BaseException) -> Busy | None:
-    """What the Hub said, wherever huggingface_hub keeps it: a failed HEAD comes out as "check your connection"."""
+    """The temporary error of the Hub in an exception or its causes, which huggingface_hub reports as a connection problem."""
     seen: BaseException | None = error
     while seen is not None:
         response = getattr(seen, "response", None)
@@ -43,7 +43,7 @@ def busy(error: BaseException) -> Busy | None:
 
 
 def _wait(headers: Json) -> float | None:
-    """Retry-After as seconds or as a date (RFC 9110, 10.2.3)."""
+    """The seconds of Retry-After, which is a number or a date (RFC 9110, 10.2.3)."""
     text = str(headers.get("retry-after") or "").strip()
     if text.isdigit():
         return float(text)
@@ -54,10 +54,10 @@ def _wait(headers: Json) -> float | None:
 
 
 def patiently(request: Json, ask: Callable[[], T]) -> T:
-    """Ask, and ask again while the Hub is busy: when it says, and for `request["busy"]` seconds in all.
+    """Call `ask`, and repeat it while the Hub is busy, for at most `request["busy"]` seconds.
 
     Raises:
-        Exception: huggingface_hub's own, when it stays busy or the answer is a refusal.
+        Exception: the exception of huggingface_hub, if the Hub stays busy or refuses.
     """
     left, pause = float(request["busy"]), 1.0
     while True:
@@ -75,7 +75,7 @@ def patiently(request: Json, ask: Callable[[], T]) -> T:
 
 
 def explain(error: Exception, request: Json) -> WorkerError:
-    """The Hub's refusals in a sentence: which licence to accept and where, which token is missing, how long it is busy."""
+    """The error for a refusal of the Hub: which licence to accept, which token is missing, or how long the Hub is busy."""
     from huggingface_hub import errors
 
     repo = request["repo"]
@@ -83,46 +83,46 @@ def explain(error: Exception, request: Json) -> WorkerError:
     has_token = bool(request.get("token"))
     kind, cause, remedy = "gated", "", ""
     if isinstance(error, errors.GatedRepoError) and has_token:
-        cause = f"{repo} is gated, and the account of this token has no access (yet)"
+        cause = f"{repo} is gated, and the account of this token has no access yet"
         remedy = (
-            f"sign in as that account and accept the licence at {place}; a fine-grained token also needs the right "
+            f"sign in as that account and accept the licence at {place}; a fine-grained token also requires the permission "
             '"read access to contents of all public gated repos you can access"'
         )
     elif isinstance(error, errors.GatedRepoError):
-        cause = f"{repo} is gated: its owner wants an account that accepted the licence, and no token was given"
-        remedy = f"accept the licence at {place}, then set HF_TOKEN to a read token of that account and repeat"
+        cause = f"{repo} is gated: it requires an account that accepted the licence, but HF_TOKEN is not set"
+        remedy = f"accept the licence at {place}, set HF_TOKEN to a read token of that account, then repeat the command"
     elif isinstance(error, errors.RepositoryNotFoundError):
-        cause = f"the Hub shows no repository {repo}" + ("" if has_token else " to somebody without a token")
+        cause = f"the repository {repo} is not accessible on the Hub" + ("" if has_token else " without a token")
         remedy = "check its name" + (
             "; the token may be wrong or expired" if has_token else ", or set HF_TOKEN if it is private"
         )
     elif isinstance(error, errors.RevisionNotFoundError):
-        kind, remedy = "fetch", "check the revision"
+        kind, remedy = "fetch", "check revision in [model]"
         cause = f"{repo} has no revision {request.get('revision') or request.get('commit')}"
     elif getattr(getattr(error, "response", None), "status_code", None) == 401:
         cause = f"the Hub refuses the token for {repo} (401)"
-        remedy = "make a new read token; HF_TOKEN may be expired"
+        remedy = "set HF_TOKEN to a new read token; this one may be expired"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         kind, cause = "disk", "no space left on the shared folder while downloading"
-        remedy = "free space there, then repeat"
+        remedy = "free space on it, then repeat the command"
     elif found := busy(error):
         kind, cause, remedy = _busy_words(found, repo, has_token=has_token)
     else:
         kind, cause = "fetch", f"{repo}: {short(error)}"
-        remedy = "check that the node reaches the Hub (HF_ENDPOINT), then repeat"
+        remedy = "check that the node reaches the Hub (HF_ENDPOINT), then repeat the command"
     return WorkerError(kind, cause, remedy)
 
 
 def _busy_words(found: Busy, repo: str, *, has_token: bool) -> tuple[str, str, str]:
-    """Kind, cause and remedy."""
-    asks = f", and asks to wait {found.wait:.0f} s" if found.wait else ""
-    cause = f"the Hub answers {found.status} ({HTTPStatus(found.status).phrase}) to requests for {repo}{asks}"
-    remedy = "wait, then repeat the command: what is there already stays"
+    """Kind, cause and remedy of the error for a busy Hub."""
+    retry = f"; it asks to wait {found.wait:.0f} s" if found.wait else ""
+    cause = f"HTTP {found.status} ({HTTPStatus(found.status).phrase}) from the Hub for {repo}{retry}"
+    remedy = "wait, then repeat the command; downloaded files are kept"
     if found.status == 429 and not has_token:
-        remedy += "; set HF_TOKEN: requests without a token have the lowest limit"
+        remedy += "; set HF_TOKEN, since requests without a token have the lowest limit"
     return "fetch", cause, remedy
 
 
 def short(error: Exception) -> str:
-    """The first line of what it says."""
+    """The first line of an error message."""
     return first_line(str(error), type(error).__name__)[:300]

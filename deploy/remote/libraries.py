@@ -1,4 +1,4 @@
-"""What compiled files ask of a node, and what it has: page size and libstdc++."""
+"""Requirements of compiled files, and what the node has: page size and libstdc++."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deploy.remote.wire import Json
 
 
 def glibcxx() -> str | None:
-    """The highest GLIBCXX symbol version of the libstdc++ that the loader finds here."""
+    """The highest GLIBCXX symbol version of the libstdc++ that the loader finds on this node."""
     try:
         library = ctypes.CDLL("libstdc++.so.6")
         maps = Path("/proc/self/maps").read_text()
@@ -29,7 +29,7 @@ def highest_glibcxx(content: bytes) -> str | None:
 
 
 def requirements(folder: Path) -> Json:
-    """What the compiled parts ask of a node: page size they are aligned to, and the newest libstdc++ symbol they use."""
+    """Requirements of the compiled files in a folder: their alignment, and the newest libstdc++ symbol that they use."""
     alignment, count = 1 << 20, 0
     needed: tuple[int, ...] = (0,)
     for path in folder.rglob("*.so*"):

@@ -1,4 +1,4 @@
-"""One look at a node, for whoever asks whether what was done is still there."""
+"""Reports the state of a node in one call, to check whether the results of earlier steps still exist."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from deploy.remote.wire import Json
 
 
 def look(request: Json) -> Json:
-    """What `request` asks for, each part None where it is not asked or not there.
+    """Report the requested parts. A part is None if it is not requested or does not exist.
 
-    `prefix`: of the marks of our processes on this node; `root`: folder of environments; `weights`: a model's folder, `count`:
-    whether this node compares every file's length with the manifest; `share`; `ports`.
+    `prefix`: prefix of the marks of our processes on this node. `root`: folder of environments. `weights`: a model's folder.
+    `count`: compare the size of every file with the manifest. `share`: the shared folder. `ports`: TCP ports.
     """
     weights = Path(request["weights"]) if request.get("weights") else None
     root = Path(request["root"]) if request.get("root") else None
@@ -35,7 +35,7 @@ def look(request: Json) -> Json:
 
 
 def _finished(root: Path, link: str) -> str | None:
-    """The active environment, if it can be read from here."""
+    """The id of the active environment; None if this node cannot read it."""
     try:
         identifier = active(root, link)
         return identifier if identifier and (root / "envs" / identifier / DESCRIPTION).is_file() else None
@@ -44,7 +44,7 @@ def _finished(root: Path, link: str) -> str | None:
 
 
 def _weights(folder: Path, *, count: bool) -> Json:
-    """The digest of the manifest as this node reads it, and which files are not there in their whole length."""
+    """The digest of the manifest on this node, and the files that are missing or have another size."""
     try:
         content = folder.with_name(folder.name + ".manifest.json").read_bytes()
     except OSError:

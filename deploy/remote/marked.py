@@ -1,4 +1,4 @@
-"""Processes on a node that bear the mark of a deployment: found, and ended."""
+"""Finds and stops the processes of a deployment on a node, by their marks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ PLAN = b"GRACEFARM_PLAN="
 
 
 def processes(prefix: str | tuple[str, ...], sessions: Collection[int] = ()) -> list[Json]:
-    """Ours: processes whose mark starts with `prefix`, and all others of their sessions; pid, mark, plan, name, session.
+    """Find processes whose mark starts with `prefix`, and all others of their sessions: pid, mark, plan, name, session.
 
-    A program that sets its title writes over its environment as the kernel shows it, so that Ray's agents lose their marks;
-    a session, though, is made by us (jobs.sh) and has nobody else in it. `sessions`: from an earlier look. Zombies do not
-    count; arguments are never told.
+    A program that sets its title overwrites the environment that the kernel shows, so Ray's agents lose their marks. But
+    jobs.sh creates the sessions, so they contain only our processes. `sessions`: sessions that were found earlier. Zombies are
+    ignored, and arguments are never reported.
     """
     table = _table()
     ours = {pid: process for pid, process in table.items() if str(process["mark"]).startswith(prefix)}
@@ -51,7 +51,11 @@ def _value(words: list[bytes], name: bytes) -> str:
 
 
 def stop(request: Json) -> Json:
-    """TERM to every process whose mark starts with one of `prefixes`, KILL after `grace` seconds, and a look what is left."""
+    """Send TERM to every process whose mark starts with one of `prefixes`, and KILL after `grace` seconds.
+
+    Returns:
+        The number of processes, and those that are still running.
+    """
     prefixes = tuple(request["prefixes"])
     first = processes(prefixes)
     sessions = {int(process["session"]) for process in first}

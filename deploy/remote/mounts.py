@@ -1,4 +1,4 @@
-"""/proc/mounts, /etc/fstab and /proc/fs/nfsfs/volumes as data (fstab(5), mount(8), fs/nfs/client.c), and the room there."""
+"""Parses /proc/mounts, /etc/fstab and /proc/fs/nfsfs/volumes (fstab(5), mount(8), fs/nfs/client.c); free space."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deploy.remote.wire import Json
 
 NFS = ("nfs", "nfs4")
 NETWORK = (*NFS, "virtiofs", "9p", "cifs", "ceph", "lustre", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "beegfs", "gpfs")
-"File systems that several nodes can see; anything else is taken for local."
+"Network file systems. All other file systems count as local."
 
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 _ENTRY = re.compile(r"(?P<before>\s*[^\s#]\S*\s+(?P<target>\S+)\s+(?P<kind>\S+)\s+)(?P<options>\S+)")
@@ -26,37 +26,37 @@ class Mount(NamedTuple):
 
     @property
     def network(self) -> bool:
-        """Several nodes can see it."""
+        """True for a network file system."""
         return self.kind in NETWORK
 
 
 def unescape(text: str) -> str:
-    r"""fstab's \040 is a blank."""
+    r"""Replace the escapes of fstab, such as \040 for a space."""
     return _ESCAPE.sub(lambda escape: chr(int(escape.group(1), 8)), text)
 
 
 def current() -> list[Mount]:
-    """What is mounted now, in the order of /proc/mounts: a later line covers an earlier one with the same target."""
+    """The mounts in the order of /proc/mounts. A later line hides an earlier one with the same target."""
     rows = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     return [Mount(unescape(row[0]), unescape(row[1]), row[2]) for row in rows]
 
 
 def mount_of(path: str | Path) -> Mount | None:
-    """The mount that holds a path."""
+    """The mount of a path."""
     real = os.path.realpath(path).rstrip("/") + "/"
     holding = [mount for mount in current() if real.startswith(mount.target.rstrip("/") + "/")]
     return max(reversed(holding), key=lambda mount: len(mount.target), default=None)
 
 
 def cached_volumes(text: str) -> dict[str, bool]:
-    """/proc/fs/nfsfs/volumes: device (major:minor, as st_dev has it) to FSC. Columns are the same before Linux 5 and after."""
+    """FSC by device (major:minor, as in st_dev), from /proc/fs/nfsfs/volumes. Linux 5 did not change its columns."""
     rows = [line.split() for line in text.splitlines()]
     volumes = [dict(zip(rows[0], row, strict=False)) for row in rows[1:]]
     return {volume["DEV"]: volume.get("FSC") == "yes" for volume in volumes if "DEV" in volume}
 
 
 def nfs_entry(line: str, target: str) -> re.Match[str] | None:
-    """The fields of a line of fstab that mounts NFS at `target`; None for any other line."""
+    """The fields of a line of fstab that mounts NFS at `target`; None for other lines."""
     entry = _ENTRY.match(line)
     if entry and entry["kind"] in NFS and unescape(entry["target"]).rstrip("/") == target.rstrip("/"):
         return entry
@@ -64,12 +64,12 @@ def nfs_entry(line: str, target: str) -> re.Match[str] | None:
 
 
 def with_cache(text: str, target: str) -> str:
-    """fstab with `fsc` on the NFS entry that is mounted at `target`; the same text where there is none or it has it."""
+    """fstab with the option `fsc` in the NFS entry of `target`, if there is one and it does not have the option yet."""
     return "".join(_with_fsc(line, nfs_entry(line, target)) for line in text.splitlines(keepends=True))
 
 
 def _with_fsc(line: str, entry: re.Match[str] | None) -> str:
-    """Every other byte stays; the negation (`nofsc`) gives way."""
+    """The line with `fsc` instead of `nofsc`. All other bytes stay."""
     options = entry["options"].split(",") if entry else []
     if entry is None or any(option == "fsc" or option.startswith("fsc=") for option in options):
         return line
@@ -78,7 +78,7 @@ def _with_fsc(line: str, entry: re.Match[str] | None) -> str:
 
 
 def space(path: str | Path) -> Json | None:
-    """Bytes of the file system that holds `path`, all and free for this user."""
+    """Total bytes of the file system of `path`, and those that are free for this user."""
     try:
         status = os.statvfs(path)
     except OSError:
@@ -87,7 +87,7 @@ def space(path: str | Path) -> Json | None:
 
 
 def size(path: Path) -> int | None:
-    """Bytes of a file; None: it is not there."""
+    """Size of a file in bytes; None if it does not exist."""
     try:
         return path.stat().st_size
     except OSError:
@@ -95,7 +95,7 @@ def size(path: Path) -> int | None:
 
 
 def existing(path: str | Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+    """The path, or its nearest parent that exists."""
     place = Path(path)
     while not place.exists() and place != place.parent:
         place = place.parent

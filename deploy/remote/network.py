@@ -11,7 +11,7 @@ from deploy.remote.wire import Json, WorkerError
 
 
 def listening(port: int) -> set[str]:
-    """Who listens on a TCP port here, as inodes of sockets."""
+    """The sockets that listen on a TCP port, as inodes."""
     inodes = set()
     for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
         for line in table.read_text().splitlines()[1:] if table.exists() else []:
@@ -22,7 +22,7 @@ def listening(port: int) -> set[str]:
 
 
 def holder(port: int) -> str:
-    """Who listens on a TCP port here: the command line as far as this user may see it."""
+    """The process that listens on a TCP port: its command line, if this user may read it."""
     inodes = listening(port)
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -33,7 +33,7 @@ def holder(port: int) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that has an IPv4 or IPv6 address."""
+    """The network interface with an IPv4 or IPv6 address."""
     names = (link["ifname"] for link in _links() if any(held.get("local") == address for held in link.get("addr_info", [])))
     return next(names, None)
 
@@ -57,7 +57,7 @@ def interfaces() -> list[Json]:
 
 
 def speed(interface: str, folder: Path = Path("/sys/class/net")) -> int | None:
-    """Mbit/s that an interface negotiated; None: it does not say, as virtual ones do not."""
+    """Negotiated speed of an interface in Mbit/s; None: not reported, as by virtual interfaces."""
     try:
         found = int((folder / interface / "speed").read_text())
     except (OSError, ValueError):
@@ -80,10 +80,10 @@ def rdma(folder: Path = Path("/sys/class/infiniband")) -> list[Json]:
 
 
 def _links() -> list[Json]:
-    """As `ip` says them (RTM_GETADDR would do too; `ip` is on every node)."""
+    """The interfaces and addresses that `ip` lists."""
     try:
         process = subprocess.run(["ip", "-json", "address"], capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise WorkerError("node", "there is no `ip`", "install iproute2") from error
+        raise WorkerError("node", "the command `ip` is missing", "install iproute2") from error
     links: list[Json] = json.loads(process.stdout or "[]")
     return links

@@ -1,4 +1,4 @@
-"""What one node can say about itself, and what it finds when it talks to the others. Facts only; the asker judges."""
+"""Preflight on a node: the state of the node, and how it reaches the other nodes. The caller judges the answers."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ from deploy.remote.network import holder, interface_of
 from deploy.remote.wire import Json, WorkerError, event
 
 ROOM = 1 << 20
-"Bytes that must fit on the node's own disk: logs, secrets, Ray's sockets."
+"Bytes that are written to the node's local disk as a test. Logs, secrets and Ray's sockets need it."
 STALE = 86400.0
-"Seconds after which nobody is at work with a preflight's nonces any more."
+"Age in seconds after which a preflight's nonces are removed by another run."
 
 
 def survey(request: Json) -> Json:
-    """`share`: the shared folder or None; `run`: this preflight's name; `me`: the node's; `environment`: the active link;
-    `local`: the deployment's folder on the node's own disk, with {user} in it."""
+    """Collect the state of this node.
+
+    `share`: the shared folder or None. `run`: name of this preflight. `me`: name of the node. `environment`: link to the
+    active environment. `local`: the deployment's folder on the node's local disk, with the placeholder {user}.
+    """
     share = request["share"]
     return {
         "hostname": socket.gethostname(),
@@ -44,7 +47,7 @@ def survey(request: Json) -> Json:
         "environment": _environment(Path(request["environment"])) if request["environment"] else None,
         "page": resource.getpagesize(),
         "glibcxx": glibcxx(),
-        "shm": space("/dev/shm"),  # noqa: S108 - asked about, not used
+        "shm": space("/dev/shm"),  # noqa: S108 - only checked, not used
         "limits": {
             name: resource.getrlimit(getattr(resource, "RLIMIT_" + name.upper())) for name in ("nofile", "memlock", "nproc")
         },
@@ -60,9 +63,9 @@ def _resolve(name: str) -> list[str]:
 
 
 def _share(share: Path, run: str, me: str, nonce: str) -> Json:
-    """Leave this node's nonce for the others to read, and say on what it lies."""
+    """Write this node's nonce for the others, and return kind and free space of the file system."""
     if not share.is_dir():
-        return {"error": f"{share} is no folder on this node"}
+        return {"error": f"{share} is not a folder on this node"}
     folder = share / ".gracefarm" / "preflight" / run
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +80,7 @@ def _share(share: Path, run: str, me: str, nonce: str) -> Json:
 
 
 def _disk(local: str) -> Json:
-    """The node's own disk, tried by a file that nobody sees and that is gone at once."""
+    """Test the node's local disk with an unnamed temporary file."""
     place = mounts.existing(local)
     try:
         with tempfile.TemporaryFile(dir=place) as stream:
@@ -99,7 +102,7 @@ def _python(executable: str) -> Json:
 
 
 def _environment(link: Path) -> Json | None:
-    """The active environment's own description (deploy.remote.environment writes it), and its Python as it runs here."""
+    """The description of the active environment (deploy.remote.environment), and the state of its Python on this node."""
     try:
         described: Json = json.loads((link / "environment.json").read_text())
     except (OSError, ValueError):
@@ -108,17 +111,17 @@ def _environment(link: Path) -> Json | None:
 
 
 def _ray(link: Path) -> str | None:
-    """Ray's version there, by its metadata: importing it takes seconds."""
+    """Ray's version, from its metadata, since importing Ray takes seconds."""
     folders = link.glob("lib/python3*/site-packages/ray-*.dist-info")
     return next((folder.name.removeprefix("ray-").removesuffix(".dist-info") for folder in folders), None)
 
 
 def pairs(request: Json) -> Json:
-    """Listen on every needed port of the private address, connect to every peer's, read every peer's nonce.
+    """Listen on all required ports of the private address, connect to those of every peer, and read every peer's nonce.
 
-    `me`, `address`, `ports`, `loopback` (ports that must be free there alone), `peers` ([{name, address}]), `share`, `run`,
-    `seconds` (how long to wait for the slowest peer).
-    All nodes run this at the same time; it ends when all peers have been heard and reached, or after `seconds`.
+    `me`, `address`, `ports`, `loopback` (ports that must be free on the loopback), `peers` ([{name, address}]), `share`,
+    `run`, `seconds` (how long to wait for the slowest peer). All nodes run this at the same time. It ends when all peers have
+    been reached and have connected, or after `seconds`.
     """
     deadline = time.monotonic() + float(request["seconds"])
     listeners, taken = _listen(request["address"], request["ports"])
@@ -154,15 +157,15 @@ def pairs(request: Json) -> Json:
 
 
 def _bulk(me: str, reached: Json, peer: Json) -> Json:
-    """64 KiB each way over a port at which the peer itself has answered."""
+    """Exchange 64 KiB with the peer, on a port on which the peer itself has answered."""
     ports = [port for port, tried in reached[peer["name"]]["ports"].items() if "offset" in tried]
     return exchange.ask(me, peer["address"], int(ports[0])) if ports else {}
 
 
 def outside(request: Json) -> Json:
-    """Listen on every address on `ports` for `seconds`, as Ray does, and answer with `nonce`; the ports that are in use.
+    """Listen on `ports` of every address for `seconds`, like Ray, and answer with `nonce`. Return the ports that are in use.
 
-    It ends early when each port was asked. Whoever asks does so from outside of the nodes' network.
+    It ends early when each port was used. The caller connects from outside of the nodes' network.
     """
     deadline = time.monotonic() + float(request["seconds"])
     listeners, taken = _listen("::" if socket.has_dualstack_ipv6() else "0.0.0.0", request["ports"])  # noqa: S104 - the point
@@ -183,7 +186,7 @@ def outside(request: Json) -> Json:
 
 
 def _part(me: str, address: str, ports: dict[str, Json]) -> None:
-    """Tell a peer that it need not listen for us any longer."""
+    """Tell a peer that this node has finished with its ports."""
     for port, tried in ports.items():
         if "offset" in tried:
             with suppress(OSError), socket.create_connection((address, int(port)), timeout=2) as connection:
@@ -192,10 +195,10 @@ def _part(me: str, address: str, ports: dict[str, Json]) -> None:
 
 
 def clean(request: Json) -> Json:
-    """Remove this preflight's nonces, and those of runs that were killed more than a day ago."""
+    """Remove the nonces of this preflight, and those that are older than a day."""
     folder = Path(request["share"]) / ".gracefarm" / "preflight"
     for run in folder.glob("*"):
-        with suppress(OSError):  # another preflight sweeps too
+        with suppress(OSError):  # another preflight may remove the same files
             if run.name == request["run"] or time.time() - run.stat().st_mtime > STALE:
                 for file in run.glob("*"):
                     file.unlink(missing_ok=True)
@@ -217,7 +220,7 @@ def _listen(address: str, ports: list[int]) -> tuple[list[socket.socket], dict[s
             listener.close()
             if error.errno == 99:  # EADDRNOTAVAIL
                 raise WorkerError(
-                    "node", f"{address} is no address of this node", "correct `private` in deploy.toml"
+                    "node", f"{address} is not an address of this node", "correct `private` in deploy.toml"
                 ) from error
             taken[str(port)] = holder(port)
         else:
@@ -227,7 +230,7 @@ def _listen(address: str, ports: list[int]) -> tuple[list[socket.socket], dict[s
 
 
 def _answer(listeners: list[socket.socket], heard: set[str], over: threading.Event) -> None:
-    """A greeting is a line with the peer's name; the answer is this node's clock. Peers without a word only test the port."""
+    """Answer peers: a greeting is a line with the peer's name, and the answer is this node's time."""
     while not over.is_set():
         ready, _, _ = select.select(listeners, [], [], 0.1)
         for listener in ready:
@@ -248,7 +251,7 @@ def _greet(connection: socket.socket, heard: set[str]) -> None:
 
 
 def _reach(request: Json, peer: Json, deadline: float) -> Json:
-    """Per port: round trip in seconds or the error; and how far the peer's clock is ahead, from the shortest round trip."""
+    """The round trip in seconds or the error of each port, and the offset of the peer's clock by the shortest round trip."""
     ports = {str(port): _connect(peer["address"], port, request["me"], deadline) for port in request["ports"]}
     greeted = [tried for tried in ports.values() if "offset" in tried]
     best = min(greeted, key=lambda tried: float(tried["rtt"]), default={})
@@ -266,7 +269,7 @@ def _connect(address: str, port: int, me: str, deadline: float) -> Json:
                 try:
                     answer = float(connection.recv(64))
                 except (OSError, ValueError):
-                    return {}  # connected, but somebody else's service: the route is proven
+                    return {}  # connected to another service, so the route works
                 after = time.time()
                 return {"rtt": after - before, "offset": answer - (before + after) / 2}
         except OSError as error:
@@ -291,13 +294,13 @@ def _nonces(request: Json, names: set[str], deadline: float) -> Json:
 
 
 def collective(request: Json) -> Json:
-    """One rank of an all-reduce; run by the environment's Python, for it needs its torch.
+    """Run one rank of an all-reduce. Run by the environment's Python, since it needs torch.
 
     `backend` (gloo, nccl), `rank`, `world`, `master` (address), `port`, `address` (ours), `device` (GPU or None), `seconds`.
     """
     interface = interface_of(request["address"])
     if interface is None:
-        raise WorkerError("node", f"{request['address']} is no address of this node", "correct `private` in deploy.toml")
+        raise WorkerError("node", f"{request['address']} is not an address of this node", "correct `private` in deploy.toml")
     os.environ.update({"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface})
     import datetime
 
@@ -305,7 +308,7 @@ def collective(request: Json) -> Json:
         import torch
         import torch.distributed as distributed
     except ImportError as error:
-        raise WorkerError("import", f"torch does not import: {error}") from error
+        raise WorkerError("import", f"torch cannot be imported: {error}") from error
     device = torch.device("cpu" if request["device"] is None else f"cuda:{request['device']}")
     try:
         distributed.init_process_group(
@@ -326,6 +329,8 @@ def collective(request: Json) -> Json:
     expected = request["world"] * (request["world"] + 1) / 2
     if total != expected:
         raise WorkerError(
-            "node", f"all-reduce gave {total}, not {expected}", "a GPU or a link computes wrongly: replace the node"
+            "node",
+            f"all-reduce returned {total} instead of {expected}",
+            "replace the node: a GPU or a link gives wrong results",
         )
     return {"interface": interface, "all_reduce_s": taken}

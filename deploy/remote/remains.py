@@ -1,4 +1,4 @@
-"""What a deployment has put on a node, removed: files by their paths, each of this user, never through a symbolic link."""
+"""Removes the files of a deployment from a node. Symbolic links are not followed, and files of other users are not removed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from deploy.remote.wire import Json, WorkerError
 
 
 def remove(request: Json) -> Json:
-    """Remove `paths`, then folders of `empty` that hold nothing any more; the paths that were there, and their bytes.
+    """Remove `paths`, then the folders in `empty` if they are empty.
 
-    `cache`: uv in this user's cache too; `owned`: folder to the deployment that must own it (deploy.remote.environment).
+    `cache`: remove uv in this user's cache too. `owned`: the deployment that must own each folder (deploy.remote.environment).
+
+    Returns:
+        The removed paths, and their size in bytes.
     """
     wanted = [Path(path) for path in request["paths"]]
     for folder, mark in request.get("owned", {}).items():
         if (owner := environment.owner(Path(folder))) not in (None, mark):
-            raise WorkerError("node", f"{folder} is of another deployment ({owner})", "nothing was removed there")
+            raise WorkerError(
+                "node", f"{folder} belongs to another deployment ({owner})", "run the command for that deployment"
+            )
     if request.get("cache"):
         wanted += sorted((Path.home() / ".cache" / "gracefarm").glob("uv-*"))
     removed, size = [], 0
@@ -27,7 +32,7 @@ def remove(request: Json) -> Json:
         if not os.path.lexists(path):
             continue
         if path.lstat().st_uid != os.getuid():
-            raise WorkerError("node", f"{path} belongs to another user", "remove it as its owner")
+            raise WorkerError("node", f"{path} belongs to another user", "remove it as that user")
         size += size_of(path)
         remove_all(path)
         removed.append(str(path))

@@ -1,4 +1,4 @@
-"""Folders that go, whoever may still be at work in them."""
+"""Removes folders in which processes may still write."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 PATIENCE = 10.0
-"Seconds for which whoever was told to end may still write where we remove."
+"Seconds for which a process that was told to end may still write to the folder."
 
 
 def size_of(path: Path) -> int:
@@ -21,7 +21,7 @@ def size_of(path: Path) -> int:
 
 
 def remove_all(path: Path) -> None:
-    """A file, a link or a folder with all in it, also while what was told to end still writes there. Raises OSError."""
+    """Remove a file, link or folder, even if a process that is about to end still writes to it. Raises OSError."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:

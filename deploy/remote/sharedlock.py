@@ -1,9 +1,9 @@
-"""A lock that several nodes can trust on a shared file system, where flock may be a no-op (huggingface_hub#4306).
+"""A lock for several nodes on a shared file system, where flock may have no effect (huggingface_hub#4306).
 
-Generations instead of one file: whoever sees generation N released or dead creates N+1 with link(2), which a server does for
-one client alone; the highest generation is the owner. No file is ever taken away from under an owner, so there is no moment at
-which two may believe to hold the lock, and an owner that was thought dead finds a higher generation (`still_mine`) before it
-commits. NFS may answer a link that succeeded with an error, when the answer was lost: the link count tells.
+The lock has generations instead of one file. A process that sees generation N released or dead creates N+1 with link(2), which
+succeeds for only one client; the highest generation is the owner. Files of an owner are never removed, so two processes cannot
+both believe that they have the lock. An owner that was wrongly considered dead finds a higher generation (`still_mine`) before
+it commits. If the answer of NFS is lost, a successful link may return an error, so the link count is checked.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import Any
 from deploy.remote.wire import WorkerError
 
 BEAT = 5.0
-"Seconds between an owner's signs of life."
+"Seconds between signs of life of an owner."
 PATIENCE = 90.0
-"Seconds without one until another node's owner counts as dead: more than an NFS client may cache attributes (acregmax, 60 s)."
+"Seconds without one until an owner on another node counts as dead. NFS clients cache attributes for up to 60 s (acregmax)."
 
 
 class SharedLock:
-    """Hold `folder` (created) exclusively within a `with` block."""
+    """Locks `folder` within a `with` block. The folder is created."""
 
     def __init__(
         self, folder: Path, *, on_wait: Callable[[str], None] = lambda _owner: None, give_up: float | None = None
@@ -41,7 +41,7 @@ class SharedLock:
         self._heart = threading.Thread(target=self._live, daemon=True)
 
     def __enter__(self) -> SharedLock:
-        """Raises WorkerError("busy") after `give_up` seconds of somebody else's work."""
+        """Take the lock. Raises WorkerError("busy") if another process has it for more than `give_up` seconds."""
         self.folder.mkdir(parents=True, exist_ok=True)
         started, told = time.monotonic(), False
         seen: tuple[int, object, float] = (-1, None, 0.0)
@@ -59,7 +59,7 @@ class SharedLock:
                 self._on_wait(self.owner(highest))
             if self._give_up is not None and time.monotonic() - started > self._give_up:
                 raise WorkerError(
-                    "busy", f"{self.owner(highest)} is at work on {self.folder.name}", "wait for it, then repeat"
+                    "busy", f"{self.owner(highest)} has locked {self.folder.name}", "wait, then repeat the command"
                 )
             time.sleep(0.2)
         self._heart.start()
@@ -71,11 +71,11 @@ class SharedLock:
         (self.folder / f"{self.number:08}.released").touch()
 
     def still_mine(self) -> bool:
-        """Nobody has taken over: to be asked right before what was made is committed."""
+        """Whether this process still has the lock. To be checked immediately before a commit."""
         return self._highest() == self.number
 
     def owner(self, number: int) -> str:
-        """Who holds generation `number`, for people."""
+        """The owner of generation `number`, for messages."""
         mark = self._read(number)
         return f"{mark.get('host', 'another node')} (process {mark.get('pid', '?')})"
 
@@ -99,7 +99,7 @@ class SharedLock:
             return None
 
     def _dead(self, number: int, seen: tuple[int, object, float]) -> bool:
-        """Its process is gone from this very machine, or its pulse stood still for PATIENCE by our own clock."""
+        """Whether its process on this machine has ended, or it gave no sign of life for PATIENCE seconds of our clock."""
         mark, here = self._read(number), _identity()
         if all(mark.get(key) == here[key] for key in ("boot", "pids")):
             return _started(int(mark.get("pid", 0))) != mark.get("started")
@@ -117,7 +117,7 @@ class SharedLock:
         finally:
             mine.unlink()
         self.number = number
-        if self._highest() != number:  # we had read an old listing
+        if self._highest() != number:  # the listing was outdated
             (self.folder / f"{number:08}").unlink()
             return False
         for file in self.folder.iterdir():
@@ -145,7 +145,7 @@ def _identity() -> dict[str, object]:
 
 
 def _started(pid: int) -> str | None:
-    """A process's start in clock ticks since boot, so that a reused number is not taken for it; None when it is gone."""
+    """Start of a process in clock ticks since boot, to detect a reused process id; None if there is no such process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

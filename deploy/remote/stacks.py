@@ -1,4 +1,4 @@
-"""Where Python programs of a deployment are just now, by py-spy, which Ray brings into the environment."""
+"""The current stacks of a deployment's Python processes, by py-spy, which Ray installs in the environment."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from deploy.remote import marked
 from deploy.remote.wire import Json
 
 RANKS = ("ray::", "vllm", "aphrodite", "python", "pt_main")
-"How names of processes begin that may be an engine or a rank of it."
+"Prefixes of the names of processes of an engine or its ranks."
 OTHERS = ("ray::IDLE", "ray::Dashboard", "ray::RuntimeEnv")
-"Ray's own, which wait by nature."
+"Processes of Ray, which are always waiting."
 MOST = 16
-"Processes of a node; py-spy takes about a second for each."
+"Maximum number of processes per node. py-spy takes about a second for each."
 
 
 def dump(prefix: str, environment: str) -> str:
-    """`py-spy dump` of the engine and of Ray's workers whose marks start with `prefix`; why not, where there is none."""
+    """`py-spy dump` of the engine and of Ray's workers whose marks start with `prefix`, or why there is none."""
     own = Path(environment) / "bin" / "py-spy"
     program = str(own) if own.exists() else shutil.which("py-spy")
     ranks = [process for process in marked.processes(prefix) if _rank(process)]
     if not ranks:
-        return "(no process of an engine)\n"
+        return "(no processes of an engine)\n"
     if program is None:
-        return "(no py-spy: it is in environments that have ray[default])\n"
-    sudo = ["sudo", "-n"] if os.geteuid() and shutil.which("sudo") else []  # ptrace is for root where Yama says so
+        return "(no py-spy: only environments with ray[default] have it)\n"
+    sudo = ["sudo", "-n"] if os.geteuid() and shutil.which("sudo") else []  # with Yama, ptrace may require root
     return "\n".join(_dump([*sudo, program], process) for process in ranks[:MOST])
 
 

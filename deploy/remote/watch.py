@@ -1,4 +1,4 @@
-"""How a node is now, for `status` and `top`; and the ends of its logs, for `logs`."""
+"""The current state of a node, for `status` and `top`, and the ends of its logs, for `logs`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ BLOCK = 1 << 18
 POLL = 0.3
 BEAT = 5.0
 PATIENCE = 5.0
-"Seconds for a file system's answer."
+"Timeout for a file system in seconds."
 QUERY = ("name", "memory.used", "memory.total", "utilization.gpu", "temperature.gpu", "power.draw")
 
 
 def vitals(request: Json) -> Json:
-    """`prefix`: of the marks of our processes here; `paths`: folders whose file systems count."""
+    """The state of this node. `prefix`: of the marks of our processes. `paths`: folders on the file systems to report."""
     processes = marked.processes(request["prefix"])
     disks = {path: _disk(path) for path in request["paths"]}
     return {
@@ -45,9 +45,9 @@ def vitals(request: Json) -> Json:
 
 
 def _disk(path: str) -> Json | None:
-    """Of the file system that holds `path`, or will. None: it does not answer, as NFS without its server.
+    """Space on the file system of `path` or its nearest parent; None if it does not answer, such as NFS without its server.
 
-    A child asks, for only a process can be killed out of such a wait.
+    A child process is used, since it can be killed if it hangs.
     """
     ours, theirs = os.pipe()
     child = os.fork()
@@ -67,7 +67,7 @@ def _disk(path: str) -> Json | None:
 
 
 def gpus() -> Json:
-    """What nvidia-smi says in 10 s: it needs no context on the GPU, and a sick driver does not hang us."""
+    """The output of nvidia-smi, with a timeout of 10 s. It creates no context on the GPU, and runs in a separate process."""
     command = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
     try:
         process = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
@@ -87,7 +87,7 @@ def _gpu(row: list[str]) -> Json:
 
 
 def _number(text: str) -> float | None:
-    """`[N/A]` stands where a GPU shares the host's memory, or has no such sensor."""
+    """A number; None for `[N/A]`, if a GPU shares the host's memory or has no such sensor."""
     try:
         return float(text)
     except ValueError:
@@ -95,10 +95,10 @@ def _number(text: str) -> float | None:
 
 
 def tail(request: Json) -> Json:
-    """The last `lines` of each file of `patterns` ([{name, pattern}]), as events; with `follow` what is added, for ever.
+    """Send the last `lines` of each file of `patterns` ([{name, pattern}]) as events; with `follow`, also new lines.
 
-    `offsets`: path to bytes that the caller has had already. A file that comes later is said from its beginning. It ends when
-    whoever listens has gone.
+    `offsets`: bytes of each path that the caller already has. A new file is sent from its beginning. With `follow`, it ends
+    when the reader has ended.
     """
     offsets: dict[str, int] = dict(request["offsets"])
     resumed, beat = bool(offsets), time.monotonic()
@@ -117,7 +117,7 @@ def tail(request: Json) -> Json:
 
 
 def _files(patterns: list[Json]) -> Iterator[tuple[str, str]]:
-    """Real paths, so that Ray's `session_latest` of a new start counts as new files."""
+    """The files as real paths, so that Ray's `session_latest` gives new files after a restart."""
     for pattern in patterns:
         for path in sorted(glob.glob(pattern["pattern"])):  # noqa: PTH207 - the pattern is absolute
             real = os.path.realpath(path)
@@ -126,7 +126,7 @@ def _files(patterns: list[Json]) -> Iterator[tuple[str, str]]:
 
 
 def _start(path: Path, lines: int) -> int:
-    """Where the last `lines` begin, or the last BLOCK bytes."""
+    """Start of the last `lines` lines, or of the last BLOCK bytes."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         stream.seek(max(0, size - BLOCK))
@@ -137,9 +137,9 @@ def _start(path: Path, lines: int) -> int:
 
 
 def _say(path: str, name: str, offset: int, *, whole: bool) -> int:
-    """Whole lines from `offset` on (`whole`: the last one may lack its end); the offset after them."""
+    """Send the lines from `offset`; with `whole`, also an incomplete last line. Return the new offset."""
     with suppress(OSError):
-        if Path(path).stat().st_size < offset:  # it was begun again
+        if Path(path).stat().st_size < offset:  # the file was truncated
             offset = 0
         with Path(path).open("rb") as stream:
             stream.seek(offset)
@@ -155,7 +155,7 @@ def _say(path: str, name: str, offset: int, *, whole: bool) -> int:
 
 
 def _left() -> bool:
-    """Nobody reads what we say any more."""
+    """Whether the reader has ended."""
     poll = select.poll()
     poll.register(sys.__stdout__.fileno(), select.POLLERR | select.POLLHUP) if sys.__stdout__ else None
     return bool(poll.poll(0))

@@ -1,10 +1,10 @@
-"""A node's part of fetching weights: download its own files, verify a neighbour's, rename what is right.
+"""The part of one node in downloading weights: download files, verify files of another node, rename correct files.
 
-    SHARE/…/COMMIT/                    verified files, each renamed into place: what is there is right
-    SHARE/…/COMMIT.staging/NODE/part/  being downloaded by NODE
-    SHARE/…/COMMIT.staging/NODE/ready/ downloaded by NODE, not yet verified by another
+    SHARE/…/COMMIT/                    verified files, each renamed to this folder
+    SHARE/…/COMMIT.staging/NODE/part/  files that NODE is downloading
+    SHARE/…/COMMIT.staging/NODE/ready/ files that NODE has downloaded, and another node has not verified yet
 
-Nodes speak over the shared folder alone, so that a cut connection to the one who asked stops nothing.
+Nodes communicate only over the shared folder, so a lost connection to the caller does not stop them.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ PULSE = 2.0
 
 
 def manifest(request: Json) -> Json:
-    """The repository at a revision: commit, and path, size and digest of each file. Run by the download environment's Python.
+    """The commit of a revision, and path, size and digest of each file. Run by the download environment's Python.
 
-    `repo`, `revision`, `endpoint`, `token`. Asks for access to the content too, before anything is downloaded.
+    `repo`, `revision`, `endpoint`, `token`. It also checks the access to the files, before anything is downloaded.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -47,12 +47,12 @@ def manifest(request: Json) -> Json:
             hub.patiently(request, lambda: api.auth_check(request["repo"]))
         except (GatedRepoError, RepositoryNotFoundError):
             raise
-        except HfHubHTTPError as error:  # a mirror may not know this question; the first download will tell
+        except HfHubHTTPError as error:  # a mirror may not support this request; then the first download shows it
             if hub.busy(error):
                 raise
             event(
                 "note",
-                text=f"{request['endpoint'] or 'the Hub'} does not answer whether access is granted: {hub.short(error)}",
+                text=f"{request['endpoint'] or 'the Hub'} does not support checking the access: {hub.short(error)}",
             )
     except Exception as error:
         raise hub.explain(error, request) from error
@@ -69,9 +69,9 @@ def manifest(request: Json) -> Json:
 
 
 def state(request: Json) -> Json:
-    """What is verified (`final`: path to size), what waits to be verified (`ready`: node to {path: size}), and free bytes.
+    """The verified files (`final`: path to size), the files to verify (`ready`: node to {path: size}), and the free bytes.
 
-    `others`: other deployments' staging folders for the same files, and the last sign of life in each.
+    `others`: staging folders of other deployments for the same files, with the last sign of life in each.
     """
     final, staging = Path(request["final"]), Path(request["staging"])
     ready = {folder.name: _sizes(folder / "ready") for folder in staging.iterdir()} if staging.is_dir() else {}
@@ -85,12 +85,12 @@ def _stagings(final: Path) -> list[Path]:
 
 
 def _sign(staging: Path) -> list[str]:
-    """What its nodes last said of themselves."""
+    """The last signs of life of its nodes."""
     return [_read(pulse) or "" for pulse in sorted(staging.glob("*/pulse"))]
 
 
 def prepare(request: Json) -> Json:
-    """Make the folders, and leave the nonce by which every other node proves that it sees the same ones."""
+    """Create the folders and write a nonce, with which the other nodes check that they see the same folder."""
     staging = Path(request["staging"])
     Path(request["final"]).mkdir(parents=True, exist_ok=True)
     staging.mkdir(parents=True, exist_ok=True)
@@ -99,11 +99,11 @@ def prepare(request: Json) -> Json:
 
 
 def fetch(request: Json) -> Json:
-    """Download `files`, verify `verify` (files of others); run by the download environment's Python.
+    """Download `files`, and verify `verify` (files of other nodes). Run by the download environment's Python.
 
     `me`, `final`, `staging`, `nonce`, `repo`, `commit`, `endpoint`, `token`, `workers`, `patience` (seconds without a sign of
-    a neighbour after which its verifier stops waiting for it), `busy` (seconds to wait for a Hub that is busy);
-    `files`: [{path, size, sha256, git}], `verify`: the same with `node`, who stages it.
+    life after which this node stops waiting for another), `busy` (seconds to wait for a busy Hub); `files`: [{path, size,
+    sha256, git}], `verify`: the same with `node`, which downloads the file.
     """
     final, staging = Path(request["final"]), Path(request["staging"])
     _same_share(staging, request["nonce"])
@@ -120,7 +120,7 @@ def fetch(request: Json) -> Json:
             _download_all(request, final, mine)
         except WorkerError as failure:
             problem = failure
-            shutil.rmtree(mine / "part", ignore_errors=True)  # on a full disk the next line needs room
+            shutil.rmtree(mine / "part", ignore_errors=True)  # the next line needs free space
         _write(mine / "end", request["nonce"])
         checker.join()
         stop.set()
@@ -138,19 +138,19 @@ def _same_share(staging: Path, nonce: str) -> None:
         if time.monotonic() > deadline:
             raise WorkerError(
                 "share",
-                f"this node does not see the shared folder: {staging} is not what the others see",
-                "mount the shared file system at the same path on every node (`deploy preflight` shows which have it)",
+                f"this node does not see the shared folder: {staging} does not have the files of the other nodes",
+                "mount the shared file system at the same path on every node; `deploy preflight` checks it",
             )
         time.sleep(POLL)
 
 
 def _download_all(request: Json, final: Path, mine: Path) -> None:
-    """All files, several at a time, largest first; the first refusal ends the round (a gated file stays gated).
+    """Download all files in parallel, largest first. The first error ends the round, since it would occur for other files too.
 
-    The threads are daemons: when this process is told to end, it waits for none of them and begins no further file.
+    The threads are daemons, so that this process can end without waiting for them.
     """
     part, ready = mine / "part", mine / "ready"
-    shutil.rmtree(part, ignore_errors=True)  # huggingface_hub >= 1 resumes no partial file, and ours are whole or nothing
+    shutil.rmtree(part, ignore_errors=True)  # huggingface_hub >= 1 does not resume partial files
     part.mkdir(parents=True)
     waiting = deque(sorted(request["files"], key=lambda file: -int(file["size"])))
     problems: list[Exception] = []
@@ -165,7 +165,7 @@ def _download_all(request: Json, final: Path, mine: Path) -> None:
                 continue
             try:
                 _download(request, file, part, ready)
-            except Exception as error:  # noqa: BLE001 - told below, in the thread that answers
+            except Exception as error:  # noqa: BLE001 - raised below, in the main thread
                 problems.append(error)
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(request["workers"])]
@@ -183,7 +183,7 @@ def _download(request: Json, file: Json, part: Path, ready: Path) -> None:
 
     started, endpoint, token = time.monotonic(), request["endpoint"], _token(request)
     url = hf_hub_url(request["repo"], file["path"], revision=request["commit"], endpoint=endpoint)
-    # Asked first by ourselves: hf_hub_download waits for a busy Hub too, five times as long as that says, and without a word.
+    # This request comes first since hf_hub_download also waits for a busy Hub, but up to five times as long and silently.
     hub.patiently(request, lambda: get_hf_file_metadata(url, token=token, endpoint=endpoint, library_name="gracefarm"))
     download = partial(
         hf_hub_download,
@@ -204,7 +204,7 @@ def _download(request: Json, file: Json, part: Path, ready: Path) -> None:
 
 
 class _Verifier(threading.Thread):
-    """Hashes what other nodes stage, as it comes, through this node's own client: the stager's cache would prove nothing."""
+    """Hashes files when other nodes have downloaded them. Hashing on the downloading node would only read its own cache."""
 
     def __init__(self, request: Json, final: Path, staging: Path) -> None:
         super().__init__(daemon=True)
@@ -223,7 +223,10 @@ class _Verifier(threading.Thread):
                 time.sleep(POLL)
 
     def _settle(self, file: Json, over: bool) -> bool:
-        """True when there is nothing left to wait for. `over` was asked before we looked, so that no late file is missed."""
+        """Verify a file if it exists. Return True if it need not be waited for any longer.
+
+        `over` was determined before, so that a late file is not missed.
+        """
         path = self._staging / file["node"] / "ready" / file["path"]
         target = self._final / file["path"]
         if not path.is_file():
@@ -233,7 +236,7 @@ class _Verifier(threading.Thread):
             if right:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 path.rename(target)
-        except OSError as error:  # somebody took it away, or the disk is full: the next round sees what is there
+        except OSError as error:  # the file was removed or the disk is full; the next round checks again
             event("unread", path=file["path"], cause=str(error))
             return True
         if right:
@@ -245,7 +248,7 @@ class _Verifier(threading.Thread):
         return True
 
     def _is_over(self, node: str) -> bool:
-        """The node said that it ended this round, or has given no sign for `patience` by our own clock."""
+        """Whether the node has finished this round, or gave no sign of life for `patience` seconds of our clock."""
         folder = self._staging / node
         if _read(folder / "end") == self._nonce:
             return True
@@ -261,14 +264,14 @@ def _digest(path: Path, file: Json) -> bool:
     digest = hashlib.sha256() if file["sha256"] else hashlib.sha1(b"blob %d\0" % file["size"], usedforsecurity=False)
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # the bytes that are stored, not those held in memory
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read the stored bytes, not those in memory
         while block := stream.read(CHUNK):
             digest.update(block)
     return bool(digest.hexdigest() == (file["sha256"] or file["git"]))
 
 
 def rehash(request: Json) -> Json:
-    """Hash finished files again (`deploy weights verify`): the paths that are wrong or missing."""
+    """Hash the files again (`deploy weights verify`). Return the paths that are wrong or missing."""
     final = Path(request["final"])
     wrong = []
     for file in request["files"]:
@@ -285,15 +288,15 @@ def rehash(request: Json) -> Json:
 
 
 def read_manifest(request: Json) -> Json:
-    """The manifest that `finish` left."""
+    """The manifest that `finish` wrote."""
     path = Path(request["final"] + ".manifest.json")
     if not path.is_file():
-        raise WorkerError("fetch", f"{request['final']} is not complete", "`deploy up` completes it")
+        raise WorkerError("fetch", f"{request['final']} is not complete", "run `deploy up` to complete it")
     return {"manifest": path.read_text()}
 
 
 def finish(request: Json) -> Json:
-    """All is verified: write the manifest, take our staging folders away, and others' that nobody has worked in for a day."""
+    """Write the manifest, and remove our staging folder and those of others without a sign of life for a day."""
     _write(Path(request["final"] + ".manifest.json"), request["manifest"])
     shutil.rmtree(request["staging"], ignore_errors=True)
     for staging in _stagings(Path(request["final"])):
@@ -305,13 +308,13 @@ def finish(request: Json) -> Json:
 
 
 def _token(request: Json) -> str | bool:
-    """False says: send none, also not one that a person left in ~/.cache/huggingface."""
+    """The token. False: send no token, not even one in ~/.cache/huggingface."""
     return request.get("token") or False
 
 
 def _pulse(mine: Path, stop: threading.Event) -> None:
     for count in itertools.count(1):
-        with suppress(OSError):  # a full disk is told by the download itself
+        with suppress(OSError):  # the download itself reports a full disk
             _write(mine / "pulse", str(count))
             event("part", bytes=sum(file.stat().st_size for file in (mine / "part").rglob("*.incomplete")))
         if stop.wait(PULSE):

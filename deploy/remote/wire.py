@@ -1,4 +1,4 @@
-"""How a worker speaks: one JSON object a line on stdout. Events first, the result or the failure last."""
+"""The output format of a worker: one JSON object per line on stdout. The last line is the result or the failure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _speaking = threading.Lock()
 
 
 class WorkerError(Exception):
-    """Something a person can act on; becomes the error of the command that asked. `kind` picks its class and exit code."""
+    """An error for the user. It becomes the error of the command; `kind` selects its class and exit code."""
 
     def __init__(self, kind: str, cause: str, remedy: str = "") -> None:
         super().__init__(cause)
@@ -25,7 +25,7 @@ class WorkerError(Exception):
 
 
 def say(**fields: Any) -> None:
-    """Write one line; whole lines, also from several threads. A reader that has gone, or a log that is full, stops no work."""
+    """Write one line, from any thread. The work continues if the reader has ended or the disk of the log is full."""
     with _speaking:
         try:
             sys.stdout.write(json.dumps(fields) + "\n")
@@ -35,20 +35,18 @@ def say(**fields: Any) -> None:
 
 
 def event(kind: str, /, **fields: Any) -> None:
-    """Something that happened on the way."""
+    """Report an event during the work."""
     say(event=kind, **fields)
 
 
 def of_os(error: OSError, where: str) -> WorkerError:
-    """The sentence for what an operating system refuses anywhere."""
+    """The error for an OSError."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return WorkerError(
-            "disk", "no space left on the file system that holds " + where, "free space there, then repeat the command"
-        )
+        return WorkerError("disk", "no space left on the file system of " + where, "free space on it, then repeat the command")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return WorkerError(
-            "node", where + ": " + os.strerror(error.errno).lower(), "make it writable for the user that deploys"
-        )
+        return WorkerError("node", where + ": " + os.strerror(error.errno).lower(), "make it writable for the deploying user")
     if error.errno == errno.ESTALE:
-        return WorkerError("node", where + ": the shared folder went away (stale file handle)", "mount it again on this node")
+        return WorkerError(
+            "node", where + ": the shared folder was unmounted (stale file handle)", "mount it again on this node"
+        )
     return WorkerError("node", f"{where}: {error}", "")

@@ -116,7 +116,10 @@ async def _node(node: RemoteNode, share: str, console: Console) -> Row:
         await call(node, "cache.write_fstab", {"text": new, "before": before})
     after = await call(node, "cache.remount", {"target": seen["target"]})
     if not after["fsc"]:
-        why = after["busy"] or "the kernel accepted the option but does not cache (FSC is no in /proc/fs/nfsfs/volumes)"
+        why = (
+            after["busy"]
+            or "the kernel accepted the option but does not cache (FSC has the value no in /proc/fs/nfsfs/volumes)"
+        )
         text = f"{why}; the cache is on after the next mount" if after["busy"] else str(why)
         return Row(node=node.name, outcome="skipped", text=text)
     speed = await call(node, "cache.measure", {"share": share, "bytes": SAMPLE})

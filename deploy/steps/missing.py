@@ -58,7 +58,7 @@ def _lock(deployment: Deployment, facts: Facts) -> Sequence[str]:
 
 
 def _model(repo: str, environ: Mapping[str, str]) -> Sequence[str]:
-    """Check that this account can access the model. A Hub that this machine cannot reach is no problem: the nodes download."""
+    """Check that this account can access the model. The result is empty if this machine cannot reach the Hub."""
     token, endpoint = environ.get("HF_TOKEN"), environ.get("HF_ENDPOINT", HUB).rstrip("/")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:

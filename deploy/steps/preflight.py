@@ -316,7 +316,7 @@ async def all_reduce(targets: Sequence[RemoteNode], spec: PreflightSpec, backend
     cells = [NodeCheck(check=backend, node=node, status="ok", text=text) for node, text in times.items()]
     for node, error in bad.items():
         cause = error.cause.removeprefix(f"{node}: ")
-        if "torch does not import" in cause:
+        if "torch cannot be imported" in cause:
             cells.append(NodeCheck(check=backend, node=node, status="skipped", text=cause))
         else:
             remedy = error.remedy or "check the rows names, route and ports, which usually have the cause"

@@ -125,7 +125,7 @@ class Expected:
     "Number of GPUs by node, from the facts or deploy.toml."
     nonces: Mapping[str, str]
     ours: Sequence[str] = ()
-    "Parts of command lines of our own processes, which may use a required port."
+    "Parts of command lines of our processes, which may use a required port."
     rehearsal: bool = False
     "Nodes are namespaces of one machine, with declared GPUs."
     open: Mapping[str, str] = field(default_factory=dict)

@@ -305,7 +305,7 @@ def test_stacks_are_those_of_the_engines_ranks(tmp_path: Path) -> None:
             while "all_reduce" not in (said := stacks.dump(mark, str(tmp_path))) and time.monotonic() < deadline:
                 time.sleep(0.1)
             assert collect.places(said) == [f"all_reduce (waits.py:5) in process {rank.pid}"]
-            assert stacks.dump(f"{mark}other", str(tmp_path)) == "(no process of an engine)\n"
+            assert stacks.dump(f"{mark}other", str(tmp_path)) == "(no processes of an engine)\n"
         finally:
             rank.kill()
 

@@ -95,7 +95,7 @@ def test_good_nodes_have_no_red_cell_and_no_yellow_one() -> None:
         ("names", {"resolves": ["127.0.1.1"]}, "bad", "resolves to 127.0.1.1"),
         ("names", {"resolves": ["::1", "10.0.0.1"]}, "bad", "resolves to ::1"),
         ("names", {"resolves": []}, "warn", "does not resolve"),
-        ("share", {"share": {"error": "/share is no folder on this node"}}, "bad", "no folder"),
+        ("share", {"share": {"error": "/share is not a folder on this node"}}, "bad", "not a folder"),
         ("share", {"share": {"error": "/share cannot be written: read-only file system"}}, "bad", "read-only"),
         ("disk", {"disk": {"path": "/tmp", "error": "No space left on device"}}, "bad", "no space left on /tmp"),
         ("disk", {"disk": {"path": "/tmp", "error": "Read-only file system"}}, "bad", "/tmp: Read-only file system"),

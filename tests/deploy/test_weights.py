@@ -222,8 +222,8 @@ def test_a_hub_that_is_busy_is_asked_again_when_it_says(homes: Path, hub_python:
 @pytest.mark.parametrize(
     ("status", "after", "words"),
     [
-        (429, 0, r"the Hub answers 429 \(Too Many Requests\) to requests for org/model, and asks to wait 300 s"),
-        (503, 2, r"the Hub answers 503 \(Service Unavailable\) to requests for org/model, and asks to wait 300 s"),
+        (429, 0, r"HTTP 429 \(Too Many Requests\) from the Hub for org/model; it asks to wait 300 s"),
+        (503, 2, r"HTTP 503 \(Service Unavailable\) from the Hub for org/model; it asks to wait 300 s"),
     ],
 )
 def test_a_hub_that_stays_busy_is_told_by_its_status(
@@ -240,7 +240,7 @@ def test_a_hub_that_stays_busy_is_told_by_its_status(
 
 def test_gated_repositories_are_explained(homes: Path, hub_python: str) -> None:
     with hub.serving(kit.shards(2, 1_000), gated=True) as served:
-        with pytest.raises(FetchError, match="gated: its owner wants") as without:
+        with pytest.raises(FetchError, match="gated: it requires an account that accepted the licence") as without:
             bring(homes, served, hub_python, count=1)
         assert f"{served.url}/org/model" in without.value.remedy
         shutil.rmtree(homes / "home-k0")

@@ -48,7 +48,6 @@ TO_DO = frozenset(
         "deploy/engine/",
         "deploy/measure/",
         "deploy/rehearsal/",
-        "deploy/remote/",
         "deploy/watch/",
         "docs/explanation/benchmarks.md",
         "docs/explanation/building.md",
