@@ -506,14 +506,8 @@ def engine(farm: Farm, tmp_path: Path) -> None:
 def test_fetch_content_abi3_a_stub_driver_metadata_of_our_own_and_the_source_beside_the_wheel(
     farm: Farm, tmp_path: Path
 ) -> None:
-    """The driver's functions are those of cuda.h in the stack's environment."""
-    own_stack(farm, "aarch64")
-    own_wheel(tmp_path / "index", **{"nvidia/cu13/include/cuda.h": "CUresult cuPointerGetAttribute(void);\n"})
     engine(farm, tmp_path)
-    variables = mirrors(tmp_path)
-    variables["GRACEFARM_MIRRORS"] += f" https://torch.example/whl/cu124={(tmp_path / 'index').as_uri()}"
-    locked = farm.run("lock", "own", "--digests", **variables)
-    assert locked.code == 0, locked.said
+    variables = with_driver(farm, tmp_path, "aarch64")
     done = farm.run("build", "engine", "--target", "aarch64", "--stack", "own", **variables)
     assert done.code == 0, done.said
     with zipfile.ZipFile(done.out.strip()) as opened:
@@ -728,6 +722,17 @@ def own_stack(farm: Farm, target: str) -> Path:
     own += 'index = "https://torch.example/whl/cu124"\nsha256_unknown = "not reached"\n\n'
     place.write_text(text.replace("[toolchain]\n", f"{own}[toolchain]\n", 1))
     return place
+
+
+def with_driver(farm: Farm, folder: Path, target: str) -> dict[str, str]:
+    """Write stack `own`, whose environment has a cuda.h: its declarations are the driver's functions. The mirrors for it."""
+    own_stack(farm, target)
+    own_wheel(folder / "index", **{"nvidia/cu13/include/cuda.h": "CUresult cuPointerGetAttribute(void);\n"})
+    variables = mirrors(folder)
+    variables["GRACEFARM_MIRRORS"] += f" https://torch.example/whl/cu124={(folder / 'index').as_uri()}"
+    locked = farm.run("lock", "own", "--digests", **variables)
+    assert locked.code == 0, locked.said
+    return variables
 
 
 def own_wheel(folder: Path, **files: str) -> bytes:

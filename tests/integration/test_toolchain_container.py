@@ -40,7 +40,7 @@ from tests import projects
 from tests.conftest import REPOSITORY, Farm, new_farm
 from tests.gaps_kit import put_back
 from tests.integration.test_build import record_of, start
-from tests.integration.test_pinned import engine, mirrors, trinity
+from tests.integration.test_pinned import engine, mirrors, trinity, with_driver
 from tests.integration.test_schedule import held, pairs
 from tests.integration.test_toolchain_host import PRELOAD
 
@@ -211,7 +211,9 @@ def test_a_recipes_places_in_the_sandbox_are_the_containers(
     """FetchContent's source by CMake variable, and pre-seeded downloads in a subdirectory's build by environment."""
     shape(farm, tmp_path)
     with_image(farm, depot.sha256)
-    done = farm.run("build", shape.__name__, *AIM, **mirrors(tmp_path), **depot.variables)
+    stack = () if shape is trinity else ("--stack", "own")
+    variables = with_driver(farm, tmp_path, HERE.value) if stack else mirrors(tmp_path)
+    done = farm.run("build", shape.__name__, *AIM, *stack, **variables, **depot.variables)
     assert done.code == 0, f"{done.said}\n{farm.run('log', shape.__name__).out[-3000:]}"
 
 
