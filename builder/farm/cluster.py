@@ -16,13 +16,15 @@ from builder.planning.plan import Plan
 from builder.planning.stack import Arch, host_arch
 from gracefarm import extras
 from gracefarm.errors import FarmError, UsageError
-from gracefarm.process import first_line
+from gracefarm.process import first_line, last_line
 from gracefarm.tables import parse_size
 
 LOCAL = "local"
 NAMESPACE = "gracefarm"
 CONNECT = 10.0
 "Seconds that an address may take to answer."
+ATTEMPTS = 3
+"A head gives a new client's process 30 s to start, which a busy head exceeds."
 ANSWER = 60.0
 "Seconds that the foreman may take to answer."
 _REPEAT = "then repeat the command: it goes on from what is built"
@@ -175,12 +177,19 @@ def _init(ray: Any, address: str) -> None:
     options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
     if address == LOCAL:
         options |= {"num_cpus": jobs.cores(), "resources": {host_arch().value: 1.0}, "include_dashboard": False}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ray.init(address=address, **options)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
-        raise _silent(address, first_line(str(error), type(error).__name__)) from error
+    for attempt in reversed(range(ATTEMPTS)):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                ray.init(address=address, **options)
+            return
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
+            text = str(error)
+            late = text.startswith("Initialization failure")
+            if late and attempt:
+                continue
+            # The head's own traceback ends with the reason.
+            raise _silent(address, last_line(text) if late else first_line(text, type(error).__name__)) from error
 
 
 def _workers(ray: Any) -> list[Worker]:

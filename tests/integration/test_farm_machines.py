@@ -213,12 +213,12 @@ def test_a_worker_of_another_gracefarm_is_named_and_left_out(cluster: Cluster, w
         shutil.rmtree(other)
 
 
-def test_a_cell_for_which_no_worker_is_there_leaves_the_others_alone(cluster: Cluster, workers: list[Machine]) -> None:
+def test_a_cell_for_which_no_worker_is_there_is_refused_by_name(cluster: Cluster, workers: list[Machine]) -> None:
     cluster.recipe("both", 0)
     workers.append(cluster.room.worker(cluster.head, "arm", arch="aarch64"))
     wait_for_workers(cluster, 1)
     ended = cluster.laptop.run(*cluster.command("both", target="x86_64"))
-    assert ended.code == 50, ended.said
+    assert ended.code == 51, ended.said
     assert "no worker of the farm builds for x86_64: its workers are aarch64" in ended.said
     assert "--resources '{\"x86_64\": 1}'" in ended.said
 
