@@ -1,1 +1,1 @@
-"""Speak with an engine that runs: a canary, completions, its metrics and its log."""
+"""Communicates with a running engine: canary, completions, metrics, log."""

@@ -1,4 +1,4 @@
-"""The canary: a real completion of one token. /health of an engine says 200 for dead workers, so it is never asked."""
+"""The canary: a real completion of one token. An engine's /health is not used, since it returns 200 with dead workers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KINDS: dict[str, ReplyKind] = {"refused": "refused", "cut": "refused", "stall":
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What became of it."""
+    """The result of a canary."""
 
     kind: ReplyKind
     text: str = ""
@@ -25,7 +25,7 @@ class Reply:
 
 
 async def ask_one_token(local: int, key: str | None, seconds: float) -> Reply:
-    """One token from 127.0.0.1:`local`. Never raises for what the other side does."""
+    """Request one token from 127.0.0.1:`local`. Errors of the server are part of the result."""
     begun, model = time.monotonic(), ""
     late = f"no token within {seconds:g} s"
     try:

@@ -1,7 +1,7 @@
-"""Completions of any OpenAI-compatible server: streamed, timed as the bytes come, or whole.
+"""Completions of an OpenAI-compatible server: streamed, with the time of each chunk, or whole.
 
-A chunk is not a token: tokens are what the server counts in `usage`. `stream` raises nothing for what the other side does:
-what went wrong is part of the answer, for a bench counts errors.
+A chunk is not a token: the server counts tokens in `usage`. `stream` does not raise errors of the server, but returns them in
+the answer, since a benchmark counts them.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from deploy.remote.wire import Json
 Api = Literal["completions", "chat"]
 OnText = Callable[[str], None]
 FailureKind = Literal["refused", "http", "stream", "stall", "cut", "usage"]
-"""refused: no connection; http: a status that is not 200; stream: an error in the middle of the answer; stall: no text for too
-long; cut: the connection ended before the answer did; usage: the server did not count its tokens."""
+"""refused: no connection; http: a status other than 200; stream: an error within the answer; stall: no text for too long; cut:
+the connection ended before the answer; usage: the server did not count the tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionServer:
-    """Whom to ask. `url` as http://host:port, with or without /v1."""
+    """A server. `url` is http://host:port, with or without /v1."""
 
     url: str
     key: str | None = field(default=None, repr=False)
     direct: bool = True
-    "No proxy of the environment: it is this machine's loopback."
+    "Ignore proxies of the environment, for a server on the loopback."
 
     @property
     def base(self) -> str:
-        """Up to and without /v1."""
+        """The URL without /v1."""
         return self.url.rstrip("/").removesuffix("/v1").rstrip("/")
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
-        """For any number of requests at once; how long an answer may take is told by `stream`."""
+        """A client for any number of concurrent requests. It has no timeout; `stream` has one."""
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         timeout = httpx.Timeout(None, connect=10)
@@ -53,30 +53,30 @@ class CompletionServer:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What is asked for."""
+    """The content of a request."""
 
     model: str
     text: str
     max_tokens: int
     api: Api = "completions"
     to_the_end: bool = False
-    "`ignore_eos`: exactly max_tokens are made. aphrodite and vLLM know it, others may refuse it."
+    "Set `ignore_eos`, to get exactly max_tokens. Aphrodite and vLLM support it; other servers may refuse it."
 
     @property
     def path(self) -> str:
-        """Below the server's base."""
+        """The path of the API."""
         return "/v1/chat/completions" if self.api == "chat" else "/v1/completions"
 
     @property
     def body(self) -> Json:
-        """As the API wants it."""
+        """The JSON body for the API."""
         asked = {"messages": [{"role": "user", "content": self.text}]} if self.api == "chat" else {"prompt": self.text}
         more = {"ignore_eos": True} if self.to_the_end else {}
         return {"model": self.model, **asked, "max_tokens": self.max_tokens, "temperature": 0, **more}
 
 
 class CompletionError(Exception):
-    """What the other side did instead of an answer. `status`: HTTP's, where that was the failure."""
+    """A request that failed. `status`: the HTTP status, if that was the failure."""
 
     def __init__(self, kind: FailureKind, cause: str, status: int | None = None) -> None:
         super().__init__(cause)
@@ -85,7 +85,7 @@ class CompletionError(Exception):
 
 @contextmanager
 def _failures(late: str, form: str) -> Iterator[None]:
-    """What may happen on the way as `CompletionError`. `late`: what a time-out means, `form`: what was expected."""
+    """Convert exceptions to `CompletionError`. `late`: message for a timeout. `form`: what was expected."""
     try:
         yield
     except TimeoutError as error:
@@ -95,11 +95,11 @@ def _failures(late: str, form: str) -> Iterator[None]:
     except httpx.TransportError as error:
         raise CompletionError("cut", str(error) or type(error).__name__) from error
     except (ValueError, TypeError, AttributeError, LookupError) as error:
-        raise CompletionError("stream", f"not the {form} of an OpenAI server: {error}") from error
+        raise CompletionError("stream", f"the {form} is not in OpenAI's format: {error}") from error
 
 
 def _require(response: httpx.Response) -> None:
-    """Raises CompletionError: a status that is not 200. The body was read."""
+    """Raise CompletionError if the status is not 200. The body must have been read."""
     if response.status_code != 200:
         words = _words_of(response.text)
         cause = f"HTTP {response.status_code}{': ' + words if words else ''}"
@@ -108,30 +108,30 @@ def _require(response: httpx.Response) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What came back. Seconds count from the moment of asking."""
+    """An answer. Seconds are counted from the request."""
 
     seconds: float
-    "Until the end, or until it failed."
+    "Seconds until the end, or until it failed."
     first: float | None = None
-    "Until the first text."
+    "Seconds until the first text."
     gaps: tuple[float, ...] = ()
-    "Between chunks that hold text."
+    "Seconds between chunks with text."
     prompt_tokens: int | None = None
     tokens: int | None = None
-    "Made, as the server counted them; None: it did not."
+    "Generated tokens, as counted by the server; None: not counted."
     failure: FailureKind | None = None
     cause: str = ""
     status: int | None = None
-    "HTTP's, where that was the failure."
+    "The HTTP status, if that was the failure."
 
     @property
     def chunks(self) -> int:
-        """That held text."""
+        """Number of chunks with text."""
         return len(self.gaps) + (self.first is not None)
 
     @property
     def per_token(self) -> float | None:
-        """Seconds between tokens after the first chunk, by the server's count."""
+        """Mean seconds between tokens after the first chunk, with the server's count of tokens."""
         if self.failure or self.first is None or not self.tokens or self.tokens < 2:
             return None
         return sum(self.gaps) / (self.tokens - 1)
@@ -139,7 +139,7 @@ class Answer:
 
 @dataclass
 class _Reading:
-    """An answer while it comes."""
+    """An answer while it arrives."""
 
     begun: float = field(default_factory=time.perf_counter)
     first: float | None = None
@@ -150,7 +150,7 @@ class _Reading:
     problem: str = ""
 
     def take(self, chunk: Json) -> str:
-        """The text of a chunk; its time, usage and error are kept."""
+        """Return the text of a chunk, and store its time, usage and error."""
         if "error" in chunk or chunk.get("object") == "error":
             self.problem = _words(chunk)
             return ""
@@ -170,7 +170,7 @@ class _Reading:
         return text
 
     def answer(self, failure: FailureKind | None = None, cause: str = "", status: int | None = None) -> Answer:
-        """What there is."""
+        """The answer so far."""
         return Answer(
             seconds=time.perf_counter() - self.begun,
             first=self.first,
@@ -186,7 +186,7 @@ class _Reading:
 async def stream(
     client: httpx.AsyncClient, prompt: Prompt, *, patience: float = 120.0, on_text: OnText = lambda _text: None
 ) -> Answer:
-    """Ask, and read the answer to its end. `patience`: seconds without any text until it counts as stalled."""
+    """Request a streamed answer and read it. `patience`: seconds without text after which it counts as stalled."""
     reading = _Reading()
     body = {**prompt.body, "stream": True, "stream_options": {"include_usage": True}}
     try:
@@ -209,19 +209,19 @@ async def stream(
 
 
 async def whole(client: httpx.AsyncClient, prompt: Prompt) -> None:
-    """Ask for an answer in one piece; how long it may take is for the caller to say. Raises CompletionError."""
+    """Request an answer in one piece. It has no timeout. Raises CompletionError."""
     with _failures("no answer", "answer"):
         response = await client.post(prompt.path, json=prompt.body)
         _require(response)
         if not response.json()["choices"]:
-            raise CompletionError("stream", "an answer without a choice")
+            raise CompletionError("stream", "the answer has no choices")
 
 
 def _judge(reading: _Reading) -> Answer:
     if reading.problem:
         return reading.answer("stream", reading.problem)
     if not reading.ended:
-        return reading.answer("cut", "the stream ended before the answer did")
+        return reading.answer("cut", "the stream ended before the answer")
     if not reading.usage.get("completion_tokens"):
         return reading.answer("usage", "the server does not count tokens (stream_options.include_usage)")
     return reading.answer()
@@ -230,7 +230,7 @@ def _judge(reading: _Reading) -> Answer:
 async def _chunks(response: httpx.Response) -> AsyncIterator[Json | None]:
     """Each `data:` of server-sent events; None for [DONE].
 
-    Lines end with CR or LF alone: httpx's own splitter also takes U+2028 for an end, which may stand inside of an answer.
+    Lines end only with CR or LF. The splitter of httpx also splits at U+2028, which may occur in an answer.
     """
     rest = b""
     async for block in response.aiter_bytes():
@@ -242,7 +242,7 @@ async def _chunks(response: httpx.Response) -> AsyncIterator[Json | None]:
 
 
 def _words_of(text: str) -> str:
-    """The server's own words out of an error's body."""
+    """The message in the body of an error."""
     try:
         return _words(json.loads(text))
     except ValueError:
@@ -250,7 +250,7 @@ def _words_of(text: str) -> str:
 
 
 def _words(body: object) -> str:
-    """`message` of OpenAI's and the engine's errors, `detail` of FastAPI's, wherever it stands."""
+    """The `message` of an error of OpenAI or the engine, or the `detail` of FastAPI."""
     if isinstance(body, dict):
         inner = body.get("error", body)
         if isinstance(inner, dict):
@@ -260,12 +260,12 @@ def _words(body: object) -> str:
 
 
 async def models(client: httpx.AsyncClient, seconds: float = 30) -> list[str]:
-    """What is served, at least one. Raises CompletionError."""
+    """The names of the served models, at least one. Raises CompletionError."""
     with _failures(f"no answer within {seconds:g} s", "answer"):
         async with asyncio.timeout(seconds):
             response = await client.get("/v1/models")
         _require(response)
         names = [str(model["id"]) for model in response.json()["data"]]
     if not names:
-        raise CompletionError("stream", "it serves no model")
+        raise CompletionError("stream", "the server has no models")
     return names

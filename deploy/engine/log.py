@@ -1,6 +1,6 @@
-"""What an engine's log says: how far loading is, and the first cause of a failure. Pure.
+"""Reads an engine's log: the progress of loading, and the first cause of a failure.
 
-The lines are those of aphrodite-engine 0.6.4.post1 and of vLLM, whose names for the same things differ a little.
+It knows the lines of aphrodite-engine 0.6.4.post1 and of vLLM, which differ slightly.
 """
 
 from __future__ import annotations
@@ -31,39 +31,39 @@ _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _WORKER = re.compile(r"^\((?P<actor>\S+) pid=(?P<pid>\d+)(?:, ip=(?P<ip>[0-9a-fA-F.:]+))?\)\s*")
 
 OVERDUE = 10
-"Times the usual duration of a phase after which it is reported."
+"A phase is reported if it takes this many times its usual duration."
 SHORTEST = 10.0
-"Seconds that every phase may take: Ray hands on the lines of workers late, and 30 s of compiling counted as loading."
+"Minimum of the usual duration in seconds. Ray forwards the lines of workers late: 30 s of compiling counted as loading."
 USUAL = {"starting": 60.0, "placing": 30.0, "profiling": 60.0, "capturing": 60.0, "listening": 20.0}
-"Seconds of each phase where none was measured. Loading depends on the model and its storage."
+"Usual seconds of each phase if none was measured. Loading depends on the model and its storage."
 
 KEPT = 20000
-"Lines of the log that causes are looked for in."
+"Number of lines of the log that are searched for causes."
 
 
 def clean(line: str) -> str:
-    """A line without colours, and of a progress bar its last state."""
+    """A line without colours; of a progress bar, only the last state."""
     return _ANSI.sub("", line).rstrip("\r").rpartition("\r")[2].rstrip()
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """Fed line by line; knows the phase, when each began, and how much of the weights is loaded."""
+    """Gets the log line by line, and has the phase, the start of each phase, and the share of the weights that is loaded."""
 
     clock: Callable[[], float] = time.monotonic
     phase: str = PHASES[0]
     begun: dict[str, float] = field(default_factory=dict)
     fraction: float | None = None
-    "Of the weights, while loading."
+    "Share of the weights that is loaded."
     lines: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.begun.setdefault(self.phase, self.clock())
 
     def feed(self, line: str) -> None:
-        """The next line. Phases only go forward: a worker's late line does not turn the clock back."""
+        """Add a line. Phases only go forward, since workers' lines may arrive late."""
         text = clean(line)
-        if len(self.lines) < KEPT:  # the first cause matters, and it is early
+        if len(self.lines) < KEPT:  # the first cause is near the start
             self.lines.append(text)
         for name, pattern in _SIGNS:
             if PHASES.index(name) > PHASES.index(self.phase) and pattern.search(text):
@@ -78,34 +78,34 @@ class Progress:
         return self.clock() - self.begun[self.phase]
 
     def durations(self) -> dict[str, float]:
-        """Seconds of each phase so far: what the next start is measured by."""
+        """Seconds of each phase so far, to estimate the next start."""
         names = [name for name in PHASES if name in self.begun]
         ends = [*(self.begun[name] for name in names[1:]), self.clock()]
         return {name: round(end - self.begun[name], 3) for name, end in zip(names, ends, strict=True)}
 
     def left(self, last: Mapping[str, float]) -> float | None:
-        """Seconds that are left: of loading from its own speed, of the rest from `last` time's durations; None: unknown."""
+        """Estimated seconds left, from the speed of loading and the durations of the `last` start; None: unknown."""
         later = PHASES[PHASES.index(self.phase) + 1 :]
         if self.phase == "loading" and self.fraction and self.fraction < 1:
             own = self.elapsed() * (1 - self.fraction) / self.fraction
         elif self.phase in last and self.elapsed() <= last[self.phase]:
             own = last[self.phase] - self.elapsed()
-        else:  # longer than last time: nobody knows
+        else:  # longer than last time, so unknown
             return None
         return own + sum(last.get(name, 0.0) for name in later)
 
     def usual(self, last: Mapping[str, float]) -> float | None:
-        """Seconds that this phase usually takes: as last time, else as on most machines; None: it depends on the model."""
+        """Usual seconds of this phase: from the last start, else from USUAL; None: it depends on the model."""
         return last.get(self.phase, USUAL.get(self.phase))
 
     def overdue(self, last: Mapping[str, float]) -> bool:
-        """It takes OVERDUE times as long as usual: what goes wrong in silence is told by that alone."""
+        """Whether the phase takes more than OVERDUE times its usual duration. A hanging engine shows no other sign."""
         usual = self.usual(last)
         return usual is not None and self.elapsed() > OVERDUE * max(usual, SHORTEST)
 
 
 def fraction(line: str) -> float | None:
-    """How much of the weights is loaded, as a progress bar of tqdm or rich says it; None for any other line."""
+    """The loaded share of the weights, from a progress bar of tqdm or rich; None for other lines."""
     if not re.search(r"[Ll]oading|[Ss]hards", line):
         return None
     if match := _PERCENT.search(line):
@@ -117,20 +117,20 @@ def fraction(line: str) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Cause:
-    """Why the engine failed, in one sentence, and what to do."""
+    """Why the engine failed, and a remedy."""
 
     kind: str
-    "Of a rule; `unknown`: an error that no rule knows; `killed`; `none`: nothing looks like a cause."
+    "Kind of a rule; `unknown`: an error that no rule matches; `killed`; `none`: no cause was found."
     text: str
     remedy: str
     line: str = ""
-    "What it was read from."
+    "The line of the log."
     consequence: bool = False
-    "Something else is behind it: shown only where nothing better was found."
+    "It is a consequence of something else, and is shown only if no other cause is found."
 
 
 class Rule(BaseModel):
-    """One of deploy/data/engine-log.toml."""
+    """A rule of deploy/data/engine-log.toml."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -151,10 +151,10 @@ _ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)(?:: |$)|^\[?(?
 
 
 def first_cause(lines: list[str], names: Mapping[str, str], *, returncode: int | None = None) -> Cause:
-    """The first cause in a log. `names`: private address to node name.
+    """The first cause in a log. `names`: node name by private address.
 
-    The last traceback is mostly a consequence (aws-do-eks#69), so the first line that a rule knows wins; a consequence does
-    only where no rule knows a cause.
+    The last traceback is usually a consequence (aws-do-eks#69), so the first line that matches a rule is used. Rules for
+    consequences are used only if no other rule matches.
     """
     best: Cause | None = None
     for index in range(len(lines)):
@@ -166,37 +166,37 @@ def first_cause(lines: list[str], names: Mapping[str, str], *, returncode: int |
         return best
     error = next((text for text in map(_bare, lines) if _ERROR.search(text)), None)
     if error:
-        return Cause(kind="unknown", text=error, remedy="`deploy logs` shows all of it", line=error)
+        return Cause(kind="unknown", text=error, remedy="see the whole log with `deploy logs`", line=error)
     if returncode in (137, -9, 9):
         return Cause(
             kind="killed",
-            text="it was killed (SIGKILL): by the kernel for host memory, or by hand",
-            remedy="`deploy collect` has the kernel's words; less cpu_offload_gib needs less host memory",
+            text="it was killed (SIGKILL), by the kernel for host memory or by a user",
+            remedy="collect the kernel's messages with `deploy collect`; if host memory was full, reduce cpu_offload_gib",
         )
     return no_cause(lines)
 
 
 def no_cause(lines: Sequence[str]) -> Cause:
-    """What can be said of a log in which nothing looks like a cause: how far it came, and its last words."""
+    """The cause for a log without a recognised cause: the phase, and the last line."""
     progress = Progress()
     for line in lines:
         progress.feed(line)
     last = next((text for text in map(_bare, reversed(lines)) if text), "")
-    said = f"the last line of its log: {last[:300]}" if last else "its log is empty"
+    line = f"the last line of its log: {last[:300]}" if last else "its log is empty"
     return Cause(
         kind="none",
-        text=f"no cause found; it was {progress.phase}, and {said}",
-        remedy="`deploy logs` shows all of it; `deploy collect` keeps the logs of all nodes, and where each rank waits",
+        text=f"no cause found; the engine was {progress.phase}; {line}",
+        remedy="see the whole log with `deploy logs`; collect the logs of all nodes and the stacks with `deploy collect`",
         line=last,
     )
 
 
 WRAPPED = 3
-"Lines that one message may take: rich breaks them at 80 columns where there is no terminal."
+"Maximum number of lines of one message. Without a terminal, rich wraps lines at 80 columns."
 
 
 def _match_wrapped(texts: Sequence[str], names: Mapping[str, str]) -> Cause | None:
-    """A cause that begins in the first of these lines."""
+    """A cause that starts in the first of these lines."""
     for count in range(1, len(texts) + 1):
         cause = _match(" ".join([texts[0], *(text.strip() for text in texts[1:count])]), names)
         if cause:

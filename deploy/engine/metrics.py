@@ -1,4 +1,4 @@
-"""What an engine's /metrics say: aphrodite's and vLLM's names, summed over models."""
+"""Reads an engine's /metrics, with the names of Aphrodite and vLLM, summed over models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PREFIXES = ("aphrodite:", "vllm:")
 
 
 class EngineMetrics(BaseModel):
-    """Counters since its start, gauges of now. None: the engine has no such one."""
+    """Counters since the engine's start, and gauges. None: the engine does not have this metric."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -20,9 +20,9 @@ class EngineMetrics(BaseModel):
     num_requests_waiting: float | None = None
     num_preemptions_total: float | None = None
     cache: float | None = None
-    "Of the KV cache, 0 to 1."
+    "Used share of the KV cache, from 0 to 1."
     first_sum: float | None = None
-    "Seconds until the first token, of `first_count` requests."
+    "Sum of the seconds to the first token, of `first_count` requests."
     first_count: float | None = None
 
 
@@ -35,7 +35,7 @@ _OTHER_NAMES = {
 
 
 def parse(text: str) -> EngineMetrics | None:
-    """None: nothing of an engine is in it."""
+    """Parse the text of /metrics; None if it has no metrics of an engine."""
     values: dict[str, float] = {}
     try:
         for family in text_string_to_metric_families(text):
@@ -47,13 +47,13 @@ def parse(text: str) -> EngineMetrics | None:
                 name = _OTHER_NAMES.get(short, short)
                 if name in EngineMetrics.model_fields:
                     values[name] = values.get(name, 0.0) + sample.value
-    except ValueError:  # the parser's, for what is no exposition
+    except ValueError:  # from the parser, for another format
         return None
     return EngineMetrics(**values) if values else None
 
 
 async def scrape(local: int, seconds: float = 10) -> EngineMetrics | None:
-    """Of the server behind 127.0.0.1:`local`; None: not to be had. They need no key."""
+    """The metrics of the server at 127.0.0.1:`local`; None if they cannot be read. No key is necessary."""
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{local}", timeout=seconds, trust_env=False) as client:
             response = await client.get("/metrics")
@@ -63,7 +63,7 @@ async def scrape(local: int, seconds: float = 10) -> EngineMetrics | None:
 
 
 def rate(before: EngineMetrics | None, after: EngineMetrics | None, seconds: float) -> float | None:
-    """Tokens/s between two; None: unknown, or the engine was started in between."""
+    """Tokens/s between two measurements; None: unknown, or the engine was restarted in between."""
     if not before or not after or before.generation_tokens_total is None or after.generation_tokens_total is None:
         return None
     tokens = after.generation_tokens_total - before.generation_tokens_total
@@ -71,12 +71,12 @@ def rate(before: EngineMetrics | None, after: EngineMetrics | None, seconds: flo
 
 
 def moved(before: EngineMetrics | None, after: EngineMetrics | None) -> bool:
-    """Tokens were made between two looks."""
+    """Whether tokens were generated between two measurements."""
     return bool(before and after and (after.generation_tokens_total or 0) > (before.generation_tokens_total or 0))
 
 
 def first(before: EngineMetrics | None, after: EngineMetrics | None) -> float | None:
-    """Mean seconds until the first token, of requests between two; None: there was none."""
+    """Mean seconds to the first token, of the requests between two measurements; None: there were none."""
     if not before or not after or None in (before.first_sum, after.first_sum, before.first_count, after.first_count):
         return None
     count = (after.first_count or 0) - (before.first_count or 0)

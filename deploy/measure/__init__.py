@@ -1,1 +1,1 @@
-"""How fast a served model answers."""
+"""Measures the speed of a served model."""

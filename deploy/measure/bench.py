@@ -1,4 +1,4 @@
-"""How fast a served model is: one query as the tutorial's, and a sweep over requests at once beside the plan's prediction."""
+"""Measures a served model: a single query, and sweeps over numbers of concurrent requests with the plan's prediction."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from deploy.planning.plans import ServePlan
 from gracefarm.errors import EngineError
 
 OnAnswer = Callable[[int, int], None]
-"Answers so far, of how many."
+"Called with the number of answers, and of requests."
 TEXT = (
     "the river runs under old stone bridges while small boats wait for rain and people walk home slowly through narrow "
     "streets with bread fruit paper letters and a long story about winter"
 )
-"Common words are one token each in nearly every vocabulary; how many a prompt really had is told by the server."
+"Common words, which are one token in nearly every vocabulary. The server counts the actual tokens of a prompt."
 
 
 class Spread(BaseModel):
@@ -39,7 +39,7 @@ class Spread(BaseModel):
 
 
 class Level(BaseModel):
-    """What so many requests at once gave. Tokens are the server's count, of requests that were answered whole."""
+    """The result for a number of concurrent requests. Tokens are counted by the server, for complete answers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,29 +47,29 @@ class Level(BaseModel):
     requests: int
     answered: int
     errors: Mapping[str, int]
-    "Kind to number."
+    "Number of errors by kind."
     first_error: str = ""
     seconds: float
-    "From the first question to the last answer."
+    "Seconds from the first request to the last answer."
     prompt_tokens: int
     tokens: int
     tokens_per_s: float
-    "Of all streams together."
+    "Tokens/s of all streams together."
     stream_tokens_per_s: float | None
-    "Of one stream after its first token: the middle one."
+    "Median tokens/s of one stream after its first token."
     first_ms: Spread | None
-    "Until the first text."
+    "Time to the first text."
     token_ms: Spread | None
-    "Between tokens: each request's time after its first text by the tokens that came in it."
+    "Time between tokens: for each request, the time after its first text divided by the tokens."
     chunk_ms: Spread | None
-    "Between chunks, which hold one token or several."
+    "Time between chunks, which have one token or more."
     usd_per_mtok: float | None
     predicted_tokens_per_s: float | None
-    "The plan's one stream times so many: the most that the model of speed allows."
+    "Predicted tokens/s for this number of streams."
 
 
 class SweepReport(BaseModel):
-    """A sweep, as kept."""
+    """The stored result of a sweep."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -78,10 +78,10 @@ class SweepReport(BaseModel):
     model: str
     api: Api
     prompt_tokens: int
-    "Asked for; what the server counted stands in each level."
+    "Requested tokens of a prompt. Each level has the number that the server counted."
     max_tokens: int
     to_the_end: bool
-    "The server was told not to end an answer before max_tokens."
+    "The server was told to generate exactly max_tokens."
     deployment: str | None = None
     plan: str | None = None
     layout: str | None = None
@@ -91,11 +91,11 @@ class SweepReport(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What to measure."""
+    """The parameters of a measurement."""
 
     concurrency: Sequence[int]
     requests: int | None = None
-    "Of each level; None: four times as many as at once, and at least 8."
+    "Number of requests per level; None: four times the concurrency, at least 8."
     prompt_tokens: int = 128
     max_tokens: int = 128
     api: Api = "completions"
@@ -103,19 +103,19 @@ class Sweep:
     seed: int = 0
 
     def count(self, concurrency: int) -> int:
-        """Requests of a level."""
+        """Number of requests of a level."""
         return self.requests or max(8, 4 * concurrency)
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """Linear between the two nearest, as numpy's. `values` is not empty."""
+    """A percentile, interpolated linearly like in numpy. `values` must not be empty."""
     if len(values) == 1:
         return values[0]
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
 def spread(seconds: Sequence[float]) -> Spread | None:
-    """In milliseconds; None of nothing."""
+    """Percentiles in milliseconds; None if there are no values."""
     if not seconds:
         return None
     p50, p90, p99 = (round(1000 * percentile(seconds, percent), 2) for percent in (50, 90, 99))
@@ -123,14 +123,14 @@ def spread(seconds: Sequence[float]) -> Spread | None:
 
 
 def prompt_text(tokens: int, seed: int) -> str:
-    """About so many tokens; the first ones differ from every other prompt's, so that no prefix is found in a cache."""
+    """A prompt of about this many tokens. Its start is unique, so that no prefix is found in a cache."""
     chance = random.Random(seed)  # noqa: S311 - for prompts
     start, words = f"{chance.getrandbits(32):08x}", TEXT.split()  # the start is about four tokens
     return " ".join([start, *(chance.choice(words) for _ in range(max(0, tokens - 4)))])
 
 
 def prompts(sweep: Sweep, model: str, *, to_the_end: bool) -> Iterator[Prompt]:
-    """One after the other, none twice."""
+    """An endless sequence of different prompts."""
     for number in itertools.count(sweep.seed * 1_000_003):
         yield Prompt(
             model=model,
@@ -142,7 +142,7 @@ def prompts(sweep: Sweep, model: str, *, to_the_end: bool) -> Iterator[Prompt]:
 
 
 async def find_model(client: httpx.AsyncClient, wanted: str | None) -> str:
-    """The model to ask for. Raises EngineError: the server does not answer, refuses the key, or has another one."""
+    """The name of the model. Raises EngineError if the server does not answer, refuses the key, or lacks the model."""
     try:
         names = await completion.models(client)
     except CompletionError as failure:
@@ -150,22 +150,22 @@ async def find_model(client: httpx.AsyncClient, wanted: str | None) -> str:
             return wanted
         raise EngineError(f"{client.base_url}: {failure.cause}", remedy=remedy(failure.status)) from failure
     if wanted and wanted not in names:
-        raise EngineError(f"there is no model {wanted!r}", remedy=f"there is: {', '.join(names)}")
+        raise EngineError(f"the server has no model {wanted!r}", remedy=f"use one of its models: {', '.join(names)}")
     return wanted or names[0]
 
 
 def remedy(status: int | None) -> str:
-    """What to do about a server that does not answer as it should."""
+    """The remedy for a server that does not answer correctly."""
     if status in (401, 403):
-        return "its key: the deployment's own is found by itself; for --url set OPENAI_API_KEY or --key-file"
-    return "`deploy status` tells what it is about; with --url: is the address right?"
+        return "with --url, set the key with OPENAI_API_KEY or --key-file; otherwise run `deploy down`, then `deploy serve`"
+    return "check the server with `deploy status`; with --url, check the address"
 
 
 async def query(server: CompletionServer, prompt: Prompt, *, patience: float, on_text: completion.OnText) -> Answer:
-    """One answer, its text as it comes.
+    """Get one answer, and pass on its text as it arrives.
 
     Raises:
-        EngineError: it was not whole.
+        EngineError: the answer is not complete.
     """
     async with server.client() as client:
         answer = await completion.stream(client, prompt, patience=patience, on_text=on_text)
@@ -175,10 +175,10 @@ async def query(server: CompletionServer, prompt: Prompt, *, patience: float, on
 
 
 async def settle(client: httpx.AsyncClient, sweep: Sweep, model: str) -> bool:
-    """Warm up with a short answer; whether the server takes `ignore_eos`.
+    """Warm up with a short answer. Return whether the server accepts `ignore_eos`.
 
     Raises:
-        EngineError: it does not answer even that.
+        EngineError: the server does not answer.
     """
     for to_the_end in (True, False):
         prompt = Prompt(model=model, text="Hello", max_tokens=4, api=sweep.api, to_the_end=to_the_end)
@@ -193,7 +193,7 @@ async def settle(client: httpx.AsyncClient, sweep: Sweep, model: str) -> bool:
 async def measure(
     client: httpx.AsyncClient, source: Iterator[Prompt], sweep: Sweep, concurrency: int, on_answer: OnAnswer
 ) -> tuple[list[Answer], float]:
-    """The answers of one level, and the seconds that they took together: `concurrency` of them are always under way."""
+    """Run one level with `concurrency` requests at the same time. Return the answers, and the total seconds."""
     count = sweep.count(concurrency)
     answers: list[Answer] = []
     left = iter(range(count))
@@ -211,7 +211,7 @@ async def measure(
 
 
 def level(answers: Sequence[Answer], seconds: float, concurrency: int, plan: ServePlan | None = None) -> Level:
-    """Sum up."""
+    """Summarise the answers of a level."""
     good = [answer for answer in answers if answer.failure is None]
     errors = Counter(answer.failure for answer in answers if answer.failure)
     tokens = sum(answer.tokens or 0 for answer in good)
@@ -250,10 +250,10 @@ async def run_sweep(
     on_answer: Callable[[int, int, int], None] = lambda _concurrency, _done, _count: None,
     on_level: OnLevel = lambda _level: None,
 ) -> SweepReport:
-    """Every level in turn.
+    """Run all levels in sequence. Errors of single requests are counted.
 
     Raises:
-        EngineError: the server does not answer at all. Errors of single requests are counted.
+        EngineError: the server does not answer at all.
     """
     begun = time.time()
     levels = []

@@ -1,1 +1,1 @@
-"""What a deployment does now: status, top, logs, collect. Nothing here changes a node."""
+"""Observes a deployment: status, top, logs, collect. This package does not change the nodes."""

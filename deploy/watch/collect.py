@@ -1,4 +1,4 @@
-"""One archive of all that a deployment has to say after something went wrong: redacted, with the first cause on top."""
+"""Collects all logs and facts of a deployment in one redacted archive, with a summary that starts with the first cause."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ from gracefarm.errors import GracefarmError, NodeError
 LOCAL = (".deploy/state.json", ".deploy/plan.json", ".deploy/facts.json")
 ENGINE_LOG, ENGINE_EXIT, STACKS = "jobs/engine/log", "jobs/engine/exit", "stacks.txt"
 SILENT = 60.0
-"Seconds without a line in the log of an engine that loads after which its stacks are told."
+"Seconds without a line in the log of a loading engine, after which its stacks are shown."
 OWN = ("memory", "kv-cache", "shard", "driver-gpu", "gpus", "port", "layout", "usage", "import", "ray")
-"Kinds of causes that nothing on a machine stands behind: they are first wherever they are found."
+"Kinds of causes that are not consequences of a defect of a machine. They always come first."
 _KERNEL = re.compile(r"\bXid\b|Killed process|Machine check|fallen off the bus", re.I)
 _KILLED = re.compile(r"Killed process \d+ \(([^)]*)\)", re.I)
 OURS = ("python", "ray", "gcs_server", "aphrodite", "vllm", "pt_main")
-"How names of processes begin whose end the engine does not survive."
+"Prefixes of the names of processes that the engine needs."
 _XID = re.compile(r"Xid \(([^)]*)\): (\d+)")
 GATHER = 600.0
-"Seconds for all that a node has to say."
+"Timeout in seconds for collecting data from a node."
 LAST = 8
 "Rank of the finding that no cause was found."
 SHOWN = 4
-"Ranks whose places are told in a sentence; all are in the archive."
+"Maximum number of stacks in a message. The archive contains all."
 EARLY = 120.0
-"Seconds before the engine's start from which the kernel's words may have to do with it."
-STUCK = "is the server of that file system there? `deploy run --timeout 10 -- df -h`"
+"Seconds before the engine's start from which messages of the kernel may be related to it."
+STUCK = "check the server of that file system: `deploy run --timeout 10 -- df -h`"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Something that may be the cause. The least `rank` is the first cause."""
+    """A possible cause. The finding with the lowest `rank` is the first cause."""
 
     rank: int
     where: str
@@ -68,14 +68,14 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """What was made."""
+    """The archive that was written."""
 
     path: Path
     findings: tuple[Finding, ...]
     files: int
     size: int
     missing: Mapping[str, str]
-    "Node to why nothing of it is in there."
+    "Errors of nodes whose data is missing."
     status: Status
 
 
@@ -88,12 +88,12 @@ class _Archive:
     redactor: Redactor
     count: int = 0
     texts: dict[str, bytes] = field(default_factory=dict)
-    "Members that causes are looked for in."
+    "Members that are searched for causes."
     written: dict[str, float] = field(default_factory=dict)
-    "When each of these was written last, by the node's clock."
+    "When each of these was last written, by the node's clock."
 
     def add(self, name: str, content: bytes, modified: float, *, keep: bool = False) -> None:
-        """One member; its name may hold a secret too."""
+        """Add a member. Its name is redacted too."""
         clean = self.redactor.clean(content)
         info = tarfile.TarInfo(posixpath.join(self.root, self.redactor.line(name)))
         info.size, info.mtime, info.mode = len(clean), int(modified), 0o600
@@ -106,7 +106,7 @@ class _Archive:
 async def write_bundle(
     deployment: Deployment, fleet: Fleet, folder: Path, *, environ: Mapping[str, str] = os.environ
 ) -> Bundle:
-    """The bundle in `folder`, 0600, whole or not at all. A node that is not reached is noted in it.
+    """Write the archive to `folder` atomically, with mode 0600. Nodes that cannot be reached are noted in it.
 
     Raises:
         OSError: it cannot be written.
@@ -132,7 +132,7 @@ async def write_bundle(
 
 @contextmanager
 def _whole(target: Path) -> Iterator[IO[bytes]]:
-    """A file that takes its name when all is in it; 0600."""
+    """A file with mode 0600 that gets its name when it is complete."""
     descriptor, partial = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         with os.fdopen(descriptor, "w+b") as stream:
@@ -144,18 +144,18 @@ def _whole(target: Path) -> Iterator[IO[bytes]]:
 
 
 def _local(archive: _Archive, deployment: Deployment) -> State:
-    """What this machine knows."""
+    """Add the files of this machine, and return the state."""
     base = deployment.path.parent
     more = sorted([*deployment.folder.logs.rglob("*"), *(deployment.folder.path / "bench").glob("*")])
     for path in (deployment.path, *(base / name for name in LOCAL), *more):
-        with suppress(OSError):  # a folder, or not there
+        with suppress(OSError):  # a folder, or a missing file
             inside = path.relative_to(base) if path.is_relative_to(base) else Path(path.name)
             archive.add(f"local/{inside.as_posix().removeprefix('.')}", path.read_bytes(), path.stat().st_mtime)
     return status.kept_or_empty(deployment.folder)
 
 
 async def _nodes(archive: _Archive, watch: Watch) -> dict[str, str]:
-    """Every node at once; node to why it could not be asked."""
+    """Collect from every node in parallel. Return the errors by node."""
 
     async def gather(node: RemoteNode) -> Json:
         def heard(event: Json) -> None:
@@ -175,25 +175,28 @@ async def _nodes(archive: _Archive, watch: Watch) -> dict[str, str]:
                 }
                 return await call(node, "gather.gather", request, on_event=heard)
         except TimeoutError as error:
-            raise NodeError(f"{node.name}: not all it has to say came within {GATHER:g} s", remedy="`deploy ssh`") from error
+            raise NodeError(
+                f"{node.name}: collecting its data timed out after {GATHER:g} s",
+                remedy=f"check the node: `deploy ssh {node.name}`",
+            ) from error
 
     _good, bad = await try_all(watch.nodes, gather)
     return {node: error.cause for node, error in bad.items()}
 
 
 def _interesting(name: str) -> bool:
-    """A cause may stand in it."""
+    """Whether a file may contain a cause."""
     base = posixpath.basename(name)
     return name in (ENGINE_LOG, ENGINE_EXIT, "dmesg-gpu.txt", STACKS) or base.startswith("worker-")
 
 
 async def _wanted(watch: Watch, node: RemoteNode) -> list[Json]:
-    """Of deploy.remote.gather: our jobs' logs, and the logs of every session of Ray's."""
+    """The files for deploy.remote.gather: logs of our jobs, and of all sessions of Ray."""
     deployment, place = watch.deployment, watch.deployment.node(node.name)
     folder = await watch.fleet.folder(place)
     users = {known.name: known.user for known in watch.facts.nodes} if watch.facts else {}
     temps: dict[str, None] = {}
-    with suppress(GracefarmError):  # where `local` is too long for Ray, no Ray was ever started
+    with suppress(GracefarmError):  # if `local` is too long for Ray, Ray was never started
         temps = dict.fromkeys(paths.ray_temp(deployment, at, users[at.name]) for at in (place, deployment.head) if users)
     jobs = posixpath.join(folder, "jobs")
     return [
@@ -208,7 +211,7 @@ async def _wanted(watch: Watch, node: RemoteNode) -> list[Json]:
 
 
 def silent_for(archive: _Archive, seen: Status) -> float:
-    """Seconds since the engine's log was written last; 0 where there is none."""
+    """Seconds since the engine's log was last written; 0 if there is none."""
     written = archive.written.get(f"nodes/{seen.nodes[0].name}/{ENGINE_LOG}")
     return max(0.0, seen.taken - written) if written else 0.0
 
@@ -222,11 +225,11 @@ def findings(
     *,
     silence: float = 0.0,
 ) -> tuple[Finding, ...]:
-    """Everything that may be the cause, the likeliest first.
+    """All possible causes, the most likely first.
 
-    An engine's own reason (memory, a damaged file, a refused layout) is first. Where it only tells that something else broke,
-    the machine's words come before it: a GPU's Xid, a kernel that killed, a node that is gone, an exception in a worker's own
-    log (aws-do-eks#69 hid one behind ActorHandleNotFoundError). A failed step counts where nothing of that is found.
+    A reason in the engine itself (memory, a damaged file, a refused layout) comes first. If the engine's error is only a
+    consequence, these come before it: a GPU's Xid, a process killed by the kernel, a lost node, an exception in a worker's log
+    (aws-do-eks#69 hid one behind ActorHandleNotFoundError). Failed steps come after them.
     """
     names = {node.private: node.name for node in plan.nodes} if plan else {}
     causes: list[Finding] = []
@@ -239,7 +242,8 @@ def findings(
             causes += _kernel(content, node, name, begun)
         elif not running and ((base.startswith("worker-") and _latest(name, texts)) or _follower(name, plan)):
             causes += _worker(content, names, node, name)
-    causes += [Finding(rank=2, where=node, text=why, remedy="`deploy preflight`") for node, why in missing.items()]
+    check = "check the nodes with `deploy preflight`"
+    causes += [Finding(rank=2, where=node, text=why, remedy=check) for node, why in missing.items()]
     causes += [
         Finding(rank=2, where=status.name, text=f"{status.name}: the file system at {path} does not answer", remedy=STUCK)
         for status in seen.nodes
@@ -262,16 +266,16 @@ def findings(
 
 
 def _follower(name: str, plan: ServePlan | None) -> bool:
-    """The log of an engine's part on another node, where there is no Ray."""
+    """Whether this is the log of an engine without Ray on a node other than the head."""
     return plan is not None and name in {f"nodes/{node.name}/{ENGINE_LOG}" for node in plan.followers}
 
 
 def _of_engine(
     texts: Mapping[str, bytes], seen: Status, names: Mapping[str, str], silence: float, *, ended: bool
 ) -> list[Finding]:
-    """What the engine's log says, what it does not, and why it cannot be asked."""
+    """Findings about the engine: from its log, from its stacks if it hangs, or why it cannot be reached."""
     word, head = seen.service.word, seen.nodes[0]
-    if word == "UNREACHABLE" and not head.error:  # it is the engine that cannot be asked, not its node
+    if word == "UNREACHABLE" and not head.error:  # the node answers, but its engine cannot be reached
         return [Finding(rank=0, where="engine", text=seen.service.text, remedy=seen.service.remedy)]
     log = texts.get(f"nodes/{head.name}/{ENGINE_LOG}")
     if log is None:
@@ -283,11 +287,13 @@ def _of_engine(
 
 
 def _lost(node: NodeStatus) -> str:
-    return f"Ray lost {node.name}: " + ("it runs there and is not heard" if node.raylet else "its raylet has ended")
+    return f"Ray lost {node.name}: " + (
+        "its raylet runs but does not reach the head" if node.raylet else "its raylet has ended"
+    )
 
 
 def _engine(log: bytes, names: Mapping[str, str], head: str, exited: bytes) -> list[Finding]:
-    """Why it ended, by its log."""
+    """Why the engine ended, from its log."""
     code = int(exited) if exited.isdigit() else None
     cause = first_cause(log.decode(errors="replace").splitlines(), names, returncode=code)
     vague = cause.consequence or cause.kind in ("unknown", "killed", "none")
@@ -298,7 +304,7 @@ def _engine(log: bytes, names: Mapping[str, str], head: str, exited: bytes) -> l
 
 
 def _hanging(log: bytes, texts: Mapping[str, bytes], head: str, silence: float) -> list[Finding]:
-    """An engine that runs and says nothing: how far it came, its last words, and where each rank waits."""
+    """The finding for a running engine without output: its phase, its last line, and where each rank waits."""
     cause = no_cause(log.decode(errors="replace").splitlines())
     waits = [
         f"{name.split('/')[1]}: {place}"
@@ -307,13 +313,13 @@ def _hanging(log: bytes, texts: Mapping[str, bytes], head: str, silence: float) 
         for place in places(content.decode(errors="replace"))
     ]
     where = f"; it waits at {'; '.join(waits[:SHOWN])}" + (" …" if len(waits) > SHOWN else "") if waits else ""
-    text = f"{cause.text}; nothing was said for {silence:.0f} s{where}"
-    remedy = "`deploy preflight` tries the network between the nodes; nodes/NODE/stacks.txt has the stacks"
+    text = f"{cause.text}; no output for {silence:.0f} s{where}"
+    remedy = "check the network between the nodes with `deploy preflight`; see the stacks in nodes/NODE/stacks.txt"
     return [Finding(rank=LAST, where="engine", text=text, remedy=remedy, file=f"nodes/{head}/{ENGINE_LOG}")]
 
 
 def places(stacks: str) -> list[str]:
-    """The innermost frame of the main thread of each process in py-spy's words, as `all_reduce (torch/…py:1) in process 7`."""
+    """The innermost frame of each main thread in the output of py-spy, such as `all_reduce (torch/…py:1) in process 7`."""
     found, process, main = [], "", False
     for line in stacks.splitlines():
         if match := re.match(r"Process (\d+):", line):
@@ -327,7 +333,7 @@ def places(stacks: str) -> list[str]:
 
 
 def _worker(content: bytes, names: Mapping[str, str], node: str, file: str) -> list[Finding]:
-    """An exception in a worker's own log: only what a rule knows, for these logs hold much."""
+    """An exception in a worker's log. Only exceptions that match a rule are reported, since these logs are large."""
     cause: Cause = first_cause(content.decode(errors="replace").splitlines(), names)
     if cause.kind in ("unknown", "killed", "none") or cause.consequence:
         return []
@@ -336,7 +342,7 @@ def _worker(content: bytes, names: Mapping[str, str], node: str, file: str) -> l
 
 
 def _kernel(content: bytes, node: str, file: str, begun: float) -> list[Finding]:
-    """The kernel's words on GPUs, kills and machine checks since shortly before the engine's start: the first that counts."""
+    """The most important kernel message about GPUs, kills and machine checks since shortly before the engine's start."""
     seen = []
     for line in content.decode(errors="replace").splitlines():
         when = _when(line)
@@ -344,9 +350,9 @@ def _kernel(content: bytes, node: str, file: str, begun: float) -> list[Finding]
             continue
         xid, killed = _XID.search(line), _KILLED.search(line)
         what = f"GPU error Xid {xid[2]} ({xid[1]})" if xid else "the kernel"
-        remedy = "drain and reboot the node, or replace it; NVIDIA's list of Xid errors tells which"
+        remedy = "reboot or replace the node; NVIDIA's list of Xid errors shows which is necessary"
         if killed:
-            remedy = "its memory ran out: less cpu_offload_gib in [layout], or nothing else on that node"
+            remedy = "reduce cpu_offload_gib in [layout], or stop other processes on that node: its host memory was full"
         stranger = killed is not None and not killed[1].lower().startswith(OURS)
         text = f"{node}: {what}: {line.strip()[:300]}"
         seen.append(Finding(rank=7 if stranger else 1, where=node, text=text, remedy=remedy, file=file))
@@ -354,7 +360,7 @@ def _kernel(content: bytes, node: str, file: str, begun: float) -> list[Finding]
 
 
 def _when(line: str) -> float | None:
-    """Of dmesg's `2026-11-24T22:45:00,123456+00:00`."""
+    """The time of a line of dmesg, such as `2026-11-24T22:45:00,123456+00:00`."""
     try:
         return datetime.fromisoformat(line.split()[0].replace(",", ".")).timestamp()
     except (ValueError, IndexError):
@@ -362,7 +368,7 @@ def _when(line: str) -> float | None:
 
 
 def _latest(name: str, names: Iterable[str]) -> bool:
-    """It is of the last session of its node."""
+    """Whether a file belongs to the last session on its node."""
     session = re.search(r"session_[^/]+", name)
     prefix = name[: name.index("/ray/")] if "/ray/" in name else name
     others = [match[0] for other in names if other.startswith(prefix) and (match := re.search(r"session_[^/]+", other))]
@@ -373,7 +379,7 @@ def _latest(name: str, names: Iterable[str]) -> bool:
 
 
 def summary(seen: Status, causes: Sequence[Finding], kept: State, missing: Mapping[str, str]) -> str:
-    """The page that is read first."""
+    """The first page of the archive."""
     parts: list[str] = []
     line: Callable[[str], None] = parts.append
     line(f"# {seen.deployment}: {seen.service.label}\n")
@@ -383,11 +389,11 @@ def summary(seen: Status, causes: Sequence[Finding], kept: State, missing: Mappi
         if first.remedy:
             line(f"What to do: {first.remedy}\n")
         if first.file:
-            line(f"Read from {first.file}\n")
+            line(f"Source: {first.file}\n")
     else:
-        line("Nothing that looks like a cause was found.\n")
+        line("No cause was found.\n")
     parts += [f"Not read: {note}\n" for note in seen.notes]
-    line(f"Seen at {time.strftime('%Y-%m-%d %H:%M:%S %Z', time.localtime(seen.taken))}: {seen.service.text}\n")
+    line(f"State at {time.strftime('%Y-%m-%d %H:%M:%S %Z', time.localtime(seen.taken))}: {seen.service.text}\n")
     if causes[1:]:
         line("## Also found\n")
         parts += [f"- {cause.text}" + (f" ({cause.file})" if cause.file else "") for cause in causes[1:]]
@@ -398,12 +404,12 @@ def summary(seen: Status, causes: Sequence[Finding], kept: State, missing: Mappi
     line("\n## Steps\n")
     parts += [f"- {name}: {record.outcome}{': ' + record.text if record.text else ''}" for name, record in kept.steps.items()]
     if missing:
-        line("\n## Not in here\n")
+        line("\n## Missing\n")
         parts += [f"- {node}: {why}" for node, why in missing.items()]
     line(
-        "\nlocal/ is what the deploying machine knows, nodes/ what each node said: jobs (the engine's log), ray (its logs), "
-        "dmesg-gpu.txt, nvidia-smi.txt and others. Long logs lack their middle. Keys and tokens are redacted; addresses, user "
-        "names and paths are not."
+        "\nlocal/ has files of the deploying machine. nodes/ has files of each node: jobs (the engine's log), ray (its logs), "
+        "dmesg-gpu.txt, nvidia-smi.txt and others. The middle of long logs is removed. Keys and tokens are redacted; "
+        "addresses, user names and paths are not."
     )
     return "\n".join(parts) + "\n"
 
@@ -421,7 +427,7 @@ def _mib(value: float | None) -> str:
 
 
 def as_json(bundle: Bundle) -> Json:
-    """For machines."""
+    """The result for JSON."""
     return {
         "path": str(bundle.path),
         "files": bundle.files,

@@ -1,4 +1,4 @@
-"""Logs of the nodes as they are written: the engine's, and Ray's of every node; after a cut they go on where they were."""
+"""Follows the logs of the engine and of Ray on every node. After a lost connection, it continues at the same place."""
 
 from __future__ import annotations
 
@@ -21,34 +21,37 @@ from deploy.remote.wire import Json
 from gracefarm.errors import EngineError, GracefarmError, HostError, NodeError, SshError
 
 OnLogLine = Callable[[str, str, str], None]
-"Node, log, line."
+"Called with node, log and line."
 OnCut = Callable[[str, GracefarmError], None]
-"Node, and why it cannot be read just now."
+"Called with a node and the error when its connection is lost."
 PATIENCE = 300.0
-"Seconds without a node until following it is given up."
+"Seconds that a node may be unreachable before following its logs fails."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """How much."""
+    """How much of the logs to show."""
 
     lines: int = 50
-    "Of what was written before: the last so many of each log."
+    "Number of existing lines to show of each log."
     follow: bool = False
     patience: float = PATIENCE
     pause: float = 1.0
-    "Seconds between two tries after a cut."
+    "Seconds between attempts to reconnect."
 
 
 async def engine_log(fleet: Fleet, head: Node, wish: Wish, on_line: OnLogLine) -> JobStatus:
-    """The engine's log; with `follow` until the engine ends.
+    """Show the engine's log; with `follow`, until the engine ends.
 
     Raises:
-        EngineError: none was ever started here; SshError, NodeError: the head is not reached.
+        EngineError: the engine was never started.
+        SshError, NodeError: the head cannot be reached.
     """
     status = await job_status(fleet, head, paths.ENGINE_JOB)
     if status.state == "absent":
-        raise EngineError("no engine was started yet", remedy="`deploy serve` starts it; `deploy logs --ray` shows Ray's logs")
+        raise EngineError(
+            "no engine was started yet", remedy="start it with `deploy serve`, or show Ray's logs with `deploy logs --ray`"
+        )
 
     def say(line: str) -> None:
         on_line(head.name, "engine", clean(line))
@@ -68,10 +71,10 @@ async def engine_log(fleet: Fleet, head: Node, wish: Wish, on_line: OnLogLine) -
 async def ray_logs(
     deployment: Deployment, facts: Facts, node: RemoteNode, wish: Wish, on_line: OnLogLine, on_cut: OnCut
 ) -> int:
-    """Ray's logs of one node's last session; the number of files. With `follow` for ever.
+    """Show Ray's logs of the last session on one node, and return the number of files. With `follow`, it does not end.
 
     Raises:
-        SshError, HostError: the node is not reached; with `follow` only after `wish.patience` seconds.
+        SshError, HostError: the node cannot be reached; with `follow`, for more than `wish.patience` seconds.
     """
     wanted = [{"name": "", "pattern": pattern} for pattern in patterns(deployment, facts, node.name)]
     offsets: dict[str, int] = {}
@@ -102,7 +105,7 @@ async def ray_logs(
 
 
 def patterns(deployment: Deployment, facts: Facts, name: str) -> Sequence[str]:
-    """Where Ray writes on a node: its own folder; before Ray 2.5x a worker takes the head's path on its own disk."""
+    """Patterns of Ray's logs on a node: in its own folder, and in the path of the head, which workers before Ray 2.5x use."""
     users = {node.name: node.user for node in facts.nodes}
     nodes = (deployment.node(name), deployment.head)
     folders = dict.fromkeys(paths.ray_temp(deployment, node, users[node.name]) for node in nodes if node.name in users)

@@ -1,4 +1,4 @@
-"""What a deployment is about, seen now: every node, and the service by a real completion. Changes nothing, locks nothing."""
+"""The current state of a deployment: every node, and the service by a real completion. Nothing is changed or locked."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ Word = Literal["PLANNED", "LOADING", "READY", "BUSY", "DEGRADED", "WEDGED", "DEA
 SERVING: tuple[Word, ...] = ("READY", "BUSY")
 WAITING: tuple[Word, ...] = ("PLANNED", "LOADING", "STOPPED")
 SILENCE = 30.0
-"Seconds until a node that was entered counts as one that does not answer."
+"Timeout in seconds for the answer of a node."
 
 
 class GpuUse(KeptFact):
-    """As nvidia-smi has it; None: it does not say."""
+    """A GPU in nvidia-smi. None: not reported."""
 
     name: str
     used_mib: float | None = None
@@ -48,7 +48,7 @@ class GpuUse(KeptFact):
 
 
 class Disk(KeptFact):
-    """Bytes of the file system that holds `path`."""
+    """Bytes of the file system of `path`."""
 
     path: str
     total: int
@@ -56,25 +56,25 @@ class Disk(KeptFact):
 
 
 class Memory(KeptFact):
-    """Bytes of the host."""
+    """Bytes of host memory."""
 
     total: int
     available: int
 
 
 class NodeStatus(KeptFact):
-    """One node. With `error` nothing else is known."""
+    """The state of one node. With `error`, the other fields are unknown."""
 
     name: str
     address: str
     error: str = ""
-    "Why it could not be asked; empty: it answered."
+    "Why the node did not answer; empty: it answered."
     ray: bool | None = None
-    "Ray says that it is alive; None: Ray was not asked or does not answer."
+    "Whether the node is alive according to Ray; None: Ray was not asked or does not answer."
     raylet: bool = False
-    "A raylet of ours runs there."
+    "Our raylet runs on the node."
     jobs: tuple[str, ...] = ()
-    "Of ours, that have processes there."
+    "Our jobs that are running on the node."
     gpus: tuple[GpuUse, ...] = ()
     gpu_error: str = ""
     disks: tuple[Disk, ...] = ()
@@ -88,30 +88,30 @@ class NodeStatus(KeptFact):
 
 
 class Service(KeptFact):
-    """What is served. `word` decides the exit code of `deploy status`."""
+    """The state of the service. `word` determines the exit code of `deploy status`."""
 
     word: Word
     detail: str = ""
-    "node or engine of DEAD, the phase of LOADING and FAILED."
+    "`node` or `engine` for DEAD, the phase for LOADING and FAILED."
     text: str
     remedy: str = ""
     fraction: float | None = None
-    "Of the weights, while loading."
+    "Share of the weights that is loaded."
     left_s: float | None = None
-    "Seconds of loading that are left, by the last start's time."
+    "Estimated seconds until loading ends, from the last start."
     canary_s: float | None = None
     "Seconds of a completion of one token."
 
     @property
     def label(self) -> str:
-        """As LOADING(loading 40%) or DEAD(node)."""
+        """Such as LOADING(loading 40%) or DEAD(node)."""
         percent = f"{self.fraction:.0%}" if self.fraction is not None else ""
         inner = " ".join(part for part in (self.detail, percent) if part)
         return f"{self.word}({inner})" if inner else self.word
 
 
 class Status(KeptFact):
-    """All of it, at `taken`."""
+    """The state of a deployment at the time `taken`."""
 
     taken: float
     deployment: str
@@ -122,41 +122,43 @@ class Status(KeptFact):
     nodes: tuple[NodeStatus, ...]
     usd_per_hour: float | None = None
     notes: tuple[str, ...] = ()
-    "What this machine keeps of the deployment and cannot be read."
+    "Files of the deployment on this machine that cannot be read."
     usd_since_boot: float | None = None
-    "Of all nodes since each one's boot: what they have cost at least, where they are paid by the hour."
+    "Cost of all nodes since they were booted: the minimum cost if they are paid by the hour."
 
 
 def plan_of(folder: Folder) -> ServePlan | None:
-    """The plan that `deploy serve` ran last, if any. Raises ConfigError: it cannot be read."""
+    """The plan that `deploy serve` executed last, or None. Raises ConfigError if it cannot be read."""
     path = folder.path / "plan.json"
     try:
         return ServePlan.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        raise ConfigError(f"{path}: another version's, or damaged", remedy="`deploy serve` writes it anew") from error
+        raise ConfigError(
+            f"{path} is damaged or from another version", remedy="run `deploy serve`, which replaces it"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """What is needed to look, again and again."""
+    """A deployment that is observed."""
 
     deployment: Deployment
     fleet: Fleet
     facts: Facts | None
     plan: ServePlan | None
     notes: tuple[str, ...] = ()
-    "What is kept and cannot be read."
+    "Files that cannot be read."
 
     @property
     def nodes(self) -> list[RemoteNode]:
-        """All, the head first."""
+        """All nodes, the head first."""
         return remote_nodes(self.fleet, self.facts, self.deployment.nodes)
 
     @property
     def engine_spec(self) -> EngineSpec | None:
-        """How the engine and Ray are asked; None: nothing was ever started."""
+        """The engine and its nodes; None if nothing was ever started."""
         if self.plan is None or self.facts is None:
             return None
         cluster = ray.spec_of(self.deployment, self.plan)
@@ -166,7 +168,7 @@ class Watch:
 
 
 def watch_of(deployment: Deployment, fleet: Fleet) -> Watch:
-    """Of a deployment as it is kept; what is damaged is told, and is no reason not to look."""
+    """The Watch of a deployment. Damaged files give notes, not errors."""
     notes: list[str] = []
     plan, facts = None, None
     with suppress(ConfigError):
@@ -180,33 +182,33 @@ def watch_of(deployment: Deployment, fleet: Fleet) -> Watch:
     except ConfigError as error:
         notes.append(f"{error.cause}; {error.remedy}")
     if facts is None and deployment.folder.facts.exists():
-        notes.append(f"{deployment.folder.facts}: another version's, or damaged; ask again: `deploy facts`")
+        notes.append(f"{deployment.folder.facts} is damaged or from another version; collect them again with `deploy facts`")
     return Watch(deployment=deployment, fleet=fleet, facts=facts, plan=plan, notes=tuple(notes))
 
 
 async def look(watch: Watch, *, canary: float = 30) -> Status:
-    """Every node and the service. A node that is not reached is part of the answer. `canary`: seconds for one token."""
+    """The status of every node, reachable or not, and of the service. `canary`: maximum seconds for one token."""
     vitals, bad = await vitals_of(watch)
     service, alive = await service_of(watch, vitals, canary)
     return assemble(watch, vitals, bad, service, alive)
 
 
 async def vitals_of(watch: Watch) -> tuple[dict[str, Json], dict[str, GracefarmError]]:
-    """How each node is, and why some did not say."""
+    """The state of each node, and the errors of nodes that did not answer."""
     return await try_all(watch.nodes, lambda node: ask_briefly(node, request(watch, node), SILENCE, function="watch.vitals"))
 
 
 async def service_of(watch: Watch, vitals: Mapping[str, Json], canary: float) -> tuple[Service, Nodes | None]:
-    """What is served, and the nodes as Ray sees them."""
+    """The state of the service, and of the nodes according to Ray."""
     signs = await signs_of(watch, vitals, canary)
     service = judge(signs, kept_or_empty(watch.deployment.folder), planned=watch.plan is not None, now=time.time())
-    if watch.notes and service.word in WAITING:  # who knows what was started
-        service = Service(word="FAILED", detail="files", text="what this machine keeps of it cannot be read")
+    if watch.notes and service.word in WAITING:  # it is unknown what was started
+        service = Service(word="FAILED", detail="files", text="files of this deployment cannot be read")
     return service, signs.nodes if signs else None
 
 
 def kept_or_empty(folder: Folder) -> State:
-    """The state, or an empty one where it is damaged."""
+    """The state, or an empty one if it is damaged."""
     try:
         return state.read(folder)
     except ConfigError:
@@ -214,7 +216,7 @@ def kept_or_empty(folder: Folder) -> State:
 
 
 def request(watch: Watch, node: RemoteNode) -> Json:
-    """Of deploy.remote.watch.vitals."""
+    """The request for deploy.remote.watch.vitals."""
     data = watch.deployment.data
     fixed, _, user = data.local.replace("{node}", node.name).partition("{")
     local = posixpath.dirname(fixed) if user else fixed
@@ -222,7 +224,7 @@ def request(watch: Watch, node: RemoteNode) -> Json:
 
 
 async def signs_of(watch: Watch, vitals: Mapping[str, Json], canary: float) -> Signs | None:
-    """What the canary and Ray say; None: nothing was ever started. Ray is not asked where it does not run."""
+    """Observations with a completion and Ray; None if nothing was ever started. Ray is asked only if it runs."""
     spec = watch.engine_spec
     if spec is None:
         return None
@@ -233,14 +235,14 @@ async def signs_of(watch: Watch, vitals: Mapping[str, Json], canary: float) -> S
 
     async def nodes() -> Nodes:
         if not vitals.get(head.name, {}).get("raylet"):
-            raise EngineError("Ray does not run on the head")
+            raise EngineError("Ray is not running on the head")
         return seen_alive(await ask(), vitals)
 
     return await probe(watch.fleet, head, replace(spec, nodes=nodes), seconds=canary)
 
 
 def seen_alive(nodes: Nodes, vitals: Mapping[str, Json]) -> Nodes:
-    """Ray's word, and ours: it misses a node only after 15 s, and where no raylet runs we have seen that at once."""
+    """Nodes that are alive according to Ray and have a raylet. Ray notices a lost node only after 15 s."""
     return {name: alive and bool(vitals.get(name, {}).get("raylet", True)) for name, alive in nodes.items()}
 
 
@@ -251,7 +253,7 @@ def assemble(
     service: Service,
     alive: Nodes | None,
 ) -> Status:
-    """Everything in one value."""
+    """Put everything into one Status."""
     nodes = tuple(
         NodeStatus.model_validate(
             {
@@ -265,7 +267,7 @@ def assemble(
         for node in watch.deployment.nodes
     )
     price = watch.deployment.data.options.price_per_node_hour
-    text = redact.of(watch.deployment.folder).line(service.text)  # a line of the engine's log may stand in it
+    text = redact.of(watch.deployment.folder).line(service.text)  # the text may contain a line of the engine's log
     return Status(
         taken=time.time(),
         deployment=watch.deployment.name,
@@ -281,12 +283,12 @@ def assemble(
 
 
 def judge(signs: Signs | None, kept: State, *, planned: bool, now: float) -> Service:
-    """The canary's verdict and what the state remembers as one word."""
+    """The state of the service, from the observations and the stored state."""
     if signs is None:
         return _at_rest(kept, planned=planned)
     verdict = diagnose(signs)
     ended = verdict.kind in ("dead-engine", "dead-node") and signs.job is not None and signs.job.state != "running"
-    if verdict.kind == "stopped" or (ended and "engine" not in kept.steps):  # `deploy down` forgets the engine, dead or not
+    if verdict.kind == "stopped" or (ended and "engine" not in kept.steps):  # `deploy down` removes the engine from the state
         return _at_rest(kept, planned=planned)
     if verdict.kind == "loading":
         return _loading(signs, kept, now)
@@ -303,19 +305,19 @@ def _of(verdict: Diagnosis, signs: Signs) -> Service:
 
 
 def _at_rest(kept: State, *, planned: bool) -> Service:
-    """No engine: never started, on the way, failed before it, or ended."""
+    """The state without an engine: never started, in preparation, failed, or stopped."""
     open_ = {name: record for name, record in kept.steps.items() if record.outcome in ("failed", "running")}
     if open_:
         name = max(open_, key=lambda step: open_[step].begun)
         if open_[name].outcome == "failed":
             again = "serve" if name in order.SERVE else "up"
-            return Service(word="FAILED", detail=name, text=open_[name].text, remedy=f"`deploy {again}` tries it again")
-        text = f"step {name} was begun and has not ended"
-        again = "`deploy serve` waits for it, or goes on from there"
+            return Service(word="FAILED", detail=name, text=open_[name].text, remedy=f"repeat `deploy {again}`")
+        text = f"step {name} has started and not ended"
+        again = "wait; if no command is running, continue with `deploy serve`"
         return Service(word="LOADING", detail=name, text=text, remedy=again)
     if "engine" in kept.steps or (planned and "load" in kept.steps):
-        return Service(word="STOPPED", text="the engine does not run", remedy="`deploy serve` starts it")
-    return Service(word="PLANNED", text="nothing was started yet", remedy="`deploy serve` starts it")
+        return Service(word="STOPPED", text="the engine is not running", remedy="start it with `deploy serve`")
+    return Service(word="PLANNED", text="nothing was started yet", remedy="start it with `deploy serve`")
 
 
 def _loading(signs: Signs, kept: State, now: float) -> Service:
@@ -327,7 +329,7 @@ def _loading(signs: Signs, kept: State, now: float) -> Service:
     return Service(
         word="LOADING",
         detail=signs.phase or "starting",
-        text="it does not listen yet" + (f", about {left:.0f} s left" if left else ""),
+        text="the engine does not listen yet" + (f", about {left:.0f} s left" if left else ""),
         fraction=signs.fraction,
         left_s=round(left, 1) if left is not None else None,
     )

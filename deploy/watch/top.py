@@ -1,4 +1,4 @@
-"""A deployment looked at again and again: nodes and counters often, the canary now and then."""
+"""Observes a deployment regularly: nodes and counters often, a completion (canary) less often."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from deploy.watch.status import Service, Status, Watch
 from gracefarm.errors import GracefarmError
 
 CANARY = 30.0
-"Seconds that a completion of one token may take."
+"Maximum seconds of a completion of one token."
 FIRST = 8.0
-"Seconds that the first moment waits for it."
+"Maximum seconds that the first moment waits for the canary."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """One look."""
+    """The state at one time."""
 
     status: Status
     metrics: EngineMetrics | None
     "None: the engine does not listen."
     tokens_per_s: float | None = None
-    "By its counter, since the look before; None: there was none."
+    "From its counter, since the previous moment; None: there was no previous moment."
     first_s: float | None = None
-    "Mean until the first token, of the requests that got it since the look before."
+    "Mean seconds to the first token, of the requests that got it since the previous moment."
     usd_per_mtok: float | None = None
 
     def numbers(self) -> Json:
-        """For machines."""
+        """The numbers for JSON."""
         return {
             "metrics": self.metrics.model_dump() if self.metrics else None,
             "tokens_per_s": self.tokens_per_s,
@@ -49,7 +49,7 @@ class Moment:
 
 @dataclass
 class _Canary:
-    """Asks for a token in the background; what it said last."""
+    """Requests a token in the background, and stores the last result."""
 
     watch: Watch
     every: float
@@ -59,7 +59,7 @@ class _Canary:
     asked: float = float("-inf")
 
     def look(self, vitals: Mapping[str, Json]) -> None:
-        """Ask again, if it is time and nobody is asking."""
+        """Start a new request if it is time and no request is running."""
         if (self.task is None or self.task.done()) and time.monotonic() - self.asked > self.every:
             self.asked = time.monotonic()
             self.task = asyncio.create_task(self._ask(vitals))
@@ -68,7 +68,7 @@ class _Canary:
         self.service, self.alive = await status.service_of(self.watch, vitals, CANARY)
 
     async def end(self) -> None:
-        """Ask no more."""
+        """Cancel a running request."""
         if self.task:
             self.task.cancel()
             with suppress(asyncio.CancelledError, GracefarmError):
@@ -77,14 +77,14 @@ class _Canary:
 
 @dataclass
 class _Engine:
-    """The engine's counters, through one forward that is kept."""
+    """Reads the engine's counters through one forwarded port."""
 
     watch: Watch
     stack: AsyncExitStack
     forward: Forward | None = None
 
     async def scrape(self) -> EngineMetrics | None:
-        """None: it does not listen, or the head is not reached."""
+        """The counters; None if the engine does not listen or the head cannot be reached."""
         port = self.watch.deployment.data.ports.engine
         try:
             if self.forward is None:
@@ -97,8 +97,8 @@ class _Engine:
 
 
 async def watching(watch: Watch, *, every: float, canary_every: float, count: int | None = None) -> AsyncIterator[Moment]:
-    """A moment every `every` seconds, `count` of them or for ever. The canary holds up the first alone, and briefly."""
-    canary = _Canary(watch=watch, every=canary_every, service=Service(word="PLANNED", text="asking for a token"))
+    """Yield a moment every `every` seconds, `count` times or without end. Only the first one waits briefly for the canary."""
+    canary = _Canary(watch=watch, every=canary_every, service=Service(word="PLANNED", text="requesting a token"))
     async with AsyncExitStack() as stack:
         stack.push_async_callback(canary.end)
         engine = _Engine(watch=watch, stack=stack)

@@ -1,4 +1,4 @@
-"""What the signs of a deployment mean: dead engine, dead node and wedge are told apart by a completion, Ray and counters."""
+"""Diagnoses a deployment. A completion, Ray and counters distinguish a dead engine, a dead node and a hanging engine."""
 
 from __future__ import annotations
 
@@ -27,58 +27,62 @@ Condition = Literal["ready", "degraded", "busy", "loading", "dead-engine", "dead
 
 @dataclass(frozen=True, kw_only=True)
 class Signs:
-    """What was seen of a deployment at one moment."""
+    """Observations of a deployment at one time."""
 
     job: JobStatus | None
-    "The engine's; None: the head was not reached, see `error`."
+    "The engine's job; None: the head was not reached, see `error`."
     answer: Reply | None = None
     before: EngineMetrics | None = None
-    "Metrics before the completion was asked for."
+    "Metrics before the completion was requested."
     after: EngineMetrics | None = None
     nodes: Nodes | None = None
     "None: Ray did not answer."
     phase: str = ""
-    "Of loading, as far as its log tells; empty: nothing is known."
+    "Phase of loading, from its log; empty: unknown."
     fraction: float | None = None
-    "Of the weights, while loading."
+    "Share of the weights that is loaded."
     cause: str = ""
-    "The first one in its log, where it ended."
+    "The first cause in its log, if it ended."
     error: str = ""
-    "Why the head, or the engine on it, cannot be asked."
+    "Why the head or its engine cannot be reached."
     remedy: str = ""
-    "For `error`."
+    "Remedy for `error`."
     plan: ServePlan | None = None
-    "Of what runs."
+    "The plan that runs."
 
     def lost(self, names: Sequence[str]) -> str:
-        """A sentence for nodes that are lost."""
+        """A phrase for lost nodes."""
         return self.plan.lost(names) if self.plan else f"Ray lost {', '.join(names)}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What it is, and what to do."""
+    """The condition of a deployment, and a remedy."""
 
     kind: Condition
     text: str
     remedy: str = ""
 
 
-_AGAIN = "`deploy serve` stops what is left and starts everything again; `deploy collect` first keeps the evidence"
+_AGAIN = "collect the logs with `deploy collect`, then restart everything with `deploy serve`"
 
 
 def diagnose(signs: Signs) -> Diagnosis:
-    """Tell a dead engine, a dead node and a wedge apart."""
+    """Determine the condition from the observations."""
     if signs.job is None:
-        return Diagnosis(kind="unreachable", text=signs.error or "the head cannot be reached", remedy="`deploy preflight`")
+        return Diagnosis(
+            kind="unreachable",
+            text=signs.error or "the head cannot be reached",
+            remedy="check the nodes with `deploy preflight`",
+        )
     dead = [name for name, alive in (signs.nodes or {}).items() if not alive]
     if signs.job.state in ("absent", "stopped"):
-        return Diagnosis(kind="stopped", text="the engine does not run", remedy="`deploy serve` starts it")
+        return Diagnosis(kind="stopped", text="the engine is not running", remedy="start it with `deploy serve`")
     if signs.job.state != "running":
-        # Without Ray the parts end one after the other, and which was first is for their logs to tell.
+        # Without Ray, the engine ends on one node after the other, and only the logs show where it ended first.
         if dead and not (signs.plan and signs.plan.launcher == "native"):
             return Diagnosis(kind="dead-node", text=f"the engine ended after {signs.lost(dead)}", remedy=_AGAIN)
-        how = f"ended with {signs.job.returncode}" if signs.job.state == "exited" else "was killed"
+        how = f"exited with code {signs.job.returncode}" if signs.job.state == "exited" else "was killed"
         return Diagnosis(
             kind="dead-engine", text=f"the engine {how}" + (f": {signs.cause}" if signs.cause else ""), remedy=_AGAIN
         )
@@ -88,27 +92,28 @@ def diagnose(signs: Signs) -> Diagnosis:
 def _of_running(signs: Signs, dead: list[str]) -> Diagnosis:
     answer = signs.answer
     if signs.error:
-        text = f"the engine runs{' (' + signs.phase + ')' if signs.phase else ''} and cannot be asked: {signs.error}"
+        text = f"the engine is running{' (' + signs.phase + ')' if signs.phase else ''} but cannot be reached: {signs.error}"
         return Diagnosis(kind="unreachable", text=text, remedy=signs.remedy)
     if answer and answer.kind == "ok":
         if dead:
-            return Diagnosis(kind="degraded", text=f"it answers, and {signs.lost(dead)}", remedy=_AGAIN)
-        return Diagnosis(kind="ready", text=f"a completion came back in {answer.seconds:.2f} s")
+            return Diagnosis(kind="degraded", text=f"the engine answers, but {signs.lost(dead)}", remedy=_AGAIN)
+        return Diagnosis(kind="ready", text=f"a completion took {answer.seconds:.2f} s")
     if dead:
-        return Diagnosis(kind="dead-node", text=f"{signs.lost(dead)}; the engine waits for it in vain", remedy=_AGAIN)
+        return Diagnosis(kind="dead-node", text=f"{signs.lost(dead)}; the engine still waits for it", remedy=_AGAIN)
     if answer is None or answer.kind == "refused":
-        return Diagnosis(kind="loading", text=f"it does not listen yet{': ' + signs.phase if signs.phase else ''}")
+        return Diagnosis(kind="loading", text=f"the engine does not listen yet{': ' + signs.phase if signs.phase else ''}")
     if moved(signs.before, signs.after):
-        return Diagnosis(kind="busy", text=f"tokens are made for others; the canary waited in vain ({answer.text})")
+        return Diagnosis(kind="busy", text=f"the engine generates tokens for other requests ({answer.text})")
     ray = "Ray does not answer" if signs.nodes is None else "all nodes are alive"
-    if answer.text.startswith("HTTP 5"):  # a worker has died: the next request ends the server, or not even that
-        text = f"no completion: {answer.text}; {ray}, and the engine has not ended"
+    if answer.text.startswith("HTTP 5"):  # a worker has died; the engine's server may continue to run
+        text = f"no completion: {answer.text}; {ray}, and the engine's process is still running"
         return Diagnosis(kind="dead-engine", text=text, remedy=_AGAIN)
-    return Diagnosis(kind="wedged", text=f"{answer.text}, no token was made meanwhile, and {ray}: it hangs", remedy=_AGAIN)
+    text = f"the engine hangs: {answer.text}, it generates no tokens for other requests either, and {ray}"
+    return Diagnosis(kind="wedged", text=text, remedy=_AGAIN)
 
 
 async def probe(fleet: Fleet, head: RemoteNode, spec: EngineSpec, *, seconds: float = 30) -> Signs:
-    """Look at everything that `diagnose` needs, within about `seconds`."""
+    """Collect the observations for `diagnose`, within about `seconds`."""
     (place,) = fleet.pick([head.name])
     try:
         job = await job_status(fleet, place, paths.ENGINE_JOB)

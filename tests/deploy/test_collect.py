@@ -121,7 +121,7 @@ def test_no_secret_of_any_log_is_in_the_bundle_and_the_first_cause_is_on_top(tmp
         page = files["summary.md"].decode()
         assert page.startswith("# t: FAILED(loading)")
         assert page.index("GPU memory ran out") < page.index("## ")
-        assert "Read from nodes/k0/jobs/engine/log" in page
+        assert "Source: nodes/k0/jobs/engine/log" in page
 
     play(tmp_path, work, "--die", "1", "--say", str(words))
 
@@ -270,8 +270,10 @@ def test_an_engine_that_hangs_is_told_by_its_phase_its_last_words_and_its_stacks
     texts = {"k0/jobs/engine/log": QUIET, "k0/stacks.txt": b"(no py-spy)\n", "k1/stacks.txt": STACKS}
     found = first(texts, word=word, silence=300.0)
     (hangs,) = [finding for finding in found if finding.where == "engine" and finding.file]
-    assert hangs.text.startswith("no cause found; it was placing, and the last line of its log: INFO: waiting for the others")
-    assert "nothing was said for 300 s" in hangs.text
+    assert hangs.text.startswith(
+        "no cause found; the engine was placing; the last line of its log: INFO: waiting for the others"
+    )
+    assert "no output for 300 s" in hangs.text
     assert "k1: all_reduce (torch/distributed/distributed_c10d.py:2800) in process 71" in hangs.text
     assert not [finding for finding in first(texts, word="LOADING", silence=5.0) if finding.file]
 
@@ -285,8 +287,8 @@ def test_what_a_log_says_after_deploy_has_stopped_it_is_no_cause() -> None:
 
 
 def test_an_engine_that_cannot_be_asked_is_no_dead_one() -> None:
-    found = first({"k0/jobs/engine/log": DIED}, word="UNREACHABLE", text="the engine runs and cannot be asked: sshd")
-    assert found[0].text == "the engine runs and cannot be asked: sshd"
+    found = first({"k0/jobs/engine/log": DIED}, word="UNREACHABLE", text="the engine is running but cannot be reached: sshd")
+    assert found[0].text == "the engine is running but cannot be reached: sshd"
     assert not [finding for finding in found if "a worker died" in finding.text]
 
 

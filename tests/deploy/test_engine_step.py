@@ -267,7 +267,7 @@ def test_nothing_is_started_where_sshd_forwards_no_port(tmp_path: Path) -> None:
         made[0].forwards = False
         verdict = diagnose(await probe(fleet, head, spec(plan)))
         assert verdict.kind == "unreachable"
-        assert "the engine runs (listening) and cannot be asked: k0: sshd forbids" in verdict.text
+        assert "the engine is running (listening) but cannot be reached: k0: sshd forbids" in verdict.text
 
     on_a_node(tmp_path, work)
 
@@ -363,9 +363,13 @@ ALIVE, LOST = {"k0": True, "k1": True}, {"k0": True, "k1": False}
     ("signs", "kind", "word"),
     [
         (Signs(job=None, error="k0 cannot be reached"), "unreachable", "k0 cannot be reached"),
-        (Signs(job=JobStatus(state="absent")), "stopped", "does not run"),
-        (Signs(job=JobStatus(state="stopped")), "stopped", "does not run"),
-        (Signs(job=JobStatus(state="exited", returncode=1), cause="why", nodes=ALIVE), "dead-engine", "ended with 1: why"),
+        (Signs(job=JobStatus(state="absent")), "stopped", "is not running"),
+        (Signs(job=JobStatus(state="stopped")), "stopped", "is not running"),
+        (
+            Signs(job=JobStatus(state="exited", returncode=1), cause="why", nodes=ALIVE),
+            "dead-engine",
+            "exited with code 1: why",
+        ),
         (Signs(job=JobStatus(state="lost"), nodes=ALIVE), "dead-engine", "was killed"),
         (Signs(job=JobStatus(state="exited", returncode=1), nodes=LOST), "dead-node", "after Ray lost k1"),
         (Signs(job=RUNNING, answer=OK, nodes=ALIVE), "ready", "0.50 s"),
@@ -381,7 +385,7 @@ ALIVE, LOST = {"k0": True, "k1": True}, {"k0": True, "k1": False}
                 after=EngineMetrics(generation_tokens_total=9),
             ),
             "busy",
-            "tokens are made",
+            "generates tokens for other requests",
         ),
         (
             Signs(

@@ -267,10 +267,10 @@ def steps(**outcomes: Any) -> State:
     [
         (None, steps(), "PLANNED", "nothing was started"),
         (None, steps(weights="failed"), "FAILED(weights)", "why"),
-        (None, steps(weights="running"), "LOADING(weights)", "begun"),
+        (None, steps(weights="running"), "LOADING(weights)", "has started"),
         (Signs(job=JobStatus(state="absent")), steps(ray="failed"), "FAILED(ray)", "why"),
-        (Signs(job=JobStatus(state="stopped")), steps(engine="failed", ray="running"), "LOADING(ray)", "begun"),
-        (Signs(job=JobStatus(state="stopped")), steps(load="done"), "STOPPED", "does not run"),
+        (Signs(job=JobStatus(state="stopped")), steps(engine="failed", ray="running"), "LOADING(ray)", "has started"),
+        (Signs(job=JobStatus(state="stopped")), steps(load="done"), "STOPPED", "is not running"),
         (Signs(job=RUNS, answer=Reply(kind="ok", seconds=0.4)), steps(), "READY", "0.40 s"),
         (Signs(job=RUNS, answer=Reply(kind="ok"), nodes={"k1": False}), steps(), "DEGRADED", "Ray lost k1"),
         (
@@ -280,9 +280,9 @@ def steps(**outcomes: Any) -> State:
             "about 70 s left",
         ),
         (Signs(job=GONE, phase="placing", cause="x"), steps(engine="running"), "FAILED(placing)", "x"),
-        (Signs(job=GONE, phase="listening"), steps(engine="done"), "DEAD(engine)", "ended with 1"),
+        (Signs(job=GONE, phase="listening"), steps(engine="done"), "DEAD(engine)", "exited with code 1"),
         (Signs(job=GONE, nodes={"k1": False}, phase="listening"), steps(engine="done"), "DEAD(node)", "Ray lost k1"),
-        (Signs(job=GONE, phase="listening"), steps(load="done"), "STOPPED", "does not run"),
+        (Signs(job=GONE, phase="listening"), steps(load="done"), "STOPPED", "is not running"),
         (Signs(job=None, error="k0 is away"), steps(), "UNREACHABLE", "k0 is away"),
     ],
 )
