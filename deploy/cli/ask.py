@@ -60,7 +60,7 @@ def ask(
 
 
 async def _query(context: DeployContext, server: CompletionServer, asked: Prompt, patience: float) -> None:
-    """`asked` without a model is for the first that is served."""
+    """Send the prompt. If it has no model, use the first one that is served."""
     async with server.client() as client:
         name = await find_model(client, asked.model or None)
 

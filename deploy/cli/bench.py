@@ -21,14 +21,14 @@ from gracefarm.files import atomic_write
 
 
 class _Numbers(click.ParamType[tuple[int, ...]]):
-    """1,2,4,8"""
+    """Numbers separated by commas, such as 1,2,4,8."""
 
     name = "numbers"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         words = str(value).split(",")
         if not all(word.strip().isdigit() and int(word) > 0 for word in words):
-            self.fail(f"{value!r}: numbers with commas between, as 1,2,4,8", param, ctx)
+            self.fail(f"{value!r} is not a list of numbers such as 1,2,4,8", param, ctx)
         return tuple(int(word) for word in words)
 
 
@@ -110,17 +110,17 @@ async def _sweep(
     with context.console.progress("bench") as tick:
 
         def answered(concurrency: int, answers: int, count: int) -> None:
-            tick(answers, count, f"{concurrency} at once")
+            tick(answers, count, f"{concurrency} concurrent")
 
         def summed(level: Level) -> None:
             wrong = f", {sum(level.errors.values())} failed ({level.first_error})" if level.errors else ""
-            context.console.step("bench", f"{level.concurrency} at once: {level.tokens_per_s:.1f} tokens/s{wrong}")
+            context.console.step("bench", f"{level.concurrency} concurrent: {level.tokens_per_s:.1f} tokens/s{wrong}")
 
         return await run_sweep(server, sweep, model=model, plan=plan, on_answer=answered, on_level=summed)
 
 
 def _keep(context: DeployContext, report: SweepReport, *, stay: bool) -> None:
-    """Print it; `stay`: keep it in the deployment's folder too."""
+    """Print the report; with `stay`, also store it in the deployment's folder."""
     kept = None
     if stay:
         folder = context.deployment.folder.path / "bench"
@@ -132,7 +132,7 @@ def _keep(context: DeployContext, report: SweepReport, *, stay: bool) -> None:
         return
     _table(report)
     if kept:
-        context.console.step("bench", f"kept: {kept}")
+        context.console.step("bench", f"stored as {kept}")
 
 
 def _table(report: SweepReport) -> None:
@@ -143,11 +143,11 @@ def _table(report: SweepReport) -> None:
         f" in, {ended}{report.max_tokens} out"
     )
     heads = (
-        "at once",
+        "concurrent",
         "answered",
         "tokens/s",
         "predicted",
-        "a stream",
+        "per stream",
         "first ms p50/p90/p99",
         "token ms p50/p90/p99",
         "$/Mtok",

@@ -38,7 +38,7 @@ def env_up(context: DeployContext, no_wait: bool) -> None:
         return await order.up(await spares.without_lost_spares(work), StepChoice(skip=others))
 
     with held(context, no_wait=no_wait) as keeper:
-        keeper.forget("environment")  # a roll-back counts no longer
+        keeper.forget("environment")  # forget a rollback
         changed = at_work(context, keeper, go)
     context.console.result({"changed": changed}, "active" if changed else "nothing to do")
 
@@ -56,7 +56,7 @@ def env_list(context: DeployContext) -> None:
         listed = at_work(context, keeper, lambda work: environment.listing(work.nodes[:1], root))
     lines = [
         f"{each['id'][:12]}  {each['set'] or '-':24}  {' '.join(each['active']) or '-'}" for each in listed["environments"]
-    ] or ["no environment yet: `deploy env up`"]
+    ] or ["no environment yet; build one with `deploy env up`"]
     context.console.result(listed, "\n".join(lines))
 
 
@@ -91,12 +91,12 @@ def env_rollback(context: DeployContext) -> None:
     """
     with held(context) as keeper:
         answer = at_work(context, keeper, environment.roll_back)
-    text = f"{answer['active'][:12]} is active (was {(answer['from'] or 'none')[:12]}); `deploy serve` starts with it"
-    context.console.result(answer, text + "; `deploy env up` goes forward again")
+    text = f"{answer['active'][:12]} is active (before: {(answer['from'] or 'none')[:12]}); `deploy serve` uses it"
+    context.console.result(answer, text + "; undo the rollback with `deploy env up`")
 
 
 @env.command("gc")
-@click.option("--keep", default=2, show_default=True, type=click.IntRange(1), help="Environments to keep for a roll-back.")
+@click.option("--keep", default=2, show_default=True, type=click.IntRange(1), help="Environments to keep for a rollback.")
 @reporting
 def env_gc(context: DeployContext, keep: int) -> None:
     """Remove old environments that no process on any node uses.

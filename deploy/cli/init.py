@@ -75,18 +75,18 @@ def init(
     deployment = load_deployment(path)
     lacking = missing.missing(deployment, asked, os.environ)
     console.result({**asked.model_dump(mode="json"), "missing": lacking}, table(asked))
-    if not console.as_json:  # there they are in the result
+    if not console.as_json:  # the JSON result contains them
         for sentence in lacking:
             console.step("missing", sentence)
     if bad := {**lost, **silent}:
         raise combined_error(bad, len(deployment.nodes))
     if not console.as_json:
-        ready = "`deploy plan` shows what will run, `deploy serve` starts it"
-        console.step("next", "when nothing of this is missing: `deploy serve`" if lacking else ready)
+        ready = "show the plan with `deploy plan`, start it with `deploy serve`"
+        console.step("next", "when nothing is missing, run `deploy serve`" if lacking else ready)
 
 
 def _write(context: DeployContext, file: Path | None, access: Access, share: str | None, model: str | None) -> Path | None:
-    """deploy.toml's path."""
+    """Write deploy.toml, if FILE is a list of addresses. Return its path."""
     if file is None or file.suffix == ".toml":
         return file or context.file
     path = context.file or Path.cwd() / FILE
@@ -95,18 +95,18 @@ def _write(context: DeployContext, file: Path | None, access: Access, share: str
     if template.write_config(file, path, access=access, share=share, repo=model or ModelConfig().repo):
         context.console.step("init", f"{path} written")
     else:
-        context.console.step("init", f"{path} is there, and stays as it is")
+        context.console.step("init", f"{path} exists and is not changed")
         data = load_deployment(path).data
         there = {**data.nodes.model_dump(), "share": data.share, "model": data.model.repo}
         wished = {"share": share, "model": model}
         given = {**access.model_dump(exclude_none=True), **{name: value for name, value in wished.items() if value}}
         if other := [f"--{name}" for name, value in given.items() if there[name] != value]:
-            context.console.warn(f"{', '.join(other)}: not what it says, and not written into it; set it in {path}")
+            context.console.warn(f"{', '.join(other)} ignored, since {path} has other values; change them there")
     return path
 
 
 def _pin(deployment: Deployment, console: Console, *, accept: bool, repin: bool) -> Mapping[str, GracefarmError]:
-    """Pin what is accepted; the nodes that could not be reached, and why."""
+    """Pin accepted host keys. Return the errors of nodes that could not be reached."""
 
     own = Path.home() / ".ssh" / "known_hosts"
 
@@ -117,7 +117,7 @@ def _pin(deployment: Deployment, console: Console, *, accept: bool, repin: bool)
 
     lost: dict[str, GracefarmError] = {}
     told: list[HostKey] = []
-    for jumps in (True, False):  # nodes behind a jump host can be asked when its key is trusted
+    for jumps in (True, False):  # nodes behind a jump host can be reached when its key is trusted
         shown, bad = asyncio.run(look(jumps))
         lost |= bad
         _judge(deployment, console, shown, accept=accept, repin=repin)
@@ -129,7 +129,7 @@ def _pin(deployment: Deployment, console: Console, *, accept: bool, repin: bool)
 
 
 def _judge(deployment: Deployment, console: Console, shown: Sequence[HostKey], *, accept: bool, repin: bool) -> None:
-    """Pin what is known and what is accepted. Raises SshError: changed, or not accepted."""
+    """Pin known and accepted host keys. Raises SshError if a key has changed or is not accepted."""
     if not repin:
         hostkeys.refuse_changed(shown)
     known = [host_key for host_key in shown if host_key.status == "known"]
@@ -151,10 +151,10 @@ def _confirm(console: Console, asked: Sequence[HostKey]) -> None:
     if console.interactive:
         if click.confirm("Are these the keys that the nodes' consoles show?", err=True):
             return
-        raise SshError("the host keys were not accepted", remedy="nothing was changed on any node; `deploy init` asks again")
+        raise SshError("the host keys were not accepted", remedy="repeat `deploy init` when you have compared the keys")
     raise SshError(
         f"{len(asked)} host keys are new: " + "; ".join(f"{host_key.name} {host_key.fingerprint}" for host_key in asked),
-        remedy="compare them with the nodes' consoles (ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub), then say --accept",
+        remedy="compare them on the nodes' consoles (ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub), then use --accept",
         repeat="deploy init --accept",
     )
 
@@ -164,16 +164,16 @@ def _ask(deployment: Deployment, console: Console, names: Sequence[str]) -> tupl
         async with open_fleet(deployment) as nodes:
             return await probe_nodes(deployment, remote_nodes(nodes, nodes=[deployment.node(name) for name in names]))
 
-    console.step("facts", f"asking {len(names)} nodes")
+    console.step("facts", f"collecting facts of {len(names)} nodes")
     asked, bad = asyncio.run(probe())
     for sentence in _differences(deployment, asked):
-        console.warn(f"{sentence}; `deploy plan` shows what that changes")
+        console.warn(f"{sentence}; see the new plan with `deploy plan`")
     keep_facts(deployment, asked)
     return asked, bad
 
 
 def _differences(deployment: Deployment, asked: Facts) -> Sequence[str]:
-    """What nodes say otherwise than before; nothing where they were never asked."""
+    """Changes of the facts; empty if there were none before."""
     try:
         return differences(load_facts(deployment), asked)
     except GracefarmError:
@@ -184,9 +184,7 @@ def _propose(deployment: Deployment, asked: Facts, console: Console) -> None:
     if deployment.data.share is not None:
         return
     if len(asked.shares) == 1 and template.propose_share(deployment, asked.shares[0]):
-        console.step(
-            "share", f"{asked.shares[0]}: all nodes have it from the same source; written into {deployment.path.name}"
-        )
+        console.step("share", f"{asked.shares[0]} is on all nodes, from the same source; written to {deployment.path.name}")
 
 
 @click.command()
@@ -215,7 +213,7 @@ def _document(facts: Facts) -> object:
 
 
 def table(facts: Facts) -> str:
-    """One node a line; what is equal on all of them is told once."""
+    """A table with one line per node. Values that are equal on all nodes are shown once below it."""
     head = ("node", "address", "private", "GPU", "free", "host memory", "disk", "clock")
     rows: list[tuple[str, ...]] = [head, *(_row(node) for node in facts.nodes)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -239,7 +237,7 @@ def _row(node: NodeFacts) -> tuple[str, ...]:
 
 
 def _common(facts: Facts) -> list[str]:
-    """arch, cores, system, driver: told once where equal, else for each value the nodes that have it."""
+    """Machine, system and driver: one line for each value, with its nodes unless all nodes have it."""
     told: dict[str, Callable[[NodeFacts], str]] = {
         "machine": lambda node: f"{node.arch}, {node.cores} cores, {node.page >> 10} KiB pages",
         "system": lambda node: (

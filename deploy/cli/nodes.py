@@ -1,4 +1,4 @@
-"""`deploy run` and `deploy ssh`: the tutorial's run_ip, run_k, runhead, runall, runrest and ssh_k.
+"""`deploy run` and `deploy ssh`. They replace these functions of the tutorial:
 
 run_ip ADDRESS CMD      deploy run -k ADDRESS -- CMD
 run_k K CMD             deploy run -k K -- CMD
@@ -80,16 +80,16 @@ def run(context: DeployContext, words: tuple[str, ...], timeout: float | None, c
 
 
 def _matrix(results: dict[str, CommandResult]) -> None:
-    """Raises NodeError with every node's exit code, where one is not 0."""
+    """Raise NodeError with the exit codes of all nodes, unless all are 0."""
     bad = [result for result in results.values() if not result.ok]
     if not bad:
         return
     good = [name for name, result in results.items() if result.ok]
-    parts = [result.error.cause if result.error else f"{result.node.name} ended with {result.returncode}" for result in bad]
+    parts = [result.error.cause if result.error else f"exit code {result.returncode} on {result.node.name}" for result in bad]
     first = next((result.error for result in bad if result.error), None)
     kind = type(first) if first else NodeError
     rest = f"; 0 on {', '.join(good)}" if good else ""
-    raise kind("; ".join(parts) + rest, remedy=first.remedy if first else "the lines above say why")
+    raise kind("; ".join(parts) + rest, remedy=first.remedy if first else "see the output of the command above")
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -106,14 +106,14 @@ def ssh(context: DeployContext, node: str, command: tuple[str, ...]) -> None:
     deployment = context.deployment
     program = shutil.which("ssh")
     if program is None:
-        raise HostError("there is no ssh on this machine", remedy="install openssh-client; `deploy run` needs none")
+        raise HostError("ssh is missing on this machine", remedy="install openssh-client, or use `deploy run`")
     argv = [program, *arguments(deployment, deployment.node(node)), *command]
     sys.stdout.flush()
-    os.execv(argv[0], argv)  # noqa: S606 - it becomes ssh
+    os.execv(argv[0], argv)  # noqa: S606 - replaces this process by ssh
 
 
 def arguments(deployment: Deployment, node: Node) -> list[str]:
-    """Of ssh, up to the host."""
+    """Arguments of ssh up to the host."""
     known = deployment.folder.known_hosts
     options = ["-o", f"UserKnownHostsFile={known}", "-o", "GlobalKnownHostsFile=/dev/null", "-o", "StrictHostKeyChecking=yes"]
     access = [*(["-i", str(node.key)] if node.key else [])]

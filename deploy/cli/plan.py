@@ -34,7 +34,7 @@ from gracefarm.errors import ConfigError, UsageError
 )
 @click.option("--price", type=click.FloatRange(0), metavar="USD", help="Price of a node per hour.")
 @click.option(
-    "--nodes", "count", type=click.IntRange(1), metavar="N", help="Plan for N supposed nodes instead of the real ones."
+    "--nodes", "count", type=click.IntRange(1), metavar="N", help="Plan for N assumed nodes instead of the real ones."
 )
 @click.option("--gpu", "kind", metavar="KIND", help="With --nodes: GPUs of a node; default: gh200-96.")
 @click.option(
@@ -79,8 +79,8 @@ def plan(
         return
     if count is None and any((kind, engine_name, repo, tp, pp, dp)):
         raise UsageError(
-            "--gpu, --engine, --model, --tp, --pp and --dp suppose nodes",
-            remedy="say --nodes N, or set it in deploy.toml ([layout])",
+            "--gpu, --engine, --model, --tp, --pp and --dp require --nodes",
+            remedy="add --nodes N, or set the value in deploy.toml",
         )
     split = {"tensor_parallel": tp, "pipeline_parallel": pp, "data_parallel": dp, "objective": objective}
     if count is None:
@@ -99,7 +99,7 @@ def plan(
 
 
 @click.command("schema")
-@click.option("--write", type=click.Path(file_okay=False, path_type=Path), help="Write both files into this folder.")
+@click.option("--write", type=click.Path(file_okay=False, path_type=Path), help="Write both files to this folder.")
 @json_option
 def schema_command(write: Path | None) -> None:
     """Print the JSON schemas of deploy.toml and of the plan, for editors and programs.
@@ -111,16 +111,16 @@ def schema_command(write: Path | None) -> None:
 
 
 def schemas() -> dict[str, str]:
-    """Name to JSON schema. docs/schema has copies of them, which a test compares."""
+    """The JSON schemas by name. docs/schema has copies, which a test compares."""
     models: dict[str, type[BaseModel]] = {"deploy": Config, "deploy-plan": ServePlan}
     return {name: json.dumps(model.model_json_schema(), indent=2) + "\n" for name, model in models.items()}
 
 
 def make(deployment: Deployment, facts: Facts, *, offline: bool) -> tuple[ServePlan, str]:
-    """The plan, and what a person should know about where the model's numbers are from."""
+    """Make the plan. Return it with a note about the source of the model's numbers, which may be empty."""
     wanted = deployment.data.model
     if not offline and (commit := state.read(deployment.folder).data("weights").get("commit")):
-        wanted = wanted.model_copy(update={"revision": commit})  # what was brought is what will be served
+        wanted = wanted.model_copy(update={"revision": commit})  # the downloaded commit is served
     try:
         model, note = models.find(wanted, deployment.path.parent, offline=offline)
     except UnknownModelError:
@@ -131,7 +131,7 @@ def make(deployment: Deployment, facts: Facts, *, offline: bool) -> tuple[ServeP
 
 
 def _base(context: DeployContext) -> Deployment | None:
-    """deploy.toml, where there is one: it says the model, the engine and the paths."""
+    """deploy.toml with model, engine and paths, or None if there is none."""
     if context.file is None:
         try:
             find_config()
@@ -141,7 +141,7 @@ def _base(context: DeployContext) -> Deployment | None:
 
 
 def _changed(base: Deployment | None, engine: str | None, repo: str | None) -> Deployment:
-    """With what the command line says of engine and model."""
+    """The deployment with engine and model of the command line."""
     deployment = base or Deployment(path=Path.cwd() / FILE, data=Config(), nodes=())
     data = deployment.data
     model = data.model
@@ -155,7 +155,7 @@ def _changed(base: Deployment | None, engine: str | None, repo: str | None) -> D
 
 
 def _layout(deployment: Deployment, split: Mapping[str, object], price: float | None) -> Deployment:
-    """With what the command line says of the layout and the price."""
+    """The deployment with layout and price of the command line."""
     data = deployment.data
     layout = data.layout.model_copy(update={name: value for name, value in split.items() if value is not None})
     options = data.options if price is None else data.options.model_copy(update={"price_per_node_hour": price})

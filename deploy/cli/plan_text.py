@@ -1,4 +1,4 @@
-"""What `deploy plan` says to people: tables and sentences."""
+"""The output of `deploy plan`: tables and sentences."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from deploy.planning.plans import ServePlan
 
 
 def text(plan: ServePlan, *, commands: bool) -> str:
-    """A plan, for people."""
+    """The text of a plan."""
     return _rendered([_head(plan), *_memory(plan), _speed(plan), *_others(plan), *(_commands(plan) if commands else ())])
 
 
@@ -45,10 +45,10 @@ def _table(*columns: str, title: str = "") -> Table:
 
 def _head(plan: ServePlan) -> str:
     split = plan.layout
-    requests = "as many and as long as the engine chooses"
+    requests = "number and length are chosen by the engine"
     if plan.memory and split.max_model_len:
         full = plan.memory.full_length
-        requests = f"up to {split.max_model_len} tokens each; {split.max_num_seqs} at once, {full} at full length"
+        requests = f"up to {split.max_model_len} tokens each; {split.max_num_seqs} concurrent, {full} at full length"
     lines = [
         f"[bold]{escape(plan.deployment)}[/]  {escape(plan.model)} at {escape(plan.revision[:12])}, {plan.engine}",
         f"[bold]layout[/]   {split.name} on {len(plan.nodes)} {'node' if len(plan.nodes) == 1 else 'nodes'}"
@@ -68,7 +68,7 @@ def _memory(plan: ServePlan) -> Iterable[Table]:
     memory = plan.memory
     if memory is None:
         return
-    table = _table("stage", "layers", "nodes", "weights GiB", "offloaded GiB", "beside GiB", "cache GiB", "of GiB")
+    table = _table("stage", "layers", "nodes", "weights GiB", "offloaded GiB", "reserve GiB", "cache GiB", "total GiB")
     ranks = plans.ranks(plan)
     for stage, weights in enumerate(memory.by_stage_gib):
         names = ", ".join(dict.fromkeys(ranks[stage]))
@@ -78,7 +78,7 @@ def _memory(plan: ServePlan) -> Iterable[Table]:
         shown = f"{fullest:.1f}" if min(weights) > fullest - 0.05 else f"{min(weights):.1f} to {fullest:.1f}"
         row = (str(stage), str(plan.layout.partition[stage]), names, shown, f"{offloaded:g}", f"{memory.reserve_gib:g}")
         table.add_row(*row, f"{left:.1f}", f"{memory.budget_gib:.1f}")
-    table.caption = f"KV cache: {memory.cache_tokens:,} tokens in all, {memory.request_tokens:,} for one request" + (
+    table.caption = f"KV cache: {memory.cache_tokens:,} tokens in total, {memory.request_tokens:,} for one request" + (
         f"; {memory.host_gib:g} GiB of host memory pinned" if plan.layout.offload_gib else ""
     )
     table.caption_justify = "left"
@@ -93,13 +93,13 @@ def _speed(plan: ServePlan) -> str:
     parts += f", hops {prediction.hops_ms:g} ms" if prediction.hops_ms else ""
     parts += f", host memory {prediction.offload_ms:g} ms" if prediction.offload_ms else ""
     levels = ", ".join(f"{level.streams}: {level.tokens_per_s:,.0f}" for level in prediction.levels if level.streams > 1)
-    first = f"the first one of a prompt of {speed.PROMPT} after {prediction.first_token_ms / 1e3:.2g} s"
-    lines = [f"[bold]speed[/]    {prediction.tokens_per_s:.1f} tokens/s for one stream ({parts} a token; {first})"]
-    lines += [f"         tokens/s by streams at once: {levels}"] if levels else []
+    first = f"first token of a {speed.PROMPT}-token prompt after {prediction.first_token_ms / 1e3:.2g} s"
+    lines = [f"[bold]speed[/]    {prediction.tokens_per_s:.1f} tokens/s for one stream ({parts} per token; {first})"]
+    lines += [f"         tokens/s by concurrent streams: {levels}"] if levels else []
     if prediction.usd_per_hour is not None and prediction.usd_per_mtok is not None:
         costs = ", ".join(f"{level.streams}: ${level.usd_per_mtok:,.2f}" for level in prediction.levels)
-        lines.append(f"[bold]cost[/]     ${prediction.usd_per_hour:.2f}/h; $/Mtok by streams at once: {costs}")
-    lines.append("[dim]A model, no measurement; `deploy plan --accuracy` shows it beside what was measured.[/]")
+        lines.append(f"[bold]cost[/]     ${prediction.usd_per_hour:.2f}/h; $/Mtok by concurrent streams: {costs}")
+    lines.append("[dim]Predicted, not measured. `deploy plan --accuracy` compares predictions with measurements.[/]")
     return "\n".join(lines)
 
 
@@ -134,7 +134,7 @@ def _commands(plan: ServePlan) -> Iterable[Text]:
     for node in plan.nodes if plan.launcher == "ray" else plan.followers:
         yield Text(f"{node.name}  {node.private}  {node.gpus} GPU\n{_env(node.env)}\n{shlex.join(node.ray or node.engine)}")
     secret = " ".join(f"{name}=…" for name in plan.secret_env)
-    yield Text(f"{plan.head.name}  the engine; {secret} comes through stdin\n{_env(plan.serve_env)}\n{shlex.join(plan.serve)}")
+    yield Text(f"{plan.head.name}  the engine; {secret} is passed on stdin\n{_env(plan.serve_env)}\n{shlex.join(plan.serve)}")
 
 
 def _env(env: Mapping[str, str]) -> str:
@@ -142,15 +142,15 @@ def _env(env: Mapping[str, str]) -> str:
 
 
 def accuracy(rows: Sequence[AccuracyRow]) -> str:
-    """Predicted beside measured, for people."""
+    """The table of predictions and measurements."""
     table = _table("run", "streams", "predicted tokens/s", "measured tokens/s", "error", "bound")
     before = ""
     for row in rows:
-        bound = "" if row.bound is None else f"{row.bound:.0%}" + ("" if row.holds else " MISSED")
+        bound = "" if row.bound is None else f"{row.bound:.0%}" + ("" if row.holds else " EXCEEDED")
         measured, error = (
             ("-", "-") if row.measured is None or row.error is None else (f"{row.measured:,.2f}", f"{row.error:+.0%}")
         )
-        source = row.source + ("; constants are fitted to it" if row.fitted else "")
+        source = row.source + ("; used to fit the constants" if row.fitted else "")
         if row.name != before:
             table.add_row(f"[bold]{escape(row.name)}[/]  [dim]{escape(source)}[/]")
         before = row.name

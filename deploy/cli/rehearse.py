@@ -1,4 +1,4 @@
-"""`deploy rehearse`: the whole way on this machine, with real sshd, real Ray and a stand-in for the engine."""
+"""`deploy rehearse`: a whole deployment on this machine, with real sshd, real Ray and a simulated engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOOKS = (
     ("bench", "--concurrency", "1,4", "--requests", "8", "--max-tokens", "32"),
     ("status",),
 )
-"What a person does with an engine that is READY."
+"Commands to run when the engine is READY."
 
 
 @click.command()
@@ -64,7 +64,7 @@ def rehearse(context: DeployContext, count: int, keep: bool) -> None:
 
 
 def _ask(rehearsal: Rehearsal) -> dict[str, object]:
-    """Through the tunnel, as a person would."""
+    """Send a prompt through the tunnel."""
     text: list[str] = []
     key = (rehearsal.folder / ".deploy" / "api-key").read_text().strip()
     with rehearsal.beside("tunnel", "--json") as tunnel:
@@ -80,8 +80,8 @@ def _ask(rehearsal: Rehearsal) -> dict[str, object]:
 def _wait(context: DeployContext, rehearsal: Rehearsal) -> None:
     prefix = " ".join(rehearsal.room.command([]))
     place = f"deploy.toml is in {rehearsal.folder}"
-    context.console.step("keep", f"READY; look around with: {prefix} bash   ({place}); Ctrl-C ends it")
+    context.console.step("keep", f"READY; open a shell in the nodes' network with: {prefix} bash   ({place}); end with Ctrl-C")
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
-        context.console.step("keep", "taking it down")
+        context.console.step("keep", "stopping the rehearsal")

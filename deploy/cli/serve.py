@@ -42,7 +42,7 @@ def up(context: DeployContext, start: str | None, skip: tuple[str, ...], no_wait
 
     with held(context, no_wait=no_wait) as keeper:
         changed = at_work(context, keeper, go)
-    context.console.result({"changed": changed}, "up to date" if not changed else "done: `deploy serve` starts the engine")
+    context.console.result({"changed": changed}, "up to date" if not changed else "done; start the engine with `deploy serve`")
 
 
 @click.command()
@@ -87,7 +87,7 @@ def serve(context: DeployContext, skip_up: bool, no_wait: bool) -> None:
 
 def curl_line(key: Path, port: int) -> str:
     """A shell command that lists the served models. The key goes through a pipe, since every user can read argument lists."""
-    header = f'printf "Authorization: Bearer %s" "$(cat {shlex.quote(str(key))})"'  # printf is the shell's own: no process
+    header = f'printf "Authorization: Bearer %s" "$(cat {shlex.quote(str(key))})"'  # printf is a shell builtin
     return f"{header} | curl -H @- http://127.0.0.1:{port}/v1/models"
 
 
@@ -107,10 +107,12 @@ def down(context: DeployContext, keep_ray: bool, no_wait: bool) -> None:
         try:
             ended = at_work(context, keeper, lambda work: order.down(work, keep_ray=keep_ray))
         finally:
-            tunnels.end_all(context.deployment.folder)  # also where a node is away
-    what = "the engine is down, Ray runs on" if keep_ray else "nothing of this deployment runs any more"
+            tunnels.end_all(context.deployment.folder)  # also if a node cannot be reached
+    what = "the engine is stopped, Ray is still running" if keep_ray else "no process of this deployment is running"
     text = ", ".join(f"{node} {count}" for node, count in ended.items() if count)
-    context.console.result({"ended": ended}, f"{what}" + (f"; processes ended: {text}" if text else "; nothing ran"))
+    context.console.result(
+        {"ended": ended}, f"{what}" + (f"; processes stopped: {text}" if text else "; none was running before")
+    )
 
 
 @click.command()
@@ -131,7 +133,7 @@ def purge(context: DeployContext, share: bool, weights: bool, yes: bool, no_wait
     what = ["jobs, logs, secrets and uv"] + (["environments"] if share else []) + (["the model's files"] if weights else [])
     question = f"Remove {', '.join(what)} from {len(deployment.nodes)} nodes?"
     if not yes and not (console.interactive and click.confirm(question, err=True)):
-        raise UsageError("nothing was removed", remedy="`deploy purge --yes` removes without asking")
+        raise UsageError("nothing was removed, since it was not confirmed", remedy="to remove without asking, use --yes")
 
     async def go(work: Work) -> Removed:
         await order.down(work)
@@ -174,9 +176,9 @@ _COLOUR = {"ok": "green", "bad": "bold red", "warn": "yellow", "skipped": "dim"}
 
 
 def _print_cells(cells: list[NodeCheck], names: list[str]) -> None:
-    """One row per check; a row whose nodes all say the same is one cell. The first red one's remedy comes with the error."""
+    """Print one row per check and result, with the nodes. The remedy of the first red cell is in the error instead."""
     error = next((cell for cell in cells if cell.status == "bad"), None)
-    table = Table("check", "nodes", Column("what was found", overflow="fold"), box=None, pad_edge=False)
+    table = Table("check", "nodes", Column("result", overflow="fold"), box=None, pad_edge=False)
     for check in preflight.ORDER:
         groups: dict[tuple[str, str], list[NodeCheck]] = {}
         for cell in cells:

@@ -1,4 +1,4 @@
-"""The server that `ask` and `bench` ask: the deployment's own through SSH, or any by its address."""
+"""The server for `ask` and `bench`: the engine of the deployment through SSH, or any server by its URL."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gracefarm.errors import UsageError
 
 @asynccontextmanager
 async def opened_server(context: DeployContext, url: str | None, key: str | None) -> AsyncIterator[CompletionServer]:
-    """Of --url, else the deployment's through SSH."""
+    """The server of --url, else the engine of the deployment through SSH."""
     if url:
         _check(url)
         local = any(f"//{host}" in url for host in ("127.", "localhost", "[::1]"))
@@ -31,17 +31,17 @@ async def opened_server(context: DeployContext, url: str | None, key: str | None
 
 
 def _check(url: str) -> None:
-    """Raises UsageError: no address of a server."""
+    """Check the URL. Raises UsageError."""
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
-        raise UsageError(f"--url {url}: {error}", remedy="http://HOST:PORT/v1") from error
+        raise UsageError(f"--url {url}: {error}", remedy="use the form http://HOST:PORT/v1") from error
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise UsageError(f"--url {url} is not the address of a server", remedy="http://HOST:PORT/v1")
+        raise UsageError(f"--url {url} is not the URL of a server", remedy="use the form http://HOST:PORT/v1")
 
 
 def _key(folder: Folder) -> str | None:
-    """The engine's key, if one was made."""
+    """The engine's key, if there is one."""
     with suppress(FileNotFoundError):
         return folder.api_key.read_text().strip()
     return None

@@ -48,7 +48,7 @@ def tunnel(context: DeployContext, port: int | None, dashboard_port: int | None,
     deployment = context.deployment
     if end:
         count = tunnels.end_all(deployment.folder)
-        context.console.result({"ended": count}, f"{count} ended" if count else "there was none")
+        context.console.result({"ended": count}, f"{count} closed" if count else "no tunnel was open")
         return
     if background:
         _in_background(context, port, dashboard_port)
@@ -58,7 +58,7 @@ def tunnel(context: DeployContext, port: int | None, dashboard_port: int | None,
 
     def changed(error: GracefarmError | None) -> None:
         if error is None:
-            context.console.event("connected", "connected again")
+            context.console.event("connected", "reconnected")
         else:
             context.console.warn(f"{error.cause}; trying again")
 
@@ -72,7 +72,7 @@ def tunnel(context: DeployContext, port: int | None, dashboard_port: int | None,
 
     with tunnels.registered(deployment.folder), suppress(KeyboardInterrupt, asyncio.CancelledError):
         asyncio.run(go())
-    context.console.event("closed", "the tunnel is closed; the engine runs on")
+    context.console.event("closed", "the tunnel is closed; the engine is still running")
 
 
 def _tell(context: DeployContext, forwards: Mapping[str, dict[str, Any]]) -> None:
@@ -80,15 +80,15 @@ def _tell(context: DeployContext, forwards: Mapping[str, dict[str, Any]]) -> Non
     lines = []
     for name, forward in rows.items():
         path = "/v1" if name == "engine" else ""
-        moved = f"   (port {forward['remote']} is taken here)" if forward["moved"] else ""
+        moved = f"   (local port {forward['remote']} is in use)" if forward["moved"] else ""
         lines.append(f"{name:<10} {forward['url']}{path}{moved}")
     key = context.deployment.folder.api_key
-    lines.append(f"key        {key}" if key.exists() else "key        none yet: `deploy serve` makes it")
+    lines.append(f"key        {key}" if key.exists() else "key        none yet; `deploy serve` creates it")
     context.console.result({"forwards": rows, "api_key_file": str(key)}, "\n".join(lines))
 
 
 def _in_background(context: DeployContext, port: int | None, dashboard_port: int | None) -> None:
-    """Run the same command in a new session and print its first line. Raises SshError: it ended instead."""
+    """Run the same command in a new session and print its first line. Raises SshError if it fails."""
     deployment = context.deployment
     _prepare(deployment.folder)
     argv = [sys.executable, "-m", "deploy", "--file", str(deployment.path), "tunnel", "--json"]
@@ -109,6 +109,6 @@ def _in_background(context: DeployContext, port: int | None, dashboard_port: int
             break
         time.sleep(0.05)
     if "forwards" not in message:
-        cause = message.get("text") or f"the tunnel ended with {process.returncode}"
+        cause = message.get("text") or f"the tunnel failed with exit code {process.returncode}"
         raise SshError(cause, remedy=message.get("remedy", f"{log}"))
     _tell(context, message["forwards"])

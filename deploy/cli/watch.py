@@ -68,7 +68,7 @@ def status(context: DeployContext, canary: float) -> None:
 
 
 def code_of(service: Service) -> ExitCode:
-    """What `deploy status` returns."""
+    """The exit code of `deploy status`."""
     if service.word in SERVING:
         return ExitCode.OK
     if service.word in WAITING:
@@ -77,23 +77,23 @@ def code_of(service: Service) -> ExitCode:
 
 
 def render(seen: Status, moment: Moment | None = None) -> RenderableType:
-    """For people."""
+    """The status as text."""
     service = seen.service
     colour = _COLOUR.get(service.word, _BAD)
     model = f"{seen.model}{', ' + seen.layout if seen.layout else ''}"
     lines = [f"[{colour}]{escape(service.label)}[/]  {escape(model)}", f"  {escape(service.text)}"]
     lines += [f"  [{_BAD}]{escape(note)}[/]" for note in seen.notes]
     if service.remedy:
-        lines.append(f"  [bold]what to do:[/] {escape(service.remedy)}")
+        lines.append(f"  [bold]remedy:[/] {escape(service.remedy)}")
     if moment:
         lines.append(f"  {escape(speed_of(moment))}")
     if seen.usd_per_hour is not None:
-        lines.append(f"  ${seen.usd_per_hour:.2f}/h, ${seen.usd_since_boot:.2f} since the nodes' boot")
+        lines.append(f"  ${seen.usd_per_hour:.2f}/h, ${seen.usd_since_boot:.2f} since the nodes were booted")
     return Group(*lines, "", _nodes(seen.nodes))
 
 
 def _nodes(nodes: Sequence[NodeStatus]) -> Table:
-    heads = ("node", "address", "Ray", "ours", "GPU memory", "busy", "°C", "host memory", "disk free", "load", "up")
+    heads = ("node", "address", "Ray", "jobs", "GPU memory", "busy", "°C", "host memory", "disk free", "load", "up")
     table = Table(*heads, box=None, pad_edge=False)
     for node in nodes:
         if node.error:
@@ -133,10 +133,10 @@ def _number(value: float | None, unit: str) -> str:
 
 
 def speed_of(moment: Moment) -> str:
-    """The engine's own numbers, in a line."""
+    """The engine's counters in one line."""
     if moment.metrics is None:
         return "no metrics: the engine does not listen"
-    rate = f"{moment.tokens_per_s:.1f} tokens/s" if moment.tokens_per_s is not None else "tokens/s: one moment"
+    rate = f"{moment.tokens_per_s:.1f} tokens/s" if moment.tokens_per_s is not None else "tokens/s: measuring"
     parts = [rate]
     if moment.metrics.num_requests_running is not None:
         parts.append(
@@ -193,13 +193,13 @@ def top(context: DeployContext, every: float, canary_every: float, count: int | 
 
 
 async def _live(moments: AsyncIterator[Moment]) -> None:
-    """On the whole terminal; what was seen last stays when it ends."""
+    """Show the moments on the whole terminal. The last one stays on the screen at the end."""
     last: Moment | None = None
     try:
         with Live(console=RichConsole(highlight=False), auto_refresh=False, screen=True) as live:
             async for moment in moments:
                 last = moment
-                end = "[dim]Ctrl-C ends this view, and nothing else[/]"
+                end = "[dim]Ctrl-C ends only this view[/]"
                 live.update(Group(render(moment.status, moment), "", end), refresh=True)
     finally:
         if last:
@@ -255,7 +255,7 @@ def logs(
 
 
 class _Shower:
-    """Lines with their node before them, redacted."""
+    """Prints redacted lines with the name of their node."""
 
     def __init__(self, context: DeployContext, nodes: Sequence[Node]) -> None:
         self.context = context
@@ -265,7 +265,7 @@ class _Shower:
         self.out = RichConsole(highlight=False, soft_wrap=True)
 
     def line(self, node: str, log: str, text: str) -> None:
-        """One, of a log."""
+        """Print one line of a log."""
         clean = self.redactor.line(text)
         if self.context.console.as_json:
             self.context.console.event("line", clean, node=node, log=log)
@@ -274,13 +274,13 @@ class _Shower:
         self.out.print(f"[{colour}]{escape(node):>{self.width}}[/] [dim]{escape(log)}[/] {escape(clean)}")
 
     def cut(self, node: str, error: GracefarmError) -> None:
-        """A node is away just now."""
+        """Report a lost connection."""
         self.context.console.warn(f"{node}: {error.cause}; trying again")
 
 
 async def _ray(reading: Awaitable[int], name: str, show: _Shower) -> None:
     if not await reading:
-        show.context.console.warn(f"{name}: Ray has written no log there")
+        show.context.console.warn(f"{name}: Ray has no logs on this node")
 
 
 async def _engine(reading: Awaitable[JobStatus], show: _Shower, *, only_engine: bool) -> None:
@@ -293,12 +293,12 @@ async def _engine(reading: Awaitable[JobStatus], show: _Shower, *, only_engine: 
         show.context.console.warn(error.cause)
         return
     if status.state != "running":
-        code = f" with {status.returncode}" if status.returncode is not None else ""
+        code = f", exit code {status.returncode}" if status.returncode is not None else ""
         show.context.console.event("ended", f"the engine has ended ({status.state}{code})")
 
 
 async def _all(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Every log to its end; then the first failure, if any."""
+    """Wait for the end of all logs, then raise their errors."""
     try:
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     finally:
@@ -306,7 +306,7 @@ async def _all(tasks: Sequence[asyncio.Task[None]]) -> None:
             task.cancel()
     errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     if len(errors) > 1 and all(isinstance(error, GracefarmError) for error in errors):
-        raise SeveralError("; ".join(str(error) for error in errors), remedy="`deploy status` tells which nodes are there")
+        raise SeveralError("; ".join(str(error) for error in errors), remedy="check the nodes with `deploy status`")
     if errors:
         raise errors[0]
 
@@ -336,14 +336,14 @@ def collect(context: DeployContext, into: Path) -> None:
         async with open_fleet(deployment) as fleet:
             return await write_bundle(deployment, fleet, folder)
 
-    context.console.step("collect", f"asking {len(deployment.nodes)} nodes for their logs")
+    context.console.step("collect", f"collecting logs of {len(deployment.nodes)} nodes")
     bundle = asyncio.run(go())
     for node, why in bundle.missing.items():
-        context.console.warn(f"{node} is not in it: {why}")
+        context.console.warn(f"{node} is missing in the archive: {why}")
     first = bundle.findings[0] if bundle.findings else None
     lines = [f"{bundle.status.service.label}  {bundle.status.service.text}"]
-    lines.append(f"first cause  {first.text}" if first else "first cause  nothing that looks like one was found")
+    lines.append(f"first cause  {first.text}" if first else "first cause  none found")
     if first and first.remedy:
-        lines.append(f"what to do   {first.remedy}")
-    lines.append(f"bundle       {bundle.path}  ({bundle.files} files, {bundle.size / 1e6:.1f} MB, redacted)")
+        lines.append(f"remedy       {first.remedy}")
+    lines.append(f"archive      {bundle.path}  ({bundle.files} files, {bundle.size / 1e6:.1f} MB, redacted)")
     context.console.result(as_json(bundle), "\n".join(lines))

@@ -34,7 +34,7 @@ def weights_verify(context: DeployContext, remove: bool) -> None:
     with held(context) as keeper:
         kept = keeper.state.data("weights")
         if not kept:
-            raise ConfigError("there are no weights yet", remedy="`deploy up` brings them")
+            raise ConfigError("the weights are not downloaded yet", remedy="run `deploy up`")
         spec = weights.WeightsSpec(root=paths.root(deployment), repo=deployment.data.model.repo)
         wrong = at_work(context, keeper, lambda work: weights.verify(work.nodes, spec, str(kept["commit"]), remove=remove))
         if wrong and remove:
@@ -42,6 +42,8 @@ def weights_verify(context: DeployContext, remove: bool) -> None:
     if wrong:
         raise InstallError(
             f"{len(wrong)} files are wrong or missing: {', '.join(wrong[:3])}",
-            remedy="`deploy up` brings them again" if remove else "`deploy weights verify --remove`, then `deploy up`",
+            remedy="download them again with `deploy up`"
+            if remove
+            else "run `deploy weights verify --remove`, then `deploy up`",
         )
-    context.console.result({"wrong": wrong}, "every file is what the Hub declares")
+    context.console.result({"wrong": wrong}, "all files match the Hub's digests")

@@ -1,4 +1,4 @@
-"""What commands that work on the nodes share: the lock on the state, and the connections."""
+"""Code for commands that work on the nodes: the lock of the state, and the connections."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from gracefarm.console import Console
 from gracefarm.errors import ExitCode, GracefarmError
 
 T = TypeVar("T")
-_GOES_ON = "interrupted; what is under way on the nodes goes on, and the same command attaches to it: `deploy down` ends it"
+_GOES_ON = "interrupted; jobs on the nodes continue: attach to them with the same command, or stop them with `deploy down`"
 
 
 @contextmanager
 def held(context: DeployContext, *, no_wait: bool = False) -> Iterator[Keeper]:
-    """The state, locked for this command."""
+    """Lock the state for this command."""
     command = shlex.join(["deploy", *sys.argv[1:]])
 
     def waiting(who: str) -> None:
-        context.console.step("wait", f"{who} is at work on this deployment; waiting for it")
+        context.console.step("wait", f"{who} is running for this deployment; waiting for it")
 
     with state.hold(context.deployment.folder, command, wait=not no_wait, on_wait=waiting) as keeper:
         yield keeper
 
 
 def at_work(context: DeployContext, keeper: Keeper, do: Callable[[Work], Awaitable[T]]) -> T:
-    """`do` with connections to the nodes; Ctrl-C tells that what is detached goes on."""
+    """Run `do` with connections to the nodes. Ctrl-C prints that detached jobs continue."""
     deployment = context.deployment
     facts = load_facts(deployment)
     for node in deployment.nodes:
         facts.node(node.name)
-    clean = redact.of(deployment.folder).line  # causes are lines of other programs' logs
+    clean = redact.of(deployment.folder).line  # causes may contain lines of other programs' logs
 
     async def go() -> T:
         async with open_fleet(deployment) as fleet:

@@ -1,17 +1,17 @@
-# What deploy.fleet.ssh runs on a node around a detached job. POSIX sh, and util-linux, coreutils, grep as every Debian and Ubuntu has.
-# $1 start|status|follow|stop, $2 the job's folder, $3 its mark; the rest as each function says.
+# Run by deploy.fleet.jobs on a node, to start, follow and stop a detached job. It needs POSIX sh, util-linux, coreutils and grep.
+# $1: start|status|follow|stop. $2: the job's folder. $3: its mark. The functions describe the other arguments.
 set -u
 umask 077
 d=$2 mark=$3
 boot=$(cat /proc/sys/kernel/random/boot_id)
 
-# State, parent, group, session, …, start time (20th) of a process; the name in brackets may hold anything.
+# State, parent, group, session, …, start time (20th) of a process. The name in brackets may contain any characters.
 stat_of() {
     IFS= read -r line 2>/dev/null <"/proc/$1/stat" || return 1
     printf '%s\n' "${line##*) }"
 }
 
-# The job's leader lives: same process id, same start time, same boot. A zombie is dead.
+# Whether the job's leader is alive: same process id, start time and boot. A zombie counts as dead.
 alive() {
     read -r pid start of 2>/dev/null <"$d/pid" || return 1
     [ "$of" = "$boot" ] || return 1
@@ -19,12 +19,12 @@ alive() {
     set -- $(stat_of "$pid") && [ $# -ge 20 ] && [ "$1" != Z ] && [ "${20}" = "$start" ]
 }
 
-# Process ids that carry the job's mark.
+# Process ids with the job's mark.
 marked() {
     grep -lsxzF "GRACEFARM_MARK=$mark" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3
 }
 
-# Sessions of the job: its leader's, and those of all that carry its mark.
+# Sessions of the job: those of its leader and of all processes with its mark.
 sessions() {
     ! alive || echo "$pid"
     marked | while read -r one; do
@@ -33,8 +33,8 @@ sessions() {
     done
 }
 
-# Process ids of the job: all that carry its mark, and all of the sessions in $1: a program that sets its title (Ray's do)
-# writes over its environment, as the kernel shows it, and so loses the mark. Zombies do not count.
+# Process ids of the job: all with its mark, and all in the sessions $1. A program that sets its title, such as Ray, overwrites
+# the environment that the kernel shows, and loses the mark. Zombies are ignored.
 members() {
     {
         marked
@@ -50,21 +50,21 @@ members() {
     done
 }
 
-# A job whose log and number cannot be written would be lost: its folder must have room.
+# Check that the job's folder has room. A job would be lost if its log and process id could not be written.
 room() {
-    said=$(LC_ALL=C head -c 65536 /dev/zero 2>&1 >"$d/room") || said=${said:-cannot be written}
+    problem=$(LC_ALL=C head -c 65536 /dev/zero 2>&1 >"$d/room") || problem=${problem:-cannot be written}
     rm -f "$d/room"
-    [ -z "$said" ] || {
-        echo "$d: ${said##*: }" >&2
+    [ -z "$problem" ] || {
+        echo "$d: ${problem##*: }" >&2
         exit 73
     }
 }
 
-# $4 command, $5 this deployment's folder on the node. stdin: lines NAME=VALUE, a line with a dot, the job's stdin.
+# $4: command. $5: this deployment's folder on the node. stdin: lines NAME=VALUE, a line with a dot, then the job's stdin.
 start() {
     mkdir -p "$d" || exit 73
     if [ ! -O "$5" ] || [ -L "$5" ]; then
-        echo "$5 belongs to somebody else" >&2
+        echo "$5 belongs to another user" >&2
         exit 73
     fi
     exec 9>"$d/lock"
@@ -85,7 +85,7 @@ start() {
         d=$1 command=$2 boot=$3
         exec 3<"$d/input"
         rm -f "$d/input"
-        line=$(cat /proc/$$/stat) # by another process: to one that reads its own, qemu-user makes a start time up
+        line=$(cat /proc/$$/stat) # by another process, since qemu-user gives a wrong start time to a process that reads its own
         set -- ${line##*) }
         echo "$$ ${20} $boot" >"$d/pid.new"
         mv "$d/pid.new" "$d/pid"
@@ -102,7 +102,7 @@ start() {
     echo "started $pid $start"
 }
 
-# running PID | exited CODE | stopped | lost | absent; then the bytes of the log.
+# Print running PID | exited CODE | stopped | lost | absent, then the size of the log.
 status() {
     if [ ! -f "$d/pid" ]; then
         echo "absent - 0"
@@ -119,7 +119,7 @@ status() {
     fi
 }
 
-# $4: bytes of the log that the caller has already. Ends when the job has ended and all is said.
+# $4: bytes of the log that the caller already has. Ends when the job has ended and the log is complete.
 follow() {
     [ -f "$d/log" ] || return 0
     if alive; then
@@ -128,7 +128,7 @@ follow() {
     exec tail -c "+$(($4 + 1))" "$d/log"
 }
 
-# $4: seconds between TERM and KILL. Says which processes are left; none in the end is the only success.
+# $4: seconds between TERM and KILL. Prints the processes that are left, and fails if there are any.
 stop() {
     known=$(sessions | sort -un | tr '\n' ' ')
     left=$(members "$known")
@@ -146,7 +146,7 @@ stop() {
         sleep 0.2
         ticks=$((ticks + 1))
     done
-    rm -f "$d/input" # a start that was cut off may have left it
+    rm -f "$d/input" # an interrupted start may have left it
     [ ! -f "$d/pid" ] || echo stopped >"$d/exit"
     # shellcheck disable=SC2086
     [ -z "$left" ] || echo $left

@@ -1,1 +1,1 @@
-"""The rehearsal: nodes of this one machine, with everything but the GPUs and the engine's mathematics real."""
+"""The rehearsal: nodes on this machine. Everything is real except the GPUs and the engine's computations."""

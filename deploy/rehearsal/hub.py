@@ -1,8 +1,8 @@
-"""A Hub that the real huggingface_hub speaks to: a repository of files with real digests, and faults to order.
+"""A Hub for the real huggingface_hub: a repository of files with real digests, and faults for tests.
 
-Stands in for huggingface.co; the answers have the headers that its client reads.
+It replaces huggingface.co. Its answers have the headers that the client reads.
 
-    python -m deploy.rehearsal.hub --port 8091      # a small Llama of 191 weight files; its address is for HF_ENDPOINT
+    python -m deploy.rehearsal.hub --port 8091      # a small Llama with 191 weight files; prints the URL for HF_ENDPOINT
     python -m deploy.rehearsal.hub --folder MODEL   # the files of a folder
 """
 
@@ -30,17 +30,17 @@ from urllib.parse import unquote, urlsplit
 COMMIT = "5e" * 20
 BLOCK = 1 << 14
 Content = bytes | Path
-"Of a file: as it is, or where it lies."
+"The content of a file, or its path."
 
 
 def git_id(content: bytes) -> str:
-    """git's name of a blob."""
+    """The blob id of git."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 @cache
 def sha256(content: Content) -> str:
-    """Of a file, which does not change while it is served."""
+    """The sha256 of a file, which must not change while it is served."""
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()
     with content.open("rb") as stream:
@@ -55,18 +55,18 @@ def blocks(content: Content) -> Iterator[bytes]:
 
 
 def size_of(content: Content) -> int:
-    """In bytes."""
+    """The size of a file in bytes."""
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
 def of_folder(folder: Path) -> dict[str, Content]:
-    """Every file below it; small ones in memory, for git names them by what is in them."""
+    """All files below a folder. Small ones are read, since their blob ids depend on the content."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path if large(path.name) else path.read_bytes() for path in paths}
 
 
 def large(name: str) -> bool:
-    """A file that the Hub keeps in LFS."""
+    """Whether the Hub stores a file in LFS."""
     return name.endswith((".safetensors", ".pth", "tokenizer.json"))
 
 
@@ -84,11 +84,11 @@ LLAMA = {
     "max_position_embeddings": 131072,
     "tie_word_embeddings": False,
 }
-"Llama 3.1 405B at an eighth and a sixteenth of its widths: the same 126 layers and 8 KV heads, so the same layouts are legal."
+"Llama 3.1 405B with an eighth or a sixteenth of its widths. It has 126 layers and 8 KV heads, so the same layouts are valid."
 
 
 def llama(count: int = 191, size: int = 20_000, *, seed: int = 405) -> dict[str, bytes]:
-    """A small Llama as its repository looks: `count` files of safetensors with their index, and what comes with them."""
+    """The repository of a small Llama: `count` safetensors files with their index, and the usual other files."""
     source = random.Random(seed)  # noqa: S311 - as above
     files: dict[str, bytes] = {}
     weight_map = {}
@@ -111,7 +111,7 @@ def llama(count: int = 191, size: int = 20_000, *, seed: int = 405) -> dict[str,
 
 
 def safetensors(tensor: str, data: bytes) -> bytes:
-    """A file of one tensor; its header holds the sha256 of its numbers, which the stand-in engine looks at."""
+    """A file with one tensor. Its header has the sha256 of the data, which the simulated engine checks."""
     about = {
         "__metadata__": {"format": "pt", "sha256": hashlib.sha256(data).hexdigest()},
         tensor: {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]},
@@ -122,34 +122,34 @@ def safetensors(tensor: str, data: bytes) -> bytes:
 
 @dataclass
 class Hub:
-    """One repository and how it behaves."""
+    """One repository, and its faults."""
 
     files: Mapping[str, Content]
     repo: str = "org/model"
     url: str = ""
     token: str | None = None
-    "Needed for everything, when set."
+    "If set, all requests require it."
     gated: bool = False
-    "Content is refused with 403, as to an account that has not accepted the licence (401 without a token)."
+    "Files are refused with 403, as for an account that has not accepted the licence (401 without a token)."
     corrupt: dict[str, int] = field(default_factory=dict)
-    "Path to how many downloads of it are to come wrong."
+    "Number of corrupt downloads by path."
     busy: int = 0
-    "HTTP status of every answer while `busy_answers` are left, as 429 or 503."
+    "HTTP status, such as 429 or 503, of the next `busy_answers` answers."
     busy_answers: int = 0
     quiet_answers: int = 0
-    "Usual answers before these."
+    "Number of normal answers before these."
     retry_after: str | None = None
-    "Header of these answers: seconds, or a date."
+    "Header Retry-After of these answers: seconds or a date."
     rate: float | None = None
-    "Bytes per second for each node (told by its User-Agent)."
+    "Bytes per second for each node, which is identified by its User-Agent."
     served: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    "Node to the paths that it downloaded whole."
+    "Paths of complete downloads by node."
     tokens: set[str] = field(default_factory=set)
     _next: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def wait_turn(self, node: str, count: int) -> None:
-        """Sleep until `node` may have `count` more bytes: one line per node, however many connections it has."""
+        """Sleep until `node` may receive `count` more bytes. All connections of a node share its rate."""
         if self.rate is None:
             return
         with self._lock:
@@ -272,7 +272,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(files: Mapping[str, Content], *, host: str = "127.0.0.1", port: int = 0, **behaviour: Any) -> Iterator[Hub]:
-    """A Hub with `files` until the block ends."""
+    """Serve a Hub with `files` within the block."""
     hub = Hub(files=files, **behaviour)
     server = _Server((host, port), hub)
     hub.url = f"http://{host}:{server.server_address[1]}"
@@ -288,12 +288,12 @@ def serving(files: Mapping[str, Content], *, host: str = "127.0.0.1", port: int 
 
 def main() -> None:
     """Serve until stdin ends."""
-    parser = argparse.ArgumentParser(prog="python -m deploy.rehearsal.hub", description="A Hub with one small Llama.")
+    parser = argparse.ArgumentParser(prog="python -m deploy.rehearsal.hub", description="Serve a Hub with one small Llama.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--repo", default="rehearsal/Llama-405B-in-small")
     parser.add_argument("--files", type=int, default=191)
-    parser.add_argument("--folder", type=Path, help="The files of this folder instead.")
+    parser.add_argument("--folder", type=Path, help="Serve the files of this folder instead.")
     parser.add_argument("--gated", action="store_true")
     given = parser.parse_args()
     files = of_folder(given.folder) if given.folder else llama(given.files)

@@ -1,4 +1,4 @@
-"""Python for the nodes, as the engine needs it: the machine's own, else one that uv brings into gracefarm's folder."""
+"""Python for the nodes, in the version of the engine: from this machine, else installed by uv in gracefarm's folder."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from gracefarm.uv import explain
 
 VERSION = "3.11"
 NODE_PATH = "/usr/local/bin:/usr/bin:/bin"
-"Where programs of this machine are found on a node."
+"PATH of a node, which has the programs of this machine."
 
 
 def find(home: Path, version: str = VERSION) -> Path | None:
-    """The folder of the one that uv brought (its `bin` has python3.11); None: the nodes find the machine's own.
+    """The folder of the Python that uv installed (with bin/python3.11); None if this machine has the version.
 
-    `home` is gracefarm's folder. uv checks the archive's sha256, and is told of a mirror by UV_PYTHON_INSTALL_MIRROR.
+    `home` is gracefarm's folder. uv checks the sha256 of the archive. UV_PYTHON_INSTALL_MIRROR sets a mirror.
+
     Raises:
-        HostError: neither is to be had.
+        HostError: this machine does not have the version, and uv cannot install it.
     """
     if shutil.which(f"python{version}", path=NODE_PATH):
         return None
@@ -33,15 +34,15 @@ def find(home: Path, version: str = VERSION) -> Path | None:
         brought = _brought(folder, version)
         if process.returncode or brought is None:
             raise HostError(
-                f"the rehearsal's nodes need Python {version}, which is not on this machine, and uv cannot bring it: "
+                f"the rehearsal requires Python {version}, which is not on this machine, and uv cannot install it: "
                 f"{explain(process.stderr)[1]}",
-                remedy=f"as root: apt-get install python{version}, where the distribution has it; or let uv reach GitHub, or "
-                "name a mirror of python-build-standalone by UV_PYTHON_INSTALL_MIRROR",
+                remedy=f"as root, run `apt-get install python{version}` if the distribution has it, let uv reach GitHub, or "
+                "set UV_PYTHON_INSTALL_MIRROR to a mirror of python-build-standalone",
             )
     return brought
 
 
 def _brought(folder: Path, version: str) -> Path | None:
-    """uv unpacks beside it and renames; a folder without a patch release in its name is a link to one that has it."""
+    """The installed Python. A folder without a patch release in its name is a link, and is not used."""
     pythons = [program.parent.parent for program in folder.glob(f"cpython-{version}.*/bin/python{version}")]
     return max(pythons, key=lambda python: python.stat().st_mtime, default=None)

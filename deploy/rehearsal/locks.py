@@ -1,4 +1,4 @@
-"""The rehearsal's locks: for each package the one wheel that a node takes; tools/rehearsal_lock.py writes them."""
+"""The rehearsal's locks, with the one wheel of each package that a node installs. tools/rehearsal_lock.py writes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MACHINES = ("x86_64", "aarch64")
 
 
 def environment(machine: str) -> dict[str, str]:
-    """What markers see on a node with Linux and Python 3.11."""
+    """The environment for markers on a node with Linux and Python 3.11."""
     version = ".".join(map(str, PYTHON))
     return {
         "platform_machine": machine,
@@ -25,17 +25,17 @@ def environment(machine: str) -> dict[str, str]:
 
 
 def on(text: str, machine: str) -> str:
-    """The pins of a lock that hold on one machine."""
+    """The pins of a lock for one architecture."""
     applying = [pin for pin in pins.parse(text, "the rehearsal's lock") if pin.applies(environment(machine))]
     return "".join(pins.render(pin.name, pin.version, pin.sha256) for pin in applying)
 
 
 def merged(*texts: str) -> str:
-    """One lock: what several have in common stands there once."""
+    """Merge locks into one without duplicates."""
     every = [pin for text in texts for pin in pins.parse(text, "the rehearsal's lock")]
     return "".join(sorted({pins.render(pin.name, pin.version, pin.sha256) for pin in every}))
 
 
 def committed(name: str) -> str:
-    """A lock of this package: rehearsal or rehearsal-download."""
+    """A lock in deploy/data: rehearsal or rehearsal-download."""
     return (resources.files("deploy") / "data" / f"{name}.lock").read_text()

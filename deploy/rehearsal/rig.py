@@ -1,12 +1,12 @@
-"""Nodes of one machine: namespaces joined by a switch, each with a real sshd.
+"""Nodes on one machine: namespaces that a virtual switch connects, each with a real sshd.
 
     with open_rig(folder, count=3) as room:
         room.ips                      # ips.txt
-        room.command(["deploy", …])   # an argument list that runs where the nodes can be reached
-        with room.inside(): …         # this thread's sockets and child processes are where the nodes can be reached
+        room.command(["deploy", …])   # the arguments to run a command in the nodes' network
+        with room.inside(): …         # sockets and child processes of this thread are in the nodes' network
         room["k1"].off()
 
-Whatever ends the owner ends the nodes: see deploy.rehearsal.room.
+The nodes end when their owner ends; see deploy.rehearsal.room.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from gracefarm.errors import HostError
 from gracefarm.process import last_line
 
 GATEWAY = "10.77.0.1"
-"Where this machine's own servers (index, Hub) listen for the nodes."
+"Address on which servers of this machine (index, Hub) listen for the nodes."
 USER, UID = "ubuntu", 1000
 MOUNT = "/mnt/share"
 "The shared folder, on every node."
@@ -43,14 +43,14 @@ CLONE_NEWNET = 0x40000000
 
 @dataclass(frozen=True, kw_only=True)
 class NodeSpec:
-    """How a node differs from the others, for the whole rehearsal or from `boot` on."""
+    """Differences of a node from the others, for the whole rehearsal or since `boot`."""
 
     env: Mapping[str, str] = field(default_factory=dict)
-    "Environment of every login, as the machine's image might set it."
+    "Environment of every login, as an image might set it."
     variables: Mapping[str, str] = field(default_factory=dict)
-    "Of node.sh, instead of the usual ones."
+    "Variables of node.sh, which replace the usual ones."
     change: Callable[[RigNode], None] = lambda _node: None
-    "Changes the node's files before it starts."
+    "Changes the files of the node before it starts."
 
 
 class RigNode:
@@ -66,36 +66,36 @@ class RigNode:
 
     @property
     def home(self) -> Path:
-        """Its user's home, seen from outside."""
+        """The home of its user, on this machine."""
         return self.folder / "home"
 
     @property
     def tmp(self) -> Path:
-        """Its /tmp, seen from outside."""
+        """Its /tmp, on this machine."""
         return self.folder / "tmp"
 
     def execute(self, argv: Sequence[str], *, input: str = "", timeout: float = 60) -> subprocess.CompletedProcess[str]:  # noqa: A002
-        """A command on the node as root, not by SSH: how a test looks behind the curtain."""
+        """Run a command on the node as root, without SSH. Tests use it to inspect a node."""
         answer = self.room.ask({"do": "execute", "node": self.name, "argv": list(argv), "input": input, "timeout": timeout})
         return subprocess.CompletedProcess(list(argv), answer["code"], answer["out"], answer["err"])
 
     def processes(self) -> list[Json]:
-        """Every process on it: pid, argv, environ, rss."""
+        """All processes on the node: pid, argv, environ, rss."""
         processes: list[Json] = self.room.ask({"do": "processes", "node": self.name})["processes"]
         return processes
 
     def off(self) -> None:
-        """Power off: every process gone at once, nothing said to anybody."""
+        """Power off: kill all processes at once, without any message."""
         self.room.ask({"do": "stop", "node": self.name})
 
     def boot(self, spec: NodeSpec | None = None) -> None:
-        """Power on again, perhaps as another kind of node."""
+        """Power on again, optionally with another specification."""
         self.spec = spec or self.spec
         self.room.boot([self])
 
 
 class Rig:
-    """The room with its nodes. Use it by `open_rig()`."""
+    """The nodes and their network. Created by `open_rig()`."""
 
     def __init__(self, folder: Path, room: subprocess.Popen[str], daemon: sshd.Sshd, python: Path | None) -> None:
         self.folder = folder
@@ -107,12 +107,12 @@ class Rig:
 
     @property
     def share(self) -> Path:
-        """The shared folder, seen from outside, however it is mounted."""
+        """The shared folder, on this machine."""
         return Path(f"/proc/{self._process.pid}/root{self.folder / 'share'}")
 
     @property
     def key(self) -> Path:
-        """The private key that the nodes' user is entered with."""
+        """The private key for the nodes' user."""
         return self.folder / "key"
 
     @property
@@ -122,14 +122,14 @@ class Rig:
 
     @property
     def known_hosts(self) -> Path:
-        """The keys that the nodes had when they were made, for what does not go through `deploy init`."""
+        """The original host keys of the nodes, for programs other than `deploy init`."""
         return self.folder / "known_hosts"
 
     def __getitem__(self, name: str) -> RigNode:
         return next(node for node in self.nodes if name in (node.name, node.address))
 
     def ask(self, request: Json) -> Json:
-        """One request to the room. Raises HostError."""
+        """Send one request to the room. Raises HostError."""
         with self._lock:
             assert self._process.stdin
             assert self._process.stdout
@@ -150,7 +150,7 @@ class Rig:
         return result
 
     def command(self, argv: Sequence[str]) -> list[str]:
-        """`argv`, where the nodes can be reached; it ends with the room, and with whoever started it."""
+        """Arguments that run `argv` in the nodes' network. The command ends with the room, and with its parent."""
         inner = ["setpriv", "--pdeathsig", "TERM", "--", "env", "--chdir", str(Path.cwd()), *argv]
         first = only_child(self._process.pid)
         if first is None:
@@ -159,7 +159,7 @@ class Rig:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Sockets that this thread makes, and processes that it starts, are where the nodes can be reached."""
+        """Create sockets and processes of this thread in the nodes' network within the block."""
         libc = ctypes.CDLL(None, use_errno=True)
         own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         there = os.open(f"/proc/{self._process.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
@@ -174,10 +174,10 @@ class Rig:
             os.close(own)
             os.close(there)
 
-    # making nodes
+    # creating nodes
 
     def boot(self, nodes: Sequence[RigNode]) -> None:
-        """Start nodes, all at once, and wait for their sshd."""
+        """Start nodes in parallel, and wait for their sshd."""
         for node in nodes:
             self._prepare(node)
         script = str(resources.files("deploy") / "data" / "rehearsal" / "node.sh")
@@ -204,19 +204,19 @@ class Rig:
         }
 
     def hostname(self, node: RigNode) -> str:
-        """As clouds name them."""
+        """A host name like that of a cloud provider."""
         return f"node-{node.address.replace('.', '-')}"
 
     def wait_ready(self, nodes: Sequence[RigNode], seconds: float = 30) -> None:
-        """Until each node's sshd says who it is. Raises HostError with its log."""
+        """Wait until the sshd of each node listens. Raises HostError with the end of its log."""
         deadline = time.monotonic() + seconds
         for node in nodes:
             log, boot = node.folder / "sshd.log", node.folder / "boot.log"
             while "Server listening" not in log.read_text():
-                words = boot.read_text()  # what a command of node.sh had to complain of
+                words = boot.read_text()  # errors of the commands in node.sh
                 if words.strip() or time.monotonic() > deadline:
-                    last = last_line(words or log.read_text(), "nothing is said")
-                    raise HostError(f"{node.name} does not start: {last}", remedy=_REMEDY)
+                    last = last_line(words or log.read_text(), "its log is empty")
+                    raise HostError(f"{node.name} did not start: {last}", remedy=_REMEDY)
                 time.sleep(0.02)
 
     def _prepare(self, node: RigNode) -> None:
@@ -227,13 +227,13 @@ class Rig:
             folder.chmod(mode)
         os.chown(node.home, UID, UID)
         name = self.hostname(node)
-        everybody = "".join(f"{other.address} {self.hostname(other)}\n" for other in self.nodes)
+        addresses = "".join(f"{other.address} {self.hostname(other)}\n" for other in self.nodes)
         etc = {
             "passwd": f"root:x:0:0:root:/root:/bin/bash\nsshd:x:101:65534::/run/sshd:/usr/sbin/nologin\n"
             f"nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n{USER}:x:{UID}:{UID}::/home/{USER}:/bin/bash\n",
             "group": f"root:x:0:\ntty:x:5:\nutmp:x:43:\nnogroup:x:65534:\n{USER}:x:{UID}:\n",
             "shadow": f"root:*:19000::::::\nsshd:*:19000::::::\n{USER}:*:19000::::::\n",
-            "hosts": f"127.0.0.1 localhost\n{everybody}",
+            "hosts": f"127.0.0.1 localhost\n{addresses}",
             "hostname": f"{name}\n",
             "nsswitch.conf": "passwd: files\ngroup: files\nshadow: files\nhosts: files\n",
             "sshd_config": self._sshd_config(node),
@@ -265,7 +265,7 @@ class Rig:
         return "\n".join(lines) + "\n"
 
     def make_host_key(self, node: RigNode) -> None:
-        """A new host key in the node's folder."""
+        """Create a new host key in the node's folder."""
         key = node.folder / "etc" / "host_key"
         for path in (key, key.with_suffix(".pub")):
             path.unlink(missing_ok=True)
@@ -273,13 +273,13 @@ class Rig:
         _keygen(key)
 
     def write_lists(self) -> None:
-        """ips.txt and known_hosts."""
+        """Write ips.txt and known_hosts."""
         self.ips.write_text("".join(f"{node.address}\n" for node in self.nodes))
         keys = [(node, (node.folder / "etc" / "host_key.pub").read_text().split()[:2]) for node in self.nodes]
         self.known_hosts.write_text("".join(f"{node.address} {' '.join(key)}\n" for node, key in keys))
 
     def close(self) -> None:
-        """Everything ends: the room's stdin does."""
+        """End everything, by closing the room's stdin."""
         with self._process as room:
             assert room.stdin
             with suppress(BrokenPipeError):
@@ -289,13 +289,13 @@ class Rig:
             room.kill()  # its child dies with it
 
 
-_REMEDY = "the rehearsal needs namespaces: run it as root, on a machine or in a container that lets root make them"
+_REMEDY = "run the rehearsal as root, on a machine or in a container in which root may create namespaces"
 
 
 def check_machine(python: str = interpreter.VERSION) -> None:
-    """What the rig needs of this machine, with Python `python` for its nodes. Raises HostError with what is missing."""
+    """Check that this machine can run nodes with the version `python`. Raises HostError if something is missing."""
     if sys.platform != "linux":
-        raise HostError("the rehearsal needs Linux's namespaces", remedy="run it on Linux, in a virtual machine perhaps")
+        raise HostError("the rehearsal requires Linux namespaces", remedy="run it on Linux, for example in a virtual machine")
     for program, package in (
         ("ip", "iproute2"),
         ("unshare", "util-linux"),
@@ -303,9 +303,9 @@ def check_machine(python: str = interpreter.VERSION) -> None:
         ("ssh-keygen", "openssh-client"),
     ):
         if shutil.which(program) is None:
-            raise HostError(f"the rehearsal needs {program}", remedy=f"as root: apt-get install {package}")
+            raise HostError(f"the rehearsal requires {program}", remedy=f"as root, run `apt-get install {package}`")
     if os.geteuid() != 0:
-        raise HostError("the rehearsal makes network namespaces, which only root may", remedy="sudo, or a root shell")
+        raise HostError("the rehearsal creates network namespaces, which requires root", remedy="use sudo, or a root shell")
     interpreter.find(settings.load().home, python)
 
 
@@ -322,12 +322,13 @@ def open_rig(
     share_size: str | None = None,
     python: str = interpreter.VERSION,
 ) -> Iterator[Rig]:
-    """`count` nodes k0, k1, … with the shared folder `MOUNT`; everything is gone when the block ends, or its process.
+    """Run `count` nodes k0, k1, … with the shared folder `MOUNT`. They end with the block, or with its process.
 
-    `folder` (created) keeps what the nodes wrote, for whoever wants to look; it is the caller's to remove.
-    `share_size`: the share is a tmpfs of this size (as mount's `size=`), which can be filled. `python`: version on the nodes.
+    `folder` is created and keeps the files of the nodes; the caller removes it. `share_size`: make the share a tmpfs of this
+    size (as in mount's `size=`), which can become full. `python`: version of Python on the nodes.
+
     Raises:
-        HostError: not root, a program is missing, or the kernel refuses.
+        HostError: the user is not root, a program is missing, or the kernel refuses.
     """
     check_machine(python)
     home = settings.load().home

@@ -1,8 +1,8 @@
-"""The room that the nodes stand in: first process of namespaces of its own, it holds the switch and starts nodes.
+"""The room: the first process of the rehearsal's namespaces. It has the virtual switch and starts nodes.
 
-Run by deploy.rehearsal.rig as `unshare … python -m deploy.rehearsal.room FOLDER`. Requests are JSON lines on stdin, answers
-JSON lines on stdout. When its owner is gone, however it went, stdin ends, this process ends, and with the first process of a
-process namespace the kernel ends all others, on every node; network and mounts go with the last of them.
+deploy.rehearsal.rig runs it as `unshare … python -m deploy.rehearsal.room FOLDER`. Requests are JSON lines on stdin, answers
+are JSON lines on stdout. When the owner ends in any way, stdin ends, and this process ends. With the first process of a
+namespace, the kernel kills all its other processes, on every node. Network and mounts are removed with the last process.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ NODE = ("unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--k
 
 
 class Room:
-    """The nodes by name: the process that holds each."""
+    """The nodes, by name."""
 
     def __init__(self) -> None:
         self.holders: dict[str, subprocess.Popen[str]] = {}
 
     def open(self, request: Json) -> Json:
-        """Plug the switch in: `gateway`, an address with its prefix length; `share` and `size` for a share of a fixed size."""
+        """Create the switch. `gateway`: address with prefix length. `share`, `size`: for a shared folder of a fixed size."""
         ip("link", "set", "lo", "up")
         ip("link", "add", BRIDGE, "type", "bridge")
         ip("addr", "add", request["gateway"], "dev", BRIDGE)
@@ -42,12 +42,12 @@ class Room:
         return {}
 
     def start(self, request: Json) -> Json:
-        """Start `nodes`: name to the environment of its node.sh, all at once."""
+        """Start nodes in parallel. `nodes`: environment of node.sh by name."""
         script = request["script"]
         for name, environment in request["nodes"].items():
             if self.alive(name):
-                raise ValueError(f"{name} runs already")
-            # qemu is made known in a user namespace; the node is in it, with all ids that it has elsewhere.
+                raise ValueError(f"{name} is already running")
+            # qemu is registered in a user namespace, which the node is in, with unchanged user ids.
             own = ["--user"] if environment["RIG_ROOT"] else []
             self.holders[name] = subprocess.Popen(
                 [*NODE, *own, "sh", script],
@@ -74,7 +74,7 @@ class Room:
         port = f"port-{name}"
         with suppress(subprocess.CalledProcessError):
             ip("link", "del", port)
-        card = "02:4d:" + ":".join(f"{ord(letter):02x}" for letter in name.rjust(4, "-")[-4:])  # the same after a boot
+        card = "02:4d:" + ":".join(f"{ord(letter):02x}" for letter in name.rjust(4, "-")[-4:])  # stays the same after a reboot
         ip("link", "add", port, "type", "veth", "peer", "name", "eth0", "address", card, "netns", str(holder.pid))
         ip("link", "set", port, "master", BRIDGE)
         ip("link", "set", port, "up")
@@ -82,11 +82,11 @@ class Room:
         holder.stdin.flush()
 
     def alive(self, name: str) -> bool:
-        """Its first process runs."""
+        """Whether the first process of the node is running."""
         return name in self.holders and self.holders[name].poll() is None
 
     def stop(self, request: Json) -> Json:
-        """Power off: every process of the node is gone at once."""
+        """Power off: kill all processes of the node at once."""
         first = self.first(request["node"])
         holder = self.holders.pop(request["node"])
         holder.kill()
@@ -100,7 +100,7 @@ class Room:
         return {}
 
     def execute(self, request: Json) -> Json:
-        """`argv` on a node as root, from outside: its sshd knows nothing of it."""
+        """Run `argv` on a node as root, without its sshd."""
         first = self.first(request["node"])
         process = subprocess.run(
             ["nsenter", "-t", str(first), "-m", "-u", "-i", "-n", "-p", *request["argv"]],
@@ -113,7 +113,7 @@ class Room:
         return {"code": process.returncode, "out": process.stdout, "err": process.stderr}
 
     def processes(self, request: Json) -> Json:
-        """Every process of a node: number as the node sees it, argument list, environment."""
+        """All processes of a node: process id on the node, arguments, environment."""
         first = self.first(request["node"])
         space = os.readlink(f"/proc/{first}/ns/pid")  # noqa: PTH115 - no path
         processes = []
@@ -121,11 +121,11 @@ class Room:
             with suppress(OSError):
                 if os.readlink(folder / "ns/pid") == space:  # noqa: PTH115
                     processes.append(_process(folder))
-        # One that has ended and is not collected yet has no arguments any more.
+        # Zombies have no arguments.
         return {"processes": sorted((process for process in processes if process["argv"]), key=lambda entry: entry["pid"])}
 
     def first(self, name: str) -> int:
-        """The node's first process, as this room's /proc numbers it."""
+        """Process id of the node's first process in this room."""
         first = only_child(self.holders[name].pid) if name in self.holders else None
         if first is None:
             raise ValueError(f"{name} is off")
@@ -133,7 +133,7 @@ class Room:
 
 
 def only_child(holder: int) -> int | None:
-    """The first process of the namespaces that an `unshare` made; None: it has ended."""
+    """The first process of the namespaces that an `unshare` created; None if it has ended."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             if int(stat.read_text().rpartition(")")[2].split()[1]) == holder:
@@ -154,24 +154,24 @@ def _process(folder: Path) -> Json:
 
 
 def ip(*words: str) -> None:
-    """iproute2's ip."""
+    """Run `ip` of iproute2."""
     run(["ip", *words])
 
 
 def run(argv: list[str]) -> None:
-    """A command that must work; its own words are the error."""
+    """Run a command that must succeed. The error contains its stderr."""
     subprocess.run(argv, check=True, capture_output=True, text=True)
 
 
 def reap() -> None:
-    """Children of nodes that were switched off come to us, the first process; holders are asked for by their own numbers."""
+    """Collect processes of nodes that were switched off: this first process inherits them. Holders are not collected."""
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
 
 
 def answer(room: Room, request: Json) -> Json:
-    """One request; what went wrong as `error`, in words."""
+    """Answer one request. A failure is returned as `error`."""
     try:
         operation: Mapping[str, Any] = {
             "open": room.open,

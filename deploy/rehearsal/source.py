@@ -1,7 +1,7 @@
-"""Where the nodes' environments come from: our own index, with Ray from the Python index and the stand-in for the engine.
+"""The source of the nodes' environments: an index of the farm, with Ray from PyPI and the simulated engine.
 
-The index is a program of its own and is used as one. What it mirrored once stays in the user's cache, so that a second
-rehearsal fetches nothing; the set is named by its content, for a published set never changes.
+The index is a separate program and is run as one. Mirrored wheels stay in the user's cache, so a second rehearsal downloads
+nothing. The set is named by its content, since a published set never changes.
 """
 
 from __future__ import annotations
@@ -26,29 +26,30 @@ from gracefarm.files import lock, remove_tree
 from gracefarm.process import last_line
 
 SECONDS = 60
-"For a server of ours to listen."
+"Seconds to wait until a server listens."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A set that is ready to be served."""
+    """A set in the index, ready to be served."""
 
     root: Path
-    "The index's folder."
+    "The folder of the index."
     set_name: str
     lock: str
-    "Text of the nodes' requirements.lock: Ray and the stand-in, every wheel by its sha256."
+    "Text of the nodes' requirements.lock: Ray and the simulated engine, every wheel with its sha256."
 
     def path(self) -> str:
-        """Of the set's simple API."""
+        """Path of the set's simple API."""
         return f"/{self.set_name}/simple/"
 
 
 def prepare(home: Path, console: Console) -> Source:
-    """Bring the set's wheels into the index in `home`, unless they are there.
+    """Add the set's wheels to the index in `home`, unless it has them.
 
     Raises:
-        FetchError: the Python index does not give a wheel of the lock. HostError: our own index does not start.
+        FetchError: PyPI does not have a wheel of the lock.
+        HostError: the index does not start.
     """
     wheel = standin.build(home / "rehearsal" / "wheels")
     machine = os.uname().machine
@@ -59,13 +60,13 @@ def prepare(home: Path, console: Console) -> Source:
     with lock(home / "rehearsal" / "index.lock", lambda: console.step("wait", "another rehearsal fills the index")):
         try:
             sets = index_command(source.root, "stage", "list")
-        except HostError as error:  # another version's catalogue, or a damaged one; there is nothing in it but a cache
-            console.step("wheels", f"{error.cause}: made anew")
+        except HostError as error:  # the catalogue is damaged or from another version; it is only a cache
+            console.step("wheels", f"{error.cause}: replacing the index")
             remove_tree(source.root)
             sets = []
         if any(entry["name"] == name and entry["state"] == "published" for entry in sets):
             return source
-        console.step("wheels", f"{every.count('==')} wheels of Ray and huggingface_hub into our index, once")
+        console.step("wheels", f"adding {every.count('==')} wheels of Ray and huggingface_hub to the rehearsal's index")
         _upload(source.root, wheel)
         path = home / "rehearsal" / "set.lock"
         path.write_text(every)
@@ -75,10 +76,7 @@ def prepare(home: Path, console: Console) -> Source:
 
 
 def private(home: Path, source: Source, folder: Path) -> Source:
-    """The index once more in `folder`, for one rehearsal: a root has one server, and two people may rehearse at once.
-
-    Its wheels are hard links: they never change.
-    """
+    """A copy of the index in `folder` for one rehearsal, since a root can have only one server. Its wheels are hard links."""
     with lock(home / "rehearsal" / "index.lock"):
         folder.mkdir(parents=True)
         for path in sorted(source.root.rglob("*")):
@@ -93,7 +91,7 @@ def private(home: Path, source: Source, folder: Path) -> Source:
 
 
 def index_command(root: Path, *arguments: str) -> Any:
-    """A command of the index; its answer."""
+    """Run a command of the index. Return its answer."""
     process = subprocess.run(
         [sys.executable, "-m", "index", "--root", str(root), "--json", *arguments], capture_output=True, text=True, check=False
     )
@@ -105,13 +103,14 @@ def index_command(root: Path, *arguments: str) -> Any:
         reason = last.get("text") or last_line(process.stderr)
         kind: type[GracefarmError] = FetchError if arguments[0] == "mirror" else HostError
         raise kind(
-            f"index {arguments[0]}: {reason}", remedy=last.get("remedy") or "is the Python index reachable: `pip config list`"
+            f"index {arguments[0]}: {reason}",
+            remedy=last.get("remedy") or "check that pip can reach a package index: `pip config list`",
         )
     return answers[-1]
 
 
 def _upload(root: Path, wheel: standin.StandinWheel) -> None:
-    """As anybody would: a hosted name, a token, `uv publish`."""
+    """Upload a wheel in the usual way: with a hosted name, a token, and `uv publish`."""
     index_command(root, "host", standin.NAME)
     token = index_command(root, "token", "create", "--name", "rehearsal", "--expires", "1h")["token"]
     argv = [sys.executable, "-m", "index", "--root", str(root), "--json", "serve", "--port", "0"]
@@ -121,16 +120,16 @@ def _upload(root: Path, wheel: standin.StandinWheel) -> None:
         process = subprocess.run([*publish, str(wheel.path)], env=env, capture_output=True, text=True, check=False)
         if process.returncode:
             raise HostError(
-                f"uploading the stand-in: {process.stderr.strip()}", remedy=f"remove {root} and repeat the command"
+                f"uploading the simulated engine: {process.stderr.strip()}", remedy=f"remove {root}, then repeat the command"
             )
 
 
 @contextmanager
 def listening(argv: Sequence[str]) -> Iterator[str]:
-    """A server of ours that says `{"event": "listening", "url": …}` or its bare address on stdout, until the block ends.
+    """Run a server within the block. It prints `{"event": "listening", "url": …}` or its URL on stdout.
 
     Raises:
-        HostError: it does not; with its last words.
+        HostError: it does not start; with its last line.
     """
     with subprocess.Popen(
         argv,
@@ -138,7 +137,7 @@ def listening(argv: Sequence[str]) -> Iterator[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # Ctrl-C is for whoever started us, and what follows it may still need the server
+        start_new_session=True,  # Ctrl-C must not stop the server, which cleanup may still need
     ) as process:
         try:
             yield _address(process)
@@ -162,4 +161,4 @@ def _address(process: subprocess.Popen[str]) -> str:
         if not line and process.poll() is not None:
             break
     reason = last_line(process.stderr.read(), "it ended") if process.poll() is not None else "no answer"
-    raise HostError(f"a server of the rehearsal does not start: {reason}", remedy="repeat the command")
+    raise HostError(f"a server of the rehearsal did not start: {reason}", remedy="repeat the command")

@@ -1,6 +1,6 @@
-"""OpenSSH's sshd for the nodes: the machine's own, else the one of Debian's package, unpacked and not installed.
+"""OpenSSH's sshd for the nodes: that of this machine, else the one in Debian's package, which is unpacked but not installed.
 
-Installing openssh-server would start a server on this machine that nobody asked for.
+Installing openssh-server would start a server on this machine.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ PACKAGES = ("openssh-server", "libwrap0")
 
 @dataclass(frozen=True, kw_only=True)
 class Sshd:
-    """How a node starts it."""
+    """The sshd of the nodes."""
 
     program: str
-    "As the node sees it."
+    "Path on the node."
     libraries: Path | None = None
-    "A folder of this machine that the node sees as /run/rig-sshd."
+    "Folder of this machine that is mounted on the node as /run/rig-sshd."
     session: str | None = None
-    "From OpenSSH 9.8 on the session is a program of its own."
+    "Path of the session program. Since OpenSSH 9.8 it is a separate program."
 
 
 def find(home: Path) -> Sshd:
-    """The sshd to use; `home` is gracefarm's folder, where an unpacked one is kept.
+    """Find sshd, or unpack one to gracefarm's folder `home`.
 
     Raises:
-        HostError: neither installed nor to be had from apt.
+        HostError: sshd is not installed, and apt cannot fetch it.
     """
     installed = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/sbin")
     if installed:
@@ -50,7 +50,7 @@ def find(home: Path) -> Sshd:
 
 
 def _unpack(folder: Path) -> None:
-    """Fetch the packages as apt is configured and keep the two or three files that matter."""
+    """Fetch the packages with apt, and keep the few files that are necessary."""
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         download = (
@@ -63,7 +63,7 @@ def _unpack(folder: Path) -> None:
             reason = last_line(download.stderr, "") if download else "this is not Debian"
             raise HostError(
                 f"no sshd on this machine, and the package openssh-server cannot be fetched: {reason}",
-                remedy="as root: apt-get update; or install openssh-server",
+                remedy="as root, run `apt-get update`, or install openssh-server",
             )
         for package in packages:
             subprocess.run(["dpkg-deb", "-x", package.name, "root"], cwd=scratch, check=True)

@@ -1,4 +1,4 @@
-"""The wheel of the stand-in engine: `aphrodite-engine 0.6.4.post1` by name, and it says everywhere that it is a stand-in."""
+"""Builds the wheel of the simulated engine. Its name is `aphrodite-engine 0.6.4.post1`, and it says that it is a stand-in."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ WHEEL = "Wheel-Version: 1.0\nGenerator: gracefarm-rehearsal\nRoot-Is-Purelib: tr
 
 @dataclass(frozen=True, kw_only=True)
 class StandinWheel:
-    """A built wheel."""
+    """A built wheel of the simulated engine."""
 
     path: Path
     sha256: str
 
     @property
     def pin(self) -> str:
-        """Its line of a lock."""
+        """Its line in a lock."""
         return pins.render(NAME, VERSION, [self.sha256])
 
 
 def build(folder: Path) -> StandinWheel:
-    """Write the wheel into `folder`. Same sources, same bytes; other sources have another build tag and so another name."""
+    """Write the wheel to `folder`. The same sources give the same bytes; other sources give another build tag and name."""
     here = resources.files("deploy") / "data"
     package = here / "rehearsal" / "standin" / "aphrodite"
     files = {f"aphrodite/{file.name}": file.read_bytes() for file in package.iterdir() if file.name.endswith(".py")}

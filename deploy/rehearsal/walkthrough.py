@@ -1,4 +1,4 @@
-"""A deployment from ips.txt to streamed tokens, on nodes of this machine, by the commands that a person would type."""
+"""A deployment from ips.txt to streamed tokens on nodes of this machine, with the commands that a user would run."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ INDEX_PORT, HUB_PORT = 8090, 8091
 PROMPT = "Write a sentence about wheels."
 LARGEST_TP = 8
 OUTPUT_SECONDS = 600
-"For one command; the engine's own time-outs are shorter."
+"Timeout of one command in seconds. The engine's timeouts are shorter."
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommandRun:
-    """One command and what became of it."""
+    """A command and its result."""
 
     name: str
     argv: tuple[str, ...]
@@ -49,19 +49,19 @@ class CommandRun:
 
 @dataclass(kw_only=True)
 class Rehearsal:
-    """Nodes, servers and the deployment's folder."""
+    """The nodes, the servers and the deployment's folder."""
 
     room: Rig
     folder: Path
-    "Where deploy.toml is."
+    "The folder of deploy.toml."
     console: Console
     index: str
-    "Simple API of the set."
+    "URL of the set's simple API."
     environ: Mapping[str, str] = field(default_factory=dict)
     steps: list[CommandRun] = field(default_factory=list)
 
     def command(self, *arguments: str) -> CommandRun:
-        """`deploy …`, printed, run where the nodes can be reached, its output shown and its time taken.
+        """Run `deploy …` in the nodes' network, and print the command, its output and its time.
 
         Raises:
             NodeError: it failed.
@@ -74,8 +74,8 @@ class Rehearsal:
         self.console.event("command", f"{'':9}  {seconds:.1f} s", argv=argv, seconds=round(seconds, 2), returncode=code)
         if code:
             raise NodeError(
-                f"{' '.join(argv)} ended with {code}",
-                remedy="its own words are above",
+                f"`{' '.join(argv)}` failed with exit code {code}",
+                remedy="see its error above",
                 repeat=f"deploy rehearse --nodes {len(self.room.nodes)}",
             )
         step = CommandRun(name=arguments[0], argv=argv, seconds=seconds, output=output)
@@ -108,7 +108,7 @@ class Rehearsal:
 
     @contextmanager
     def beside(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-        """`deploy …` that runs until the block ends, as `deploy tunnel`."""
+        """Run `deploy …` until the block ends, for commands such as `deploy tunnel`."""
         self.console.step("run", f"deploy {' '.join(arguments)} &")
         with self._start(arguments) as process:
             try:
@@ -122,7 +122,7 @@ class Rehearsal:
 
 
 def layout(count: int) -> tuple[int, int]:
-    """tp and pp for so many nodes of one GPU: as the tutorial has tp 5, pp 2 for ten."""
+    """tp and pp for this number of nodes with one GPU, such as tp 5 and pp 2 for ten nodes."""
     tp = max(divisor for divisor in range(1, LARGEST_TP + 1) if count % divisor == 0)
     return tp, count // tp
 
@@ -131,11 +131,12 @@ def layout(count: int) -> tuple[int, int]:
 def rehearsal(
     count: int, home: Path, settings: SharedSettings, console: Console, *, share_size: str | None = None
 ) -> Iterator[Rehearsal]:
-    """Nodes, index, Hub, and a folder with ips.txt; all of it is gone when the block ends, or its process.
+    """Run nodes, index and Hub within the block, with a folder that has ips.txt. They also end with this process.
 
-    `share_size`: as `open_rig` has it.
+    `share_size`: as in `open_rig`.
+
     Raises:
-        HostError, FetchError: what this machine lacks, or the Python index.
+        HostError, FetchError: something is missing on this machine or on PyPI.
     """
     check_machine()
     begin = time.monotonic()
@@ -164,7 +165,7 @@ def rehearsal(
 
 
 def _fetch_uv(settings: SharedSettings) -> None:
-    """uv for the nodes, while the Python index can be reached."""
+    """Fetch uv for the nodes while PyPI can be reached."""
     pinned = json.loads((resources.files("deploy") / "data" / "uv.json").read_text())
     wheel = pinned["wheels"][os.uname().machine]
     uv.fetch_uv(pinned["version"], wheel["tag"], wheel["sha256"], settings)
@@ -172,7 +173,7 @@ def _fetch_uv(settings: SharedSettings) -> None:
 
 @contextmanager
 def run_folder(home: Path) -> Iterator[Path]:
-    """A folder for one rehearsal; what killed ones left is removed: only files, their processes ended with them."""
+    """A folder for one rehearsal. Folders of killed rehearsals are removed; their processes have ended with them."""
     runs = home / "rehearsal" / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     for left in runs.glob("*.lock"):
@@ -180,7 +181,7 @@ def run_folder(home: Path) -> Iterator[Path]:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                continue  # somebody rehearses there
+                continue  # a running rehearsal
             remove_tree(left.with_suffix(""))
             left.unlink(missing_ok=True)
     folder = runs / secrets.token_hex(4)
@@ -195,7 +196,7 @@ def run_folder(home: Path) -> Iterator[Path]:
 
 
 def configure(rehearsal: Rehearsal) -> None:
-    """What a person edits in the deploy.toml that `deploy init` wrote."""
+    """Edit the deploy.toml that `deploy init` wrote, as a user would."""
     path = rehearsal.folder / "deploy.toml"
     tp, pp = layout(len(rehearsal.room.nodes))
     text = path.read_text()
@@ -209,14 +210,16 @@ def configure(rehearsal: Rehearsal) -> None:
     more = f"[layout]\ntensor_parallel = {tp}\npipeline_parallel = {pp}\n\n[options]\nrehearsal = true\n"
     for old, new in changes.items():
         if old not in text:
-            raise NodeError(f"deploy init wrote no {old!r}", remedy="nodes/template.py and rehearsal/walkthrough.py disagree")
+            raise NodeError(
+                f"deploy init did not write {old!r}", remedy="nodes/template.py and rehearsal/walkthrough.py must agree"
+            )
         text = text.replace(old, new)
     path.write_text(f"{text}\n{more}")
     rehearsal.console.step("edit", f"deploy.toml: engine, index, lock, tp {tp} pp {pp}, rehearsal = true")
 
 
 def start(rehearsal: Rehearsal) -> None:
-    """From ips.txt to a deployment that can be planned."""
+    """Run `deploy init` and edit deploy.toml."""
     access = ("--user", USER, "--key", str(rehearsal.room.key))
     rehearsal.command("init", "ips.txt", *access, "--share", MOUNT, "--model", REPO, "--accept")
     configure(rehearsal)
@@ -224,7 +227,7 @@ def start(rehearsal: Rehearsal) -> None:
 
 
 def tunnelled(process: subprocess.Popen[str]) -> str:
-    """The address that `deploy tunnel` says. Raises EngineError with its last words."""
+    """The URL that `deploy tunnel` prints. Raises EngineError with its last line."""
     assert process.stdout
     last = ""
     for line in process.stdout:
@@ -236,21 +239,21 @@ def tunnelled(process: subprocess.Popen[str]) -> str:
 
 
 def ask(rehearsal: Rehearsal, url: str, key: str, *, tokens: int = 32, on_text: Callable[[str], None]) -> int:
-    """One streamed answer; how many tokens it had by the engine's own count.
+    """Request one streamed answer. Return the number of tokens that the engine counted.
 
     Raises:
-        EngineError: no answer, or one that breaks off.
+        EngineError: there is no answer, or it is not complete.
     """
     prompt = Prompt(model=REPO, text=PROMPT, max_tokens=tokens, api="chat")
     with rehearsal.room.inside():
         answer = asyncio.run(query(CompletionServer(url=url, key=key), prompt, patience=60, on_text=on_text))
     if not answer.tokens:
-        raise EngineError(f"{url}: the stream ended without a count of its tokens")
+        raise EngineError(f"{url}: the stream ended without the number of tokens")
     return answer.tokens
 
 
 def left(rehearsal: Rehearsal) -> dict[str, list[str]]:
-    """Looked at from outside: what runs on the nodes beside their sshd."""
+    """Processes on the nodes other than sshd, found without SSH."""
     running = {}
     for node in rehearsal.room.nodes:
         others = [
@@ -264,10 +267,10 @@ def left(rehearsal: Rehearsal) -> dict[str, list[str]]:
 
 
 def nothing_left(rehearsal: Rehearsal) -> None:
-    """Raises NodeError where `deploy down` forgot something."""
+    """Raise NodeError if `deploy down` left processes running."""
     running = left(rehearsal)
     if running:
         node, others = next(iter(running.items()))
         raise NodeError(
-            f"after `deploy down` {node} still runs {others[0]} ({sum(map(len, running.values()))} processes in all)"
+            f"after `deploy down`, {node} still runs {others[0]} ({sum(map(len, running.values()))} processes in total)"
         )

@@ -387,7 +387,7 @@ def summary(seen: Status, causes: Sequence[Finding], kept: State, missing: Mappi
         first = causes[0]
         line(f"{first.text[0].upper()}{first.text[1:]}\n" if first.rank == LAST else f"**First cause:** {first.text}\n")
         if first.remedy:
-            line(f"What to do: {first.remedy}\n")
+            line(f"Remedy: {first.remedy}\n")
         if first.file:
             line(f"Source: {first.file}\n")
     else:

@@ -67,7 +67,7 @@ def test_each_line_has_its_node_and_each_bad_exit_code_is_told(tmp_path: Path) -
     assert sorted(rest[1].splitlines()) == ["k1 k1", "k2 k2"]
     assert sorted(words[1].splitlines()) == ["k0 two words", "k1 two words", "k2 two words"]
     assert bad[0] == 61
-    assert "k1 ended with 1; k2 ended with 2; 0 on k0" in bad[2]
+    assert "exit code 1 on k1; exit code 2 on k2; 0 on k0" in bad[2]
     assert machine[0] == 61
     events = [json.loads(line) for line in machine[1].splitlines()]
     assert events[0] == {"event": "line", "text": "x", "node": "k1", "stream": "stdout"}
@@ -81,7 +81,7 @@ def test_words_that_name_no_node_are_told_before_anybody_is_entered(tmp_path: Pa
     assert "no node 'k9'" in err
 
 
-@pytest.mark.skipif(shutil.which("ssh") is None, reason="no ssh on this machine")
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="ssh is missing on this machine")
 def test_the_systems_ssh_trusts_the_pinned_keys_alone(tmp_path: Path) -> None:
     async def go() -> list[tuple[int | None, str]]:
         found = []

@@ -91,7 +91,7 @@ def test_with_a_node_away_everything_ends_on_all_others_and_then_it_is_told(tmp_
         await made.made[2].listen()
         code, said = await down(made)
         assert code == 0, said
-        assert "nothing of this deployment runs any more" in said
+        assert "no process of this deployment is running" in said
         assert (await job_status(made.fleet, last, "ray")).state == "stopped"
         assert running(made) == []
 

@@ -117,7 +117,7 @@ def test_down_ends_what_a_killed_command_left_at_work(scene: Scene) -> None:
     made = scene.made
     kill(scene.downloading())
     output = well(made, "down")
-    assert all(f"{name} " in output.partition("processes ended: ")[2] for name in ("k0", "k1", "k2"))
+    assert all(f"{name} " in output.partition("processes stopped: ")[2] for name in ("k0", "k1", "k2"))
     assert walkthrough.left(made) == {}
     assert faultkit.in_files(made) == []
     scene.served.rate = None
@@ -210,7 +210,7 @@ def test_down_with_a_node_away_ends_everything_on_the_others(scene: Scene) -> No
         assert set(walkthrough.left(made)) == {"k1"}
     finally:
         nodefaults.plug(made.room["k1"])
-    assert "nothing of this deployment runs any more" in well(made, "down")
+    assert "no process of this deployment is running" in well(made, "down")
     assert walkthrough.left(made) == {}
 
 

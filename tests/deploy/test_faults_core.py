@@ -52,7 +52,7 @@ def test_interrupted_in_the_first_build_it_goes_on_until_down_ends_it_and_nothin
     assert done.code == 130
     assert "the same command" in done.output
     assert walkthrough.left(made)
-    assert "processes ended: k0" in well(made, "down")
+    assert "processes stopped: k0" in well(made, "down")
     assert walkthrough.left(made) == {}
     assert not [path.name for path in (root / "envs").glob(".*")]
 
@@ -178,6 +178,6 @@ def test_down_leaves_nothing_and_says_so(made: Rehearsal) -> None:
     well(made, "down", "--keep-ray")
     assert verdict(made).kind == "stopped"
     assert faultkit.raylet(made, "k1")
-    assert "nothing of this deployment runs any more" in well(made, "down")
+    assert "no process of this deployment is running" in well(made, "down")
     assert walkthrough.left(made) == {}
-    assert "nothing ran" in well(made, "down")
+    assert "none was running before" in well(made, "down")

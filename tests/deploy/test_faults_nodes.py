@@ -207,7 +207,7 @@ def test_a_shard_that_rotted_or_was_cut_short_is_brought_again(made: Rehearsal) 
     short.write_bytes(short.read_bytes()[:100])
     output = well(made, "up", "--skip", "proof")
     assert f"missing or of another size: {short.name}" in output
-    assert "every file is what the Hub declares" in well(made, "weights", "verify")
+    assert "all files match the Hub's digests" in well(made, "weights", "verify")
 
 
 @pytest.mark.parametrize(

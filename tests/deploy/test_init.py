@@ -90,9 +90,9 @@ def test_accepted_keys_are_pinned_facts_are_kept_and_a_second_time_changes_nothi
     again = init(tmp_path, nodes)
     assert again.returncode == 0, again.stderr
     assert "2 pinned" in again.stderr
-    assert "not written" not in again.stderr  # the same words as in deploy.toml
+    assert "ignored" not in again.stderr  # the same words as in deploy.toml
     other = init(tmp_path, nodes, "--key", "k", "--share", "/srv")
-    assert "--key, --share: not what it says, and not written into it; set it in " in other.stderr
+    assert "--key, --share ignored, since " in other.stderr
     assert before == ((tmp_path / "deploy.toml").read_bytes(), (tmp_path / ".deploy" / "known_hosts").read_bytes())
 
 
@@ -123,7 +123,7 @@ def test_all_that_is_missing_is_listed_at_once(tmp_path: Path, nodes: Servers) -
             *(["wheels for x86_64"] if os.uname().machine == "x86_64" else []),
             "access to org/gated",
         ]
-        assert "when nothing of this is missing: `deploy serve`" in done.stderr
+        assert "when nothing is missing, run `deploy serve`" in done.stderr
         (tmp_path / "deploy.toml").write_text((tmp_path / "deploy.toml").read_text().replace("org/gated", "org/absent"))
         again = deploy(tmp_path, "init", "deploy.toml", "--json", **variables)
         assert (
@@ -274,7 +274,7 @@ def test_supposed_nodes_need_nothing(tmp_path: Path) -> None:
         "25,26,25x3",
         "HOST_IP=10.0.0.1",
         "ray start --head",
-        "no measurement",
+        "not measured",
     ):
         assert words in done.stdout
     split = deploy(tmp_path, "plan", "--nodes", "10", "--tp", "2", "--pp", "5", "--commands")
@@ -299,7 +299,7 @@ def test_json_is_the_plan_and_equal_each_time(tmp_path: Path) -> None:
         (("--nodes", "12", "--tp", "11"), 64, "requires that tp is divisible by the KV heads"),
         (("--nodes", "10", "--engine", "vllm", "--tp", "5"), 64, "are not divisible by 5"),
         (("--nodes", "10", "--gpu", "mi300"), 2, "unknown kind of node 'mi300'"),
-        (("--tp", "5"), 2, "say --nodes N"),
+        (("--tp", "5"), 2, "add --nodes N"),
         ((), 3, "no deploy.toml"),
     ],
 )

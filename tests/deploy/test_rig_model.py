@@ -100,7 +100,7 @@ def test_a_real_model_behind_tunnel_and_bench(room: Rig, tmp_path: Path) -> None
     try:
         assert tunnel.stdout
         while '"forwards"' not in (line := tunnel.stdout.readline()):
-            assert line, "the tunnel ended"
+            assert line, "the tunnel failed"
         url = json.loads(line)["forwards"]["engine"]["url"]
         assert url == "http://127.0.0.1:2300"
         wait(room, f"{url}/health", head.tmp / "serve.log")

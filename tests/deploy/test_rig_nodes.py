@@ -213,13 +213,13 @@ def test_nothing_outlives_its_owner(tmp_path: Path, how: signal.Signals) -> None
 
 def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(HostError, match="only root may"), open_rig(tmp_path, count=1):
+    with pytest.raises(HostError, match="requires root"), open_rig(tmp_path, count=1):
         pass
 
 
 def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shutil, "which", lambda name, **_: None if name == "ip" else name)
-    with pytest.raises(HostError, match="needs ip") as caught:
+    with pytest.raises(HostError, match="requires ip") as caught:
         check_machine()
     assert "iproute2" in caught.value.remedy
 
@@ -233,7 +233,7 @@ def test_a_machine_without_python_3_11_has_uv_bring_one_for_the_nodes(tmp_path: 
     assert found is not None
     (tmp_path / "mirror").rename(tmp_path / "away")
     assert interpreter.find(tmp_path / "home") == found
-    with pytest.raises(HostError, match=r"need Python 3\.11, .* and uv cannot bring it: .*No such") as no:
+    with pytest.raises(HostError, match=r"requires Python 3\.11, .* and uv cannot install it: .*No such") as no:
         interpreter.find(tmp_path / "other")
     assert "UV_PYTHON_INSTALL_MIRROR" in no.value.remedy
     monkeypatch.setattr(interpreter, "find", lambda _home, _version: found)

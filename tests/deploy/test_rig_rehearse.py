@@ -153,5 +153,5 @@ def test_an_ordinary_user_is_told_in_one_sentence_before_anything_is_fetched(tmp
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == ExitCode.HOST
     (said,) = [json.loads(line) for line in done.stdout.splitlines()]
-    assert said["text"] == "the rehearsal makes network namespaces, which only root may"
+    assert said["text"] == "the rehearsal creates network namespaces, which requires root"
     assert not (tmp_path / "home").exists()

@@ -330,7 +330,7 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
     async def work(fleet: Fleet, made: list[kit.Machine]) -> None:
         (tmp_path / "elsewhere").mkdir()
         (tmp_path / "local").symlink_to(tmp_path / "elsewhere")
-        with pytest.raises(NodeError, match="belongs to somebody else"):
+        with pytest.raises(NodeError, match="belongs to another user"):
             await start_job(fleet, made[0].node, "x", "true")
 
     with_fleet(tmp_path, 1, work)

@@ -230,7 +230,7 @@ def test_status_of_a_load_and_of_one_that_failed(tmp_path: Path) -> None:
             out, _ = await process.communicate()
         assert "FAILED(loading)" in out.decode()
         assert SECRET not in out.decode() + json.dumps(said)
-        assert "what to do:" in out.decode()
+        assert "remedy:" in out.decode()
 
     play(tmp_path, work, "--stay", str(stay), "--die", "1", "--say", str(words))
 
@@ -461,7 +461,7 @@ def test_the_command_shows_no_secret_and_names_node_and_log(tmp_path: Path) -> N
     async def work(made: Scene) -> None:
         for words, code, message in (
             (("logs",), 63, "no engine was started"),
-            (("logs", "k0"), 0, "Ray has written no log there"),
+            (("logs", "k0"), 0, "Ray has no logs on this node"),
         ):
             async with deploy(tmp_path, *words) as process:
                 _, err = await asyncio.wait_for(process.communicate(), 30)

@@ -1,20 +1,20 @@
 #!/bin/sh
-# A node: run as the first process of namespaces of its own (network, mounts, processes, names, shared memory), it makes the
-# machine that `deploy` meets and becomes its sshd. Nothing of the machine around it can be written from here but the share.
-# With RIG_ROOT it has another userland: sessions are in there, and qemu runs it (RIG_QEMU, RIG_BINFMT; for this node alone).
+# A node. This script is the first process in new namespaces (network, mounts, processes, names, shared memory). It prepares the
+# machine for `deploy`, and becomes its sshd. On the surrounding machine, only the share can be written.
+# With RIG_ROOT, sessions have another userland, which qemu runs (RIG_QEMU and RIG_BINFMT, only for this node).
 # Environment: RIG_NAME RIG_FOLDER RIG_SHARE (empty: none) RIG_MOUNT RIG_USER RIG_UID RIG_ADDRESS RIG_GATEWAY RIG_SSHD RIG_LIBRARIES RIG_PYTHON
-# RIG_GPUS: numbers of the GPUs that the node has (`0 1`); empty: it has all that the machine has.
+# RIG_GPUS: numbers of the node's GPUs, such as `0 1`; empty: all GPUs of the machine.
 set -eu
-echo unshared # the room moves the cable in when it reads this
+echo unshared # the room adds the network interface when it reads this
 read -r _go
 
 hostname "$RIG_NAME"
 ip link set lo up
 ip link set eth0 up
 ip addr add "$RIG_ADDRESS/24" dev eth0
-ip route add default via "$RIG_GATEWAY" # nothing forwards; the engine asks the kernel for the way to 8.8.8.8
+ip route add default via "$RIG_GATEWAY" # nothing is forwarded, but the engine looks up the route to 8.8.8.8
 
-# What lies in the homes or in /tmp of this machine is bound before they are covered.
+# Files in the homes or in /tmp of this machine are bound before these folders are hidden.
 mount -t tmpfs -o mode=755,size=64m rig /run
 mkdir /run/rig /run/rig-sshd /run/rig-python /run/sshd
 mount --bind "$RIG_FOLDER" /run/rig
@@ -41,7 +41,7 @@ mkdir "/home/$RIG_USER"
 mount --bind /run/rig/home "/home/$RIG_USER"
 mount --bind /run/rig/tmp /tmp
 mount --bind /run/rig/tmp /var/tmp
-if [ -n "$RIG_GPUS" ]; then # a GPU whose device file is not there is not there; nobody makes one on what is read-only
+if [ -n "$RIG_GPUS" ]; then # a GPU without device file does not exist, and no device file can be created on a read-only file system
     mkdir /run/rig-dev /run/rig-dev/pts /run/rig-dev/shm
     devices="null zero full random urandom tty nvidiactl nvidia-uvm nvidia-uvm-tools"
     for gpu in $RIG_GPUS; do devices="$devices nvidia$gpu"; done
@@ -71,7 +71,7 @@ if [ -n "$RIG_ROOT" ]; then
         mount --bind "/run/rig/etc/$file" "/run/rig-root/etc/$file"
     done
 fi
-ulimit -n 65536 2>/dev/null || true # as machines for this work have it
+ulimit -n 65536 2>/dev/null || true # as on machines for this work
 case $RIG_SSHD in /run/rig-sshd/*) export LD_LIBRARY_PATH=/run/rig-sshd ;; esac
 cd /
 exec "$RIG_SSHD" -D -e -f /run/rig/etc/sshd_config >>/run/rig/sshd.log 2>&1 </dev/null

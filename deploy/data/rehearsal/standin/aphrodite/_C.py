@@ -1,1 +1,1 @@
-"""The engine's kernels have this name; here are none."""
+"""The engine's module of kernels; empty in the simulation."""

@@ -1,7 +1,7 @@
-"""A stand-in for aphrodite-engine 0.6.4.post1, made by gracefarm's rehearsal: everything but the GPU and the mathematics.
+"""A simulation of aphrodite-engine 0.6.4.post1 for gracefarm's rehearsal, without GPU and computations.
 
-It takes the same options, joins the same Ray cluster in the same way, refuses what the engine refuses, reads the same files,
-and dies, lies and hangs as the engine does. It shares no code with it.
+It has the same options, joins a Ray cluster in the same way, refuses the same input, reads the same files, and fails and hangs
+in the same ways as the engine. It shares no code with it.
 """
 
 __version__ = "0.6.4.post1"

@@ -19,7 +19,7 @@ from aphrodite.server import Server, serve
 
 
 def refuse(arguments: Any, model: shape.Model) -> None:
-    """What the engine refuses before it starts anything."""
+    """Refuse arguments and models that the engine refuses before it starts."""
     if arguments.quantization and model.heads % arguments.tensor_parallel_size:
         raise ValueError(
             f"Total number of attention heads ({model.heads}) must be divisible by tensor parallel size "
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def leave(executor: Executor, code: int) -> None:
-    """End, though a thread may hang in a step for ever, as in NCCL; asyncio would wait for it."""
+    """Exit, even if a thread hangs in a step, as in NCCL. asyncio would wait for it."""
     goodbye = threading.Thread(target=executor.stop, daemon=True)
     goodbye.start()
     goodbye.join(10)
@@ -81,7 +81,7 @@ def leave(executor: Executor, code: int) -> None:
 
 
 def limit(wanted: int, blocks: int, size: int) -> int:
-    """max_model_len is cut to what the cache holds, with an ERROR that nobody reads."""
+    """Reduce max_model_len to the size of the cache, with an ERROR in the log."""
     if blocks <= 0:
         raise ValueError(
             "No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when initializing the engine."
@@ -97,7 +97,7 @@ def limit(wanted: int, blocks: int, size: int) -> int:
 
 
 def capture(arguments: Any) -> None:
-    """CUDA graphs, unless in eager mode."""
+    """Log the capture of CUDA graphs, except in eager mode."""
     if str(arguments.enforce_eager).lower() == "true":
         return
     say("Capturing the model for CUDA graphs. This may lead to unexpected consequences if the model is not static.")

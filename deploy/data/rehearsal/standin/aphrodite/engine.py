@@ -1,4 +1,4 @@
-"""The loop that makes tokens: one step of all ranks gives each running request one token."""
+"""The loop that generates tokens: one step of all ranks gives each running request one token."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ TEXT = "The rehearsal answers with these words , one token each , until it has s
 
 
 class EngineDeadError(RuntimeError):
-    """The loop has ended; nothing will be answered any more."""
+    """The loop has ended, and requests are no longer answered."""
 
 
 @dataclass
 class Request:
-    """One completion under way."""
+    """One running completion."""
 
     id: str
     prompt_tokens: int
     max_tokens: int
     stop_at: int
-    "Tokens after which the model itself would end."
+    "Tokens after which the model itself ends."
     arrived: float = field(default_factory=time.monotonic)
     made: int = 0
     tokens: asyncio.Queue[str | Exception | None] = field(default_factory=asyncio.Queue)
@@ -38,7 +38,7 @@ class Request:
 
 
 class Engine:
-    """Requests wait, run `max_num_seqs` at a time, and end."""
+    """Runs at most `max_num_seqs` requests at the same time; the others wait."""
 
     def __init__(self, executor: Executor, options: dict[str, Any], metrics: Metrics) -> None:
         self.executor = executor
@@ -51,7 +51,7 @@ class Engine:
         self.work = asyncio.Event()
 
     async def generate(self, request: Request) -> AsyncIterator[str]:
-        """Tokens as they come. Raises EngineDeadError."""
+        """Yield tokens. Raises EngineDeadError."""
         if self.dead is not None:
             raise EngineDeadError("Background loop has errored already.")
         if not self.options["disable_log_requests"]:
@@ -70,12 +70,12 @@ class Engine:
             request.gone = True
 
     async def loop(self) -> None:
-        """Until something goes wrong."""
+        """Run until an error occurs."""
         try:
             while True:
                 await self.work.wait()
                 await self._iteration()
-        except Exception as problem:  # noqa: BLE001 - whatever it is, the engine is dead
+        except Exception as problem:  # noqa: BLE001 - any error ends the engine
             if isinstance(problem, TimeoutError):
                 error("Engine iteration timed out. This should never happen!")
             error("Engine background task failed")

@@ -1,4 +1,4 @@
-"""The ranks, by way of Ray: placement group, the driver's own GPU, and the order of ranks, as the engine has them."""
+"""Starts the ranks with Ray: placement group, the driver's GPU, and the order of ranks, as in the engine."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PLACEMENT_SECONDS = 1800
 
 
 def local_gpus() -> int:
-    """GPUs of this machine: declared, since there are none."""
+    """Number of declared GPUs of this machine."""
     return int(os.environ.get("GRACEFARM_STANDIN_GPUS", "1"))
 
 
 def open_port() -> int:
-    """APHRODITE_PORT or the next free one after it; else any."""
+    """APHRODITE_PORT, or the next free port after it; without the variable, any free port."""
     port = int(os.environ.get("APHRODITE_PORT", "0"))
     while True:
         with socket.socket() as probe:
@@ -35,7 +35,7 @@ def open_port() -> int:
 
 
 class Executor:
-    """All ranks. Rank 0 is this process itself; an actor holds its GPU for it."""
+    """All ranks. Rank 0 is this process; an actor reserves its GPU."""
 
     def __init__(self, *, tp: int, pp: int, model: str, backend: str | None, options: dict[str, Any]) -> None:
         world = tp * pp
@@ -112,13 +112,13 @@ class Executor:
         self.run("update_environment_variables", [{"values": environment} for environment in values])
 
     def run(self, method: str, arguments: Sequence[dict[str, Any]] | None = None) -> list[Any]:
-        """A method on every rank at once; what any of them raises."""
+        """Call a method on every rank in parallel. Raises the first error."""
         given = arguments or [{}] * (len(self.workers) + 1)
         pending = [getattr(worker, method).remote(**words) for worker, words in zip(self.workers, given[1:], strict=True)]
         mine = getattr(self.driver, method)(**given[0])
         return [mine, *(self.ray.get(pending) if pending else [])]
 
     def stop(self) -> None:
-        """Let Ray have its GPUs back."""
+        """Release the GPUs in Ray."""
         if self.ray is not None:
             self.ray.shutdown()

@@ -1,4 +1,4 @@
-"""The engine logs through rich, which wraps at 80 columns where there is no terminal; whoever reads its log must cope."""
+"""Logs like the engine, which uses rich: without a terminal, lines are wrapped at 80 columns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import textwrap
 
 
 def say(message: str, level: str = "INFO") -> None:
-    """One message, on as many lines as it takes."""
+    """Log a message, on one or more lines."""
     width = int(os.environ.get("COLUMNS", "80"))
     head = f"{level}:" + " " * (9 - len(level))
     for line in message.splitlines() or [""]:
@@ -18,10 +18,10 @@ def say(message: str, level: str = "INFO") -> None:
 
 
 def warn(message: str) -> None:
-    """A WARNING."""
+    """Log a WARNING."""
     say(message, "WARNING")
 
 
 def error(message: str) -> None:
-    """An ERROR; the engine's logger drops the traceback that belongs to it."""
+    """Log an ERROR, without traceback like the engine's logger."""
     say(message, "ERROR")

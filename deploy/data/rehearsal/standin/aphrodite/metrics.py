@@ -1,4 +1,4 @@
-"""/metrics with the engine's names."""
+"""The engine's /metrics, with its names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 
 class Metrics:
-    """Of one model."""
+    """Metrics of one model."""
 
     def __init__(self, model: str, blocks: int) -> None:
         self.registry = CollectorRegistry()
@@ -37,12 +37,12 @@ class Metrics:
         Info("aphrodite:cache_config", "Cache", registry=self.registry).info({"num_gpu_blocks": str(blocks)})
 
     def queues(self, running: int, waiting: int) -> None:
-        """How many requests there are."""
+        """Set the numbers of requests."""
         self.running.set(running)
         self.waiting.set(waiting)
 
     def token(self, number: int, arrived: float, prompt: int) -> None:
-        """One was made."""
+        """Count a generated token."""
         self.generation.inc()
         if number == 1:
             self.prompt.inc(prompt)
@@ -51,11 +51,11 @@ class Metrics:
             self.each.observe((time.monotonic() - arrived) / number)
 
     def finished(self, tokens: int, arrived: float, reason: str) -> None:
-        """A request ended."""
+        """Count a finished request."""
         self.whole.observe(time.monotonic() - arrived)
         self.count.observe(tokens)
         self.success.labels(self.model, reason).inc()
 
     def text(self) -> bytes:
-        """For a scraper."""
+        """The text of /metrics."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""The engine's command line, from the committed table of its options."""
+"""The engine's command line, from the table of its options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TYPES: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": _boolea
 
 
 class Parser(argparse.ArgumentParser):
-    """As the engine's: underscores in options are dashes."""
+    """The engine's parser: underscores in options count as dashes."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         def dashes(word: str) -> str:
@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
-    """`aphrodite run`; the only command that a deployment uses."""
+    """The parser of `aphrodite run`, the only command that a deployment uses."""
     made = Parser(prog="aphrodite", allow_abbrev=True)
     run = made.add_subparsers(dest="command", required=True).add_parser("run", help="Start the server.")
     run.add_argument("model_tag", help="The model: a folder.")

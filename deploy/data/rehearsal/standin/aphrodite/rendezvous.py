@@ -1,4 +1,4 @@
-"""Ranks meet at rank 0, as at torch's store, and then each reaches the next one where gloo would listen."""
+"""Connects the ranks: all connect to rank 0, as with torch's store, and then each to the next one, as with gloo."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SECONDS = 60
 
 
 def meet(rank: int, world: int, method: str, address: str) -> None:
-    """Return when all ranks have met. Raises RuntimeError in gloo's words when one cannot be reached."""
+    """Return when all ranks are connected. Raises RuntimeError with gloo's message if one cannot be reached."""
     where = urlsplit(method)
     host, port = where.hostname or "", where.port or 0
     listener = socket.create_server((address, 0))
@@ -48,7 +48,7 @@ def meet(rank: int, world: int, method: str, address: str) -> None:
 
 
 def _reach(host: str, port: int) -> socket.socket:
-    """Rank 0 may come later than we do."""
+    """Connect to rank 0, which may start later than this rank."""
     deadline = time.monotonic() + SECONDS
     while True:
         try:

@@ -1,4 +1,4 @@
-"""The HTTP API, as OpenAI's and the engine's: /health says 200 while its workers are dead; a chunk is not a token."""
+"""The HTTP API of OpenAI and the engine. /health returns 200 even with dead workers, and a chunk is not a token."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from aphrodite.log import error, say
 from aphrodite.metrics import Metrics
 
 CHUNKS = (1, 3, 2, 4)
-"Tokens that come together, by turns."
+"Numbers of tokens per chunk, used in turn."
 SENTENCE = 48
-"Tokens after which the model ends by itself."
+"Tokens after which the model ends an answer."
 Json = dict[str, Any]
 
 
 class Server:
-    """One model behind one address."""
+    """Serves one model at one address."""
 
     def __init__(self, engine: Engine, names: list[str], length: int, key: str | None, metrics: Metrics) -> None:
         self.engine = engine
@@ -38,7 +38,7 @@ class Server:
         self.ended = asyncio.Event()
 
     def app(self) -> web.Application:
-        """Its routes; the key guards /v1 and /api alone."""
+        """The routes. Only /v1 and /api require the key."""
         app = web.Application(middlewares=[self.guard])
         app.add_routes(
             [
@@ -55,7 +55,7 @@ class Server:
 
     @web.middleware  # type: ignore[untyped-decorator]
     async def guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        """401 without the key, and the end of the server when the engine is dead."""
+        """Answer 401 without the key, and end the server if the engine is dead."""
         if self.key and request.path.startswith(("/v1", "/api")):
             given = request.headers.get("Authorization")
             if given != f"Bearer {self.key}" and request.headers.get("x-api-key") != self.key:
@@ -68,25 +68,25 @@ class Server:
         return response
 
     def end(self) -> None:
-        """What the engine does about its own death, unless it is told not to."""
+        """End the server process, like the engine does when it is dead, unless it is configured not to."""
         if not os.environ.get("APHRODITE_KEEP_ALIVE_ON_ENGINE_DEATH"):
             error("AsyncAphrodite is already dead, terminating server process")
             asyncio.get_running_loop().call_later(0.2, self.ended.set)
 
     async def health(self, _request: web.Request) -> web.Response:
-        """Asks nobody, as the engine's does with Ray."""
+        """Always 200, like the engine with Ray."""
         return web.Response(status=200)
 
     async def version(self, _request: web.Request) -> web.Response:
-        """The engine's version; what this is says the log."""
+        """The version of the engine. The log says that this is a simulation."""
         return web.json_response({"version": __version__})
 
     async def scrape(self, _request: web.Request) -> web.Response:
-        """Prometheus."""
+        """Metrics for Prometheus."""
         return web.Response(body=self.metrics.text(), content_type="text/plain")
 
     async def models(self, _request: web.Request) -> web.Response:
-        """What is served."""
+        """The served model."""
         rows = [
             {"id": name, "object": "model", "created": self.created, "owned_by": "pygmalionai", "max_model_len": self.length}
             for name in self.names
@@ -94,20 +94,20 @@ class Server:
         return web.json_response({"object": "list", "data": rows})
 
     async def report(self, _request: web.Request) -> web.Response:
-        """The stand-in's own: every rank with what its environment holds."""
+        """For tests: every rank with its environment."""
         ranks = await asyncio.to_thread(self.engine.executor.run, "report")
         return web.json_response({"about": ABOUT, "ranks": ranks, "blocks": self.engine.executor.blocks})
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
-        """A prompt, continued."""
+        """Complete a prompt."""
         return await self.complete(request, chat=False)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        """Messages, answered."""
+        """Answer messages."""
         return await self.complete(request, chat=True)
 
     async def complete(self, request: web.Request, *, chat: bool) -> web.StreamResponse:
-        """Whole or as a stream."""
+        """Answer in one piece or as a stream."""
         try:
             body = await request.json()
             name = body["model"]
@@ -136,18 +136,18 @@ class Server:
         )
 
     def head(self, work: Request, name: str, *, chat: bool, chunk: bool = False) -> Json:
-        """What every answer starts with."""
+        """The common fields of all answers."""
         what = ("chat.completion.chunk" if chunk else "chat.completion") if chat else "text_completion"
         return {"id": work.id, "object": what, "created": int(time.time()), "model": name}
 
     async def stream(self, request: web.Request, body: Json, work: Request, *, chat: bool) -> web.StreamResponse:
-        """Server-sent events."""
+        """Answer with server-sent events."""
         counted = bool((body.get("stream_options") or {}).get("include_usage"))
         head = self.head(work, body["model"], chat=chat, chunk=True)
         extra = {"usage": None} if counted else {}
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         tokens = self.engine.generate(work)
-        first = await anext(tokens)  # before the headers: a dead engine is a 500, not a stream that breaks
+        first = await anext(tokens)  # before the headers, so that a dead engine gives a 500 instead of a broken stream
         await response.prepare(request)
 
         async def send(choices: list[Json], **more: Any) -> None:
@@ -172,7 +172,7 @@ class Server:
 
 
 async def joined(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
-    """Several tokens at a time, by turns."""
+    """Join tokens to chunks of different sizes."""
     sizes = itertools.cycle(CHUNKS)
     held, size = [first], next(sizes)
     if len(held) == size:
@@ -188,12 +188,12 @@ async def joined(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
 
 
 def reason(work: Request) -> str:
-    """Why it ended."""
+    """Why a request ended."""
     return "stop" if work.stop_at <= work.max_tokens else "length"
 
 
 def piece(text: str, chat: bool, why: str | None = None) -> Json:
-    """A choice of a chunk."""
+    """The choice of a chunk."""
     return {"index": 0, **({"delta": {"content": text}} if chat else {"text": text}), "logprobs": None, "finish_reason": why}
 
 
@@ -204,7 +204,7 @@ def choice(work: Request, text: str, chat: bool) -> Json:
 
 
 def usage(work: Request) -> Json:
-    """Counted by the engine."""
+    """The numbers of tokens, counted by the engine."""
     return {
         "prompt_tokens": work.prompt_tokens,
         "completion_tokens": work.made,
@@ -213,13 +213,13 @@ def usage(work: Request) -> Json:
 
 
 def refusal(message: str, kind: str, code: int) -> web.Response:
-    """The engine's form of an error."""
+    """An error in the engine's format."""
     body = {"object": "error", "message": message, "type": kind, "param": None, "code": code}
     return web.json_response(body, status=code)
 
 
 async def serve(server: Server, host: str | None, port: int) -> None:
-    """Listen until the engine dies or a signal comes. Raises OSError when the port is taken: after the load, as the engine."""
+    """Listen until the engine dies or a signal arrives. Raises OSError for a port in use, after loading like the engine."""
     import signal
 
     loop = asyncio.get_running_loop()

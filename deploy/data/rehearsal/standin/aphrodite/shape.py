@@ -1,4 +1,4 @@
-"""What a rank holds of a model, by the engine's rules: uneven tensor parallel, the last stage takes the remainder."""
+"""A rank's part of a model, by the engine's rules: uneven tensor parallel, and the last stage gets the remainder."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Model:
 
     @property
     def head_size(self) -> int:
-        """Numbers of a head."""
+        """Dimensions of a head."""
         return self.hidden // self.heads
 
 
 def read(folder: Path) -> Model:
-    """config.json of a model's folder. Raises OSError as transformers words it."""
+    """Read config.json of a model's folder. Raises OSError with the message of transformers."""
     path = folder / "config.json"
     if not path.is_file():
         raise OSError(f"{folder} does not appear to have a file named config.json.")
@@ -49,18 +49,18 @@ def read(folder: Path) -> Model:
 
 
 def divide(numerator: int, denominator: int) -> int:
-    """Without a remainder, or an AssertionError."""
+    """Divide, or raise AssertionError if there is a remainder."""
     assert numerator % denominator == 0, f"{numerator} is not divisible by {denominator}"
     return numerator // denominator
 
 
 def part(total: int, rank: int, size: int) -> int:
-    """A share that differs by one at most."""
+    """Size of a rank's part. The parts differ by at most one."""
     return total // size + (rank < total % size)
 
 
 def layers(model: Model, stage: int, stages: int) -> int:
-    """Of a stage; APHRODITE_PP_LAYER_PARTITION is read in the process that asks, which is a worker."""
+    """Number of layers of a stage. APHRODITE_PP_LAYER_PARTITION is read in the calling process, which is a worker."""
     text = os.environ.get("APHRODITE_PP_LAYER_PARTITION")
     if text is None:
         each = model.layers // stages
@@ -77,7 +77,7 @@ def layers(model: Model, stage: int, stages: int) -> int:
 
 
 def kv_heads(model: Model, rank: int, size: int) -> int:
-    """Of a rank; more ranks than heads are fine only if they divide, which is where tp 9 to 15 ends for Llama."""
+    """Number of KV heads of a rank. With more ranks than heads, tp must be divisible by the heads: not 9 to 15 for Llama."""
     if size > model.kv_heads:
         divide(size, model.kv_heads)
         return 1
@@ -86,11 +86,11 @@ def kv_heads(model: Model, rank: int, size: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """What a rank holds."""
+    """A rank's part of a model."""
 
     layers: int
     offloadable: int
-    "Bytes of its layers, bf16."
+    "Bytes of its layers in bf16."
     fixed: int
     "Bytes of embedding and head."
     token: int
@@ -98,7 +98,7 @@ class Held:
 
 
 def held(model: Model, rank: int, tp: int, pp: int) -> Held:
-    """Of a global rank = stage * tp + rank within the stage. Raises AssertionError, ValueError as the engine does."""
+    """The part of a global rank = stage * tp + rank within the stage. Raises AssertionError, ValueError like the engine."""
     stage, inner = divmod(rank, tp)
     count = layers(model, stage, pp)
     groups = kv_heads(model, inner, tp)

@@ -1,7 +1,7 @@
-"""Faults to order: `PHASE=WHAT …` in the environment (GRACEFARM_STANDIN) or in a node's ~/.gracefarm-standin, read each time.
+"""Faults for tests: `PHASE=FAULT …` in the variable GRACEFARM_STANDIN or in a node's ~/.gracefarm-standin, read each time.
 
-Phases of a worker: init, load (in the middle of it), loaded, step. What: die, oom, wedge, slow:SECONDS, error.
-Of the engine: engine=hang (requests are accepted and never worked on; nothing ever times out).
+Phases of a worker: init, load (in the middle), loaded, step. Faults: die, oom, wedge, slow:SECONDS, error.
+For the engine: engine=hang (requests are accepted but never processed, without a timeout).
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from aphrodite.shape import GIB
 
 
 class OutOfMemoryError(RuntimeError):
-    """torch's."""
+    """The error of torch."""
 
 
 OutOfMemoryError.__module__ = "torch"
 
 
 def ordered(phase: str) -> str:
-    """What is to go wrong in a phase, or nothing."""
+    """The fault for a phase; empty if there is none."""
     path = Path.home() / ".gracefarm-standin"
     words = os.environ.get("GRACEFARM_STANDIN", "").split() + (path.read_text().split() if path.is_file() else [])
     return dict(word.split("=", 1) for word in words if "=" in word).get(phase, "")
 
 
 def happen(phase: str) -> None:
-    """Let it go wrong."""
+    """Cause the fault for a phase, if there is one."""
     what, _, how = ordered(phase).partition(":")
     if what == "die":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -45,7 +45,7 @@ def happen(phase: str) -> None:
 
 
 def out_of_memory(used: int, total: int) -> None:
-    """torch 2.4's words."""
+    """Raise an error with the message of torch 2.4."""
     raise OutOfMemoryError(
         f"CUDA out of memory. Tried to allocate 1.62 GiB. GPU 0 has a total capacity of {total / GIB:.2f} GiB of which "
         f"{max(0, total - used) / GIB:.2f} GiB is free. Including non-PyTorch memory, this process has "

@@ -22,7 +22,7 @@ WEIGHTS = "*.safetensors"
 
 
 def get_ip() -> str:
-    """HOST_IP, else the address that the kernel would use for the way out."""
+    """HOST_IP, else the source address of the default route."""
     if os.environ.get("HOST_IP"):
         return os.environ["HOST_IP"]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -41,7 +41,7 @@ def interface_address(name: str) -> str | None:
 
 
 def check_nccl() -> None:
-    """NCCL takes interfaces by prefix."""
+    """Check the interfaces like NCCL, which selects them by prefix."""
     wanted = os.environ.get("NCCL_SOCKET_IFNAME", "")
     if wanted and not wanted.startswith("^"):
         names = [link.name for link in Path("/sys/class/net").iterdir()]
@@ -53,7 +53,7 @@ def check_nccl() -> None:
 
 
 def gloo_address() -> str:
-    """What gloo binds to: an interface that it is told, else whatever this machine's name resolves to."""
+    """The address that gloo binds to: of the given interface, else of this machine's host name."""
     name = os.environ.get("GLOO_SOCKET_IFNAME")
     if not name:
         return socket.gethostbyname(socket.gethostname())
@@ -67,29 +67,29 @@ def gloo_address() -> str:
 
 
 class RayWorkerWrapper:
-    """The engine's name for it, which Ray shows in logs and process lists."""
+    """A worker. It has the engine's name, which Ray shows in logs and process lists."""
 
     def __init__(self) -> None:
         self.rank = -1
         self.garbage = False
 
     def get_node_ip(self) -> str:
-        """By the engine's rule, in this process's environment."""
+        """The address by the engine's rule, with this process's environment."""
         return get_ip()
 
     def get_node_and_gpu_ids(self) -> tuple[str, list[str]]:
-        """As Ray knows them."""
+        """The ids of node and GPUs in Ray."""
         import ray
 
         context = ray.get_runtime_context()
         return context.get_node_id(), context.get_accelerator_ids().get("GPU", [])
 
     def update_environment_variables(self, values: dict[str, str]) -> None:
-        """The three that the driver hands over; nothing else of its environment arrives."""
+        """Set the three variables that the driver passes on. Its other variables are not passed on."""
         os.environ.update(values)
 
     def init_worker(self, *, rank: int, tp: int, pp: int, model: str, method: str, options: dict[str, Any]) -> None:
-        """Learn who it is."""
+        """Set rank and layout."""
         trouble.happen("init")
         self.rank, self.tp, self.pp, self.method, self.options = rank, tp, pp, method, options
         self.folder = Path(model)
@@ -98,17 +98,17 @@ class RayWorkerWrapper:
         say(f"standin rank={rank} ip={get_ip()} pid={os.getpid()} env={json.dumps(env, sort_keys=True)}")
 
     def environment(self) -> dict[str, str]:
-        """What this process sees of the variables that matter."""
+        """The relevant environment variables of this process."""
         return {key: value for key, value in os.environ.items() if key.startswith(KEPT)}
 
     def init_device(self) -> None:
-        """Meet the other ranks, by NCCL's and gloo's rules for addresses."""
+        """Connect to the other ranks, by NCCL's and gloo's rules for addresses."""
         if self.tp * self.pp > 1:
             check_nccl()
             meet(self.rank, self.tp * self.pp, self.method, gloo_address())
 
     def load_model(self) -> int:
-        """Read every weight file; the bytes that this rank keeps."""
+        """Read every weight file. Return the bytes that this rank keeps."""
         started = time.monotonic()
         say(f"Loading model {self.folder}...")
         found = shape.held(self.model, self.rank, self.tp, self.pp)
@@ -134,7 +134,7 @@ class RayWorkerWrapper:
         return kept
 
     def files(self) -> list[Path]:
-        """What the index names, all of it; without an index whatever is there."""
+        """All files of the index; without an index, all that exist."""
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -145,7 +145,7 @@ class RayWorkerWrapper:
         return files
 
     def read(self, path: Path) -> None:
-        """A file of safetensors: a truncated one is refused; changed numbers only show in the answers, as in the engine."""
+        """Read a safetensors file. A truncated file is refused. Changed data only affects the answers, as in the engine."""
         content = path.read_bytes()
         try:
             size = int.from_bytes(content[:8], "little")
@@ -160,18 +160,18 @@ class RayWorkerWrapper:
             self.garbage = True
 
     def determine_num_available_blocks(self) -> int:
-        """Of KV cache."""
+        """Number of blocks of KV cache."""
         if self.rank == 0:
             say("Profiling peak memory usage...")
         return self.blocks
 
     def execute_model(self) -> bool:
-        """One step; whether this rank's numbers are worth anything."""
+        """Run one step. Return whether the weights of this rank are undamaged."""
         trouble.happen("step")
         return not self.garbage
 
     def report(self) -> dict[str, Any]:
-        """For tests: who and where this rank is and what its environment holds, without secrets."""
+        """For tests: rank, node and environment of this worker, without secrets."""
         env = {key: value for key, value in self.environment().items() if not any(word in key for word in SECRET)}
         names = sorted(os.environ)
         return {
