@@ -38,13 +38,15 @@ prepare) # with a network: wheels for Python 3.12 on x86_64, and the recipes' so
     shift
     [ $# -gt 0 ] || set -- causal_conv1d flash_attn_cu130 torch_scatter
     for recipe in "$@"; do
-        GRACEFARM_HOME="$carried/home" "$top/.venv/bin/python" -m builder fetch "$recipe"
+        GRACEFARM_HOME="$carried/home" "$top/.venv/bin/python" -m builder fetch "$recipe" --stack "$stack"
     done
     du -sh "$carried"
     ;;
 setup) # two environments: the builder's, and over the machine's torch the one that is built against
     mkdir -p "$work/home"
-    cp -r "$carried/home/store" "$work/home/"
+    for part in store git; do
+        [ ! -d "$carried/home/$part" ] || cp -r "$carried/home/$part" "$work/home/"
+    done
     "$python" -m zipfile -e "$carried"/wheels/uv-*.whl "$work/uv"
     uv=$(echo "$work"/uv/uv-*.data/scripts/uv)
     chmod +x "$uv"
