@@ -198,7 +198,20 @@ def _file_system(sandbox: Sandbox) -> Iterator[str]:
     for mount in sandbox.mounts:
         yield from ("--bind" if mount.writable else "--ro-bind", str(mount.source), mount.target)
     # If root builds, the build can write root's files in /proc/sys, and could escape by kernel.core_pattern.
-    yield from ("--remount-ro", "/proc", "--remount-ro", "/")
+    yield from _kernel_files() if sandbox.devices else ("--remount-ro", "/proc")
+    yield from ("--remount-ro", "/")
+
+
+def _kernel_files() -> Iterator[str]:
+    """Make only those files in /proc read-only that belong to no process.
+
+    With a read-only /proc, cuInit of NVIDIA's driver 580 fails with CUDA_ERROR_OPERATING_SYSTEM (304).
+    """
+    for entry in sorted(Path("/proc").iterdir()):
+        if entry.name.isdecimal() or entry.is_symlink():
+            continue
+        if entry.is_dir() or entry.stat().st_mode & 0o222:
+            yield from ("--ro-bind", str(entry), str(entry))
 
 
 def _etc(sandbox: Sandbox) -> Iterator[str]:

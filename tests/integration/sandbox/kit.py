@@ -33,7 +33,7 @@ from builder.box import sandbox
 spec = json.loads(sys.argv[1])
 mounts = tuple(sandbox.BindMount(source=Path(s), target=t, writable=w) for s, t, w in spec["mounts"])
 box = sandbox.Sandbox(root=Path("/"), mounts=mounts, environment=spec["environment"], workdir=spec["workdir"],
-                      memory=spec["memory"], network=spec["network"])
+                      memory=spec["memory"], network=spec["network"], devices=tuple(spec["devices"]))
 {prologue}
 outcome = sandbox.run(box, spec["argv"], log=Path(spec["log"]), **spec["options"])
 print(json.dumps(dataclasses.asdict(outcome)))
@@ -81,6 +81,7 @@ class User:
             "workdir": box.workdir,
             "memory": box.memory,
             "network": box.network,
+            "devices": box.devices,
             "argv": list(argv),
             "log": str(self.log),
             "options": options,

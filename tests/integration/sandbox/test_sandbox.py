@@ -60,9 +60,10 @@ def test_writing_elsewhere_is_refused(user: User, place: str) -> None:
     assert user.text.strip() in {"EROFS", "EACCES", "EPERM", "ENOTDIR"}
 
 
-def test_the_kernels_settings_are_out_of_reach(user: User) -> None:
+@pytest.mark.parametrize("devices", [(), ("/dev/null",)], ids=["without a GPU", "with a GPU"])
+def test_the_kernels_settings_are_out_of_reach(user: User, devices: tuple[str, ...]) -> None:
     """Where root builds, the files of /proc/sys belong to the build's user, and bubblewrap by itself leaves them writable."""
-    outcome = user.python_run("""
+    script = """
         import os
         for folder, folders, files in os.walk("/proc"):
             if folder == "/proc":
@@ -70,9 +71,16 @@ def test_the_kernels_settings_are_out_of_reach(user: User) -> None:
             for name in files:
                 if os.access(f"{folder}/{name}", os.W_OK):
                     print(folder, name)
-    """)
+    """
+    outcome = user.python_run(script, box=user.box(devices=devices))
     assert outcome.returncode == 0
     assert user.text == ""
+
+
+def test_with_a_gpu_a_process_may_write_its_own_files_in_proc(user: User) -> None:
+    """cuInit of NVIDIA's driver does so, and fails where it cannot; /dev/null plays the GPU."""
+    outcome = user.run("/bin/sh", "-c", "echo named >/proc/self/comm", box=user.box(devices=("/dev/null",)))
+    assert (outcome.returncode, user.text) == (0, "")
 
 
 def test_the_root_cannot_be_made_writable_again(user: User) -> None:
