@@ -239,7 +239,7 @@ def _plain(status: int, text: str, *more: tuple[bytes, bytes]) -> PageAnswer:
 
 _NO_METHOD = _plain(
     405,
-    "this address is for installers ; upload to /legacy/ (twine upload --repository-url …/legacy/, uv publish --publish-url"
+    "this address is for installers; upload to /legacy/ (twine upload --repository-url …/legacy/, uv publish --publish-url"
     " …/legacy/; GET /legacy/ shows the commands)\n",
     (b"allow", b"GET, HEAD"),
 )

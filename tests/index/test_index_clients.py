@@ -241,7 +241,7 @@ def test_twine_at_the_installers_address_is_told_where_to_go(filled: Server, dis
             check=False, TWINE_USERNAME="__token__", TWINE_PASSWORD=filled.token,
         )  # fmt: skip
         assert process.returncode != 0
-        assert "upload to /legacy/" in " ".join((process.stdout + process.stderr).split())
+        assert "for installers; upload to /legacy/" in " ".join((process.stdout + process.stderr).split())
 
 
 def test_uv_publish_and_its_check_url(filled: Server, dist: Path) -> None:
