@@ -79,6 +79,8 @@ class _UpstreamFile:
     uploaded: str | None
     defects: str = ""
     "Defects, one line each."
+    serves_metadata: bool = True
+    "False if METADATA of a linked wheel is stored here for checks of the set, but upstream does not serve it."
 
 
 def mirror(
@@ -310,9 +312,9 @@ def _take(
         rows: list[_UpstreamFile] = []
         for item in items:
             if manner.link:
-                raw, defects = _linked_metadata(client, item)
+                row, raw = _linked(store, client, item)
                 texts += [raw] if raw is not None else []
-                rows.append(replace(item, size=item.size or _remote_size(client, item), defects=defects))
+                rows.append(row)
                 continue
             path = stack.enter_context(_download(store, client, item))
             raw, defects = _inspect(path, item.filename)
@@ -350,7 +352,8 @@ def _leave_out(change: Transaction, set_name: str, pin: Pin, taken: list[_Upstre
 def _insert(change: Transaction, set_name: str, item: _UpstreamFile) -> None:
     values = {**vars(item), "set_name": set_name, "uploaded": item.uploaded or change.time, "url": item.url or None}
     restored = change.execute(
-        "UPDATE mirrored SET lost = 0, url = :url, size = :size, metadata_sha256 = :metadata_sha256, defects = :defects"
+        "UPDATE mirrored SET lost = 0, url = :url, size = :size, metadata_sha256 = :metadata_sha256, defects = :defects,"
+        " serves_metadata = :serves_metadata"
         " WHERE set_name = :set_name AND filename = :filename AND sha256 = :sha256",
         values,
     )
@@ -358,8 +361,8 @@ def _insert(change: Transaction, set_name: str, item: _UpstreamFile) -> None:
         staged.check_staged(change, set_name)  # files of a published set may be restored, but never changed
         change.execute(
             "INSERT OR REPLACE INTO mirrored (set_name, filename, project, version, kind, sha256, size, metadata_sha256,"
-            " requires_python, uploaded, url, defects) VALUES (:set_name, :filename, :project, :version, :kind, :sha256,"
-            " :size, :metadata_sha256, :requires_python, :uploaded, :url, :defects)",
+            " requires_python, uploaded, url, defects, serves_metadata) VALUES (:set_name, :filename, :project, :version,"
+            " :kind, :sha256, :size, :metadata_sha256, :requires_python, :uploaded, :url, :defects, :serves_metadata)",
             values,
         )
     change.note("set.mirror", f"{set_name} {item.filename}", sha256=item.sha256, linked=bool(item.url))
@@ -446,22 +449,39 @@ def _inspect(path: Path, filename: str) -> tuple[bytes | None, str]:
     return read.raw if read is not None else None, "\n".join(defects.sentences)
 
 
-def _linked_metadata(client: httpx.Client, item: _UpstreamFile) -> tuple[bytes | None, str]:
-    """METADATA of a linked wheel, if upstream serves it (PEP 658), and the defects that it shows.
+def _linked(store: Store, client: httpx.Client, item: _UpstreamFile) -> tuple[_UpstreamFile, bytes | None]:
+    """The row of a linked file, with its defects, and METADATA of a wheel.
+
+    If upstream does not serve METADATA (PEP 658), the whole file is fetched, checked and deleted.
+
+    Raises:
+        RefusedError: with this file, installers would fail on the whole project.
+        FetchError, DigestError: upstream does not send the file or its METADATA, or sends other bytes.
+    """
+    if item.metadata_sha256 is not None and item.kind == "bdist_wheel":
+        raw, defects = _served_metadata(client, item, item.metadata_sha256)
+        return replace(item, size=item.size or _remote_size(client, item), defects=defects), raw
+    with _download(store, client, item) as path:
+        inside, defects = _inspect(path, item.filename)
+        digest = hashlib.sha256(inside).hexdigest() if inside is not None else None
+        size = path.stat().st_size
+    return replace(item, size=size, metadata_sha256=digest, serves_metadata=False, defects=defects), inside
+
+
+def _served_metadata(client: httpx.Client, item: _UpstreamFile, sha256: str) -> tuple[bytes, str]:
+    """METADATA that upstream serves (PEP 658), and the defects that it shows.
 
     Raises:
         RefusedError: with this file, installers would fail on the whole project.
         FetchError, DigestError: upstream announces METADATA and does not send it.
     """
-    if item.metadata_sha256 is None or item.kind != "bdist_wheel":
-        return None, ""
     try:
         raw = client.get(f"{item.url}.metadata").raise_for_status().content
     except httpx.HTTPError as error:
         raise FetchError(
             f"failed to fetch the metadata of {item.filename} from upstream: {error}", remedy="try again later"
         ) from error
-    if hashlib.sha256(raw).hexdigest() != item.metadata_sha256:
+    if hashlib.sha256(raw).hexdigest() != sha256:
         raise DigestError(
             f"upstream sent metadata of {item.filename} that differs from the listed digest", remedy="do not use this index"
         )

@@ -224,6 +224,8 @@ def listed(row: sqlite3.Row) -> Listed:
         "provenance_sha256": None,
         **dict(row),
     }
+    if not values.get("serves_metadata", True):
+        values["metadata_sha256"] = None
     values["facts"] = facts.from_json(values["facts"])
     values["defects"] = tuple(values["defects"].splitlines())
     return Listed(**{column.name: values[column.name] for column in fields(Listed)})

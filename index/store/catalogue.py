@@ -21,7 +21,7 @@ from gracefarm.errors import ConfigError
 from index.errors import StoreFullError
 from index.store import variants
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 "The version of schema.sql. upgrade-N.sql upgrades a catalogue from the version before N to N."
 
 _VIEWS = (

@@ -66,6 +66,7 @@ CREATE TABLE mirrored (
     lost INTEGER NOT NULL DEFAULT 0,
     withdrawn TEXT,
     defects TEXT NOT NULL DEFAULT '',
+    serves_metadata INTEGER NOT NULL DEFAULT 1,
     PRIMARY KEY (set_name, filename)
 ) WITHOUT ROWID;
 CREATE INDEX mirrored_sha256 ON mirrored (sha256);

@@ -18,7 +18,18 @@ def sets(site: Site, request: Request) -> Response:
         published = [item for item in staged.all_sets(site.catalogue) if item.state == "published"]
         shown = [view for view in listings.public(site.catalogue) if view.kind != "set"]
         lockless = {item.name: _lockless(site.catalogue, item.name) for item in published}
-    return site.render(request, "sets.html", sets=published, views=shown, lockless=lockless)
+        defects = {item.name: _defects(site.catalogue, item.name) for item in published}
+    return site.render(request, "sets.html", sets=published, views=shown, lockless=lockless, defects=defects)
+
+
+def _defects(catalogue: Catalogue, name: str) -> dict[str, str]:
+    """The defects of the set's files, by file name. Mirrored files have no other page."""
+    rows = catalogue.rows(
+        "SELECT filename, defects FROM live_file JOIN member ON file_id = id WHERE set_name = :name AND defects <> ''"
+        " UNION SELECT filename, defects FROM live_mirrored WHERE set_name = :name AND defects <> ''",
+        {"name": name},
+    )
+    return {row["filename"]: "; ".join(row["defects"].splitlines()) for row in rows}
 
 
 def _lockless(catalogue: Catalogue, name: str) -> str:

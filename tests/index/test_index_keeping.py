@@ -495,7 +495,7 @@ def test_a_catalogue_of_the_first_index_becomes_one_of_this(tmp_path: Path) -> N
                 "DROP TABLE publisher", "ALTER TABLE file DROP COLUMN variant",
                 "ALTER TABLE file DROP COLUMN defects", "ALTER TABLE mirrored DROP COLUMN defects",
                 "ALTER TABLE release_set DROP COLUMN without", "ALTER TABLE file DROP COLUMN provenance_sha256",
-                "ALTER TABLE token DROP COLUMN minted",
+                "ALTER TABLE token DROP COLUMN minted", "ALTER TABLE mirrored DROP COLUMN serves_metadata",
                 "UPDATE meta SET value = '1' WHERE key = 'schema'",
                 "INSERT INTO record (id, recipe, updated) VALUES ('a', 'Flash_Attn', '')",
             ):  # fmt: skip

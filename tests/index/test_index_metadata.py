@@ -118,23 +118,55 @@ def test_a_mirror_refuses_what_breaks_a_project_and_marks_the_rest(shared: Serve
     run_index(shared.root, "stage", "publish", f"set-{how}-0")
     [item] = shared.page(name.replace("_", "-"), prefix=f"/set-{how}-0").json()["files"]
     assert "'9.9' is not a valid metadata version" in item["_defects"][0]
+    page = shared.client.get("/sets/").text
+    assert f"{files[0][0]}</code> <span" in page
+    assert escape("'9.9' is not a valid metadata version") in page, "mirrored files have no other page"
+
+
+@pytest.mark.parametrize(
+    ("key", "filename", "content", "sentence"),
+    [
+        ("latin", *release("wheel", "bare_latin", FATAL["latin-1"]), "bare_latin-1.1-py3-none-any.whl: its METADATA is not"),
+        ("closed", *wheel("bare_closed", "1.1", requires=("bare-missing",)), "bare-missing (required by bare-closed 1.1"),
+        ("marked", *release("wheel", "bare_marked", HARMLESS["version-9.9"]), ""),
+        ("source", *release("sdist", "bare_source", HARMLESS["version-9.9"]), ""),
+    ],
+)
+def test_links_to_an_index_without_metadata_are_checked_at_the_file(
+    shared: Server, tmp_path: Path, key: str, filename: str, content: bytes, sentence: str
+) -> None:
+    (tmp_path / "lock").write_text(f"bare-{key}==1.1 --hash=sha256:{hashlib.sha256(content).hexdigest()}\n")
+    with careless_index(tmp_path / "upstream", [(filename, content)], serves_metadata=False) as url:
+        mirror = ("mirror", str(tmp_path / "lock"), "--set", f"bare-{key}", "--link")
+        errors = run_index(shared.root, *mirror, check=False, env={"GRACEFARM_PYTHON_INDEX": url}).stderr
+        published = run_index(shared.root, "stage", "publish", f"bare-{key}", check=False)
+        assert sentence in errors + published.stderr
+        assert (published.returncode == 0) == (sentence == ""), published.stderr
+        assert not list((shared.root / "staging").iterdir()), "a link is not a copy"
+        run_index(shared.root, "gc")
+        if not sentence:
+            [item] = shared.page(f"bare-{key}", prefix=f"/bare-{key}").json()["files"]
+            assert item["url"].startswith(url)
+            assert item["size"] == len(content)
+            assert item["core-metadata"] is False, "upstream serves none, so pip would get a 404"
+            assert "'9.9' is not a valid metadata version" in item["_defects"][0]
 
 
 @contextmanager
-def careless_index(folder: Path, files: list[tuple[str, bytes]]) -> Iterator[str]:
-    """A static index of these wheels, with PEP 658 metadata, served by http.server."""
+def careless_index(folder: Path, files: list[tuple[str, bytes]], *, serves_metadata: bool = True) -> Iterator[str]:
+    """A static index of these files, with PEP 658 metadata of wheels if wanted, served by http.server."""
     for filename, content in files:
         project = folder / filename.split("-")[0].replace("_", "-")
         project.mkdir(parents=True, exist_ok=True)
         (project / filename).write_bytes(content)
-        with zipfile.ZipFile(project / filename) as archive:
-            meta = archive.read(next(name for name in archive.namelist() if name.endswith("/METADATA")))
-        (project / f"{filename}.metadata").write_bytes(meta)
+        attribute = ""
+        if serves_metadata:
+            with zipfile.ZipFile(project / filename) as archive:
+                meta = archive.read(next(name for name in archive.namelist() if name.endswith("/METADATA")))
+            (project / f"{filename}.metadata").write_bytes(meta)
+            attribute = f' data-core-metadata="sha256={hashlib.sha256(meta).hexdigest()}"'
         with (project / "index.html").open("a") as page:
-            page.write(
-                f'<a href="{filename}#sha256={hashlib.sha256(content).hexdigest()}"'
-                f' data-core-metadata="sha256={hashlib.sha256(meta).hexdigest()}">{filename}</a><br>\n'
-            )
+            page.write(f'<a href="{filename}#sha256={hashlib.sha256(content).hexdigest()}"{attribute}>{filename}</a><br>\n')
     handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)

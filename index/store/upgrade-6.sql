@@ -1,0 +1,1 @@
+ALTER TABLE mirrored ADD COLUMN serves_metadata INTEGER NOT NULL DEFAULT 1;
