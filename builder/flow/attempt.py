@@ -1,4 +1,4 @@
-"""One build under way: what it was asked for, and the record as far as it has come."""
+"""A running build: its options, and its record so far."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from gracefarm.errors import GracefarmError
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """What a user asks for beside the plan; none of it enters the build id."""
+    """Options of the user in addition to the plan; they do not enter the build id."""
 
     jobs: int | None = None
     publish: str | None = None
     keep: bool = False
     caches: Caches = field(default_factory=Caches)
     shared_cache: Mode = "read"
-    "Where the settings name a shared cache."
+    "How to use the shared cache, if the settings name one."
 
 
 @dataclass(kw_only=True)
 class Attempt:
-    """One build under way."""
+    """A running build."""
 
     plan: Plan
     options: BuildOptions
@@ -46,7 +46,7 @@ class Attempt:
     stages: list[Stage] = field(default_factory=list)
     jobs: Jobs | None = None
     known: dict[str, Unit] = field(default_factory=dict)
-    "What translation units cost before this run."
+    "Costs of translation units from earlier runs."
     units: dict[str, Unit] = field(default_factory=dict)
     compiler_cache: CacheStatistics | None = None
     device_code: DeviceStatistics | None = None
@@ -57,21 +57,21 @@ class Attempt:
     smoke: SmokeResult | None = None
     gpu: GpuResult | None = None
     tree: str | None = None
-    "Digest of the finished tree, where the recipe makes one."
+    "Digest of the finished tree, for a recipe of a tree."
 
     @property
     def log(self) -> Path:
-        """The whole output of compile and smoke test."""
+        """The complete output of compile and smoke test."""
         return self.folder / "log.txt"
 
     @property
     def work(self) -> Path:
-        """Where the source is and the compile happens."""
+        """The folder of the source and the compile."""
         return self.folder / "work"
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """A stage that runs in this process."""
+        """Record the time of a stage that runs in this process."""
         start, usage = time.monotonic(), meter.Usage()
         try:
             with meter.watch() as usage:
@@ -81,7 +81,7 @@ class Attempt:
             self.stages.append(Stage(name=name, wall_s=wall, cpu_s=cpu, peak_memory=usage.peak_memory))
 
     def record(self, wheel: Path | None, error: GracefarmError | None) -> Record:
-        """The record as far as it has come: a finished build has a wheel, a failed one an error, one that runs neither."""
+        """The record so far: a finished build has a wheel, a failed one an error, a running one neither."""
         data = self.plan.recipe.data
         return Record(
             build_id=self.plan.build_id,

@@ -1,4 +1,4 @@
-"""The flow: fetch, root, compile, audit, smoke, record. Killed anywhere, the next run goes on to the same record."""
+"""The flow: fetch, root, compile, audit, smoke, record. After a kill, the next run continues and ends with the same record."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from gracefarm.files import full_disk, lock, remove_tree
 
 
 def build(plan: Plan, options: BuildOptions, settings: Settings, console: Console) -> Record:
-    """The record of the plan's wheel, built if it is not there yet.
+    """The record of the plan's wheel, which is built if it does not exist.
 
     Raises:
-        GracefarmError: the class of the first failure; the record of a failed build is written before.
+        GracefarmError: the first failure, after the record of the failed build was written.
     """
     data = plan.recipe.data
     console.step("plan", f"{plan.title}: build id {plan.build_id[:16]}")
@@ -42,7 +42,7 @@ def build(plan: Plan, options: BuildOptions, settings: Settings, console: Consol
         refuse_licence(plan.recipe)
         refuse_tree(plan.recipe)
 
-    wait = f"another process builds {plan.build_id[:16]}; waiting for it"
+    wait = f"waiting for another process, which is building {plan.build_id[:16]}"
     with lock(settings.home / "locks" / f"build-{plan.build_id}", lambda: console.step("wait", wait)):
         built = record.existing(plan, settings)
         folder = record.folder(settings, plan.build_id)
@@ -66,24 +66,24 @@ def build(plan: Plan, options: BuildOptions, settings: Settings, console: Consol
 CUT_OFF = Failure(
     kind=ExitCode.INTERRUPTED.name.lower(),
     exit_code=ExitCode.INTERRUPTED,
-    cause="this build has not come to its end: it is running, or it was cut off",
-    remedy="the same command goes on from there",
+    cause="this build is not complete: it is running, or was interrupted",
+    remedy="repeat the command to continue it",
 )
 
 
 def _recorded(attempt: Attempt) -> Record:
-    """All stages, and the record of what became of them."""
+    """Run all stages, and write the record of their results."""
     plan, console = attempt.plan, attempt.console
     with full_disk(attempt.folder):
         attempt.folder.mkdir(parents=True, exist_ok=True)
-        # First, so that the last build is this one, whatever ends it: `log`, `show` and `shell` are about that.
+        # Written first, so that this is the last build for `log`, `show` and `shell`, even if it is killed.
         record.write(attempt.record(None, None).model_copy(update={"failure": CUT_OFF}), attempt.settings)
         if not checkpoint(attempt).is_file():
             attempt.log.write_text(f"# {plan.title}\n# build id {plan.build_id}\n")
         try:
             product = _stages(attempt)
         except GracefarmError as error:
-            with suppress(DiskFullError):  # which may be the very error that is to be told
+            with suppress(DiskFullError):  # may be the error that is being recorded
                 record.write(attempt.record(None, error), attempt.settings)
             raise
         wheel = product if attempt.tree is None else None
@@ -96,20 +96,20 @@ def _recorded(attempt: Attempt) -> Record:
         console.step("record", f"tree {product}; record {place}; log {attempt.log}")
         return built
     signature = f"signed by key {built.provenance['signatures'][0]['keyid'][:16]}" if built.provenance else "not signed"
-    console.step("provenance", signature if built.provenance else f"{signature}: `builder key create` makes the farm's key")
+    console.step("provenance", signature if built.provenance else f"{signature}: run `builder key create` to sign records")
     console.step("record", f"{wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB; record {place}; log {attempt.log}")
     return built
 
 
 def _judged_again(attempt: Attempt, built: Record) -> Record:
-    """A finished wheel before the gates and smoke tests of today, since they are not those that it passed.
+    """Judge a finished wheel again, because gates or smoke tests have changed since it passed them.
 
     Raises:
-        AuditError, SmokeError: it does not pass; the record stays as it was, and nothing is published.
+        AuditError, SmokeError: it does not pass; the record is unchanged, and nothing is published.
     """
     wheel = record.wheel_path(attempt.settings, built)
     assert wheel is not None
-    attempt.console.step("audit", "the gates or the smoke test changed since this wheel passed them: it is judged again")
+    attempt.console.step("audit", "the gates or the smoke test changed since this wheel passed them; judging it again")
     ground = lay_ground(attempt.plan, attempt.settings, attempt.console)
     judge.pass_gates(attempt, wheel, policy.of_plan(attempt.plan, ground, attempt.work))
     judge.pass_smoke(attempt, wheel, ground)
@@ -122,7 +122,7 @@ def _judged_again(attempt: Attempt, built: Record) -> Record:
 
 
 def _stages(attempt: Attempt) -> Path:
-    """All stages up to the record; the finished wheel."""
+    """Run all stages before the record; return the finished wheel."""
     plan, console = attempt.plan, attempt.console
     data = plan.recipe.data
     plan.toolchain.require_machine()
@@ -135,7 +135,7 @@ def _stages(attempt: Attempt) -> Path:
         epoch = source.source_date_epoch(data, fetched)
         unpacked = prepare(attempt, fetched, epoch)
         plan.toolchain.fetch(plan)
-    fit = "; unpacked, patches and substitutions fit" if unpacked else ""
+    fit = "; unpacked and patched" if unpacked else ""
     console.step("fetch", f"sources of {data.name} {data.version} are in the store{fit}")
     with attempt.timed("root"):
         ground = lay_ground(plan, attempt.settings, console)
@@ -157,7 +157,7 @@ def _stages(attempt: Attempt) -> Path:
 
 
 def _build_trees(attempt: Attempt) -> None:
-    """The trees that the recipe takes, each a build of its own; what is there already is not built again."""
+    """Build the trees that the recipe uses, unless they are built already. Each is a separate build."""
     for plan in attempt.plan.trees:
         if record.tree_path(attempt.settings, plan.build_id).is_dir():
             attempt.console.step("tree", f"{plan.title}: already built, build id {plan.build_id[:16]}")
@@ -166,20 +166,20 @@ def _build_trees(attempt: Attempt) -> None:
 
 
 def _check_binfmt(plan: Plan) -> None:
-    """A recipe that executes programs of the target other than Python needs a kernel that starts them."""
+    """Require a kernel that starts programs of the target, if the recipe executes such programs other than Python."""
     if not plan.recipe.data.binfmt or plan.host is plan.target:
         return
     problem = binfmt.registration(plan.target.value)
     if problem is not None:
         raise HostError(
-            f"{plan.recipe.key} executes programs of {plan.target.value}, which this kernel does not start: {problem}",
+            f"{plan.recipe.key} executes programs for {plan.target.value}, which this kernel cannot run: {problem}",
             remedy="run `builder doctor --fix` as root",
             repeat=f"builder build {plan.recipe.key}",
         )
 
 
 def _audited(attempt: Attempt, raw: Path, ground: Ground, epoch: int) -> Path:
-    """The wheel with its measured version, tag and label and with the build's inputs inside, every gate passed."""
+    """The wheel after all gates, with its measured version, tag and label, and with the build's inputs in it."""
     expected = policy.of_plan(attempt.plan, ground, attempt.work)
     wheel = embed.embed(raw, attempt.plan, epoch, attempt.folder / record.LICENSES, attempt.folder / "embedded")
     remove_tree(attempt.folder / "repaired")

@@ -1,4 +1,4 @@
-"""Source tree and compile of a build: once more after a kill by memory, not again where a run that was cut off has done it."""
+"""Source tree and compile of a build; compiles again after a kill for memory, but not if an interrupted run has compiled."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from gracefarm.tables import parse_size
 
 
 def checkpoint(attempt: Attempt) -> Path:
-    """The file that says that the compile is over."""
+    """The file that marks the end of the compile."""
     return attempt.folder / "compiled.json"
 
 
 def prepare(attempt: Attempt, fetched: Fetched, epoch: int) -> bool:
-    """The source tree, before root, environment and compilers are downloaded; False: an earlier run has compiled it.
+    """Create the source tree, before root, environment and compilers are downloaded; False: an earlier run has compiled it.
 
     Raises:
         SourceError: an archive, a patch, a substitution or a licence text does not fit.
-        CompileError: the package requires to build what the stack has not.
+        CompileError: the stack does not meet a build requirement of the package.
     """
     if _finished(attempt) is not None:
         return False
     records = history.measured(attempt.plan, attempt.settings)
     attempt.known = history.learned_units(records, history.like(attempt.plan))
-    # Of a build that was cut off there is no record, and its units come from the cache now.
+    # An interrupted build has no record, and its units now come from the cache.
     attempt.known |= units.costs(units.read(attempt.work), attempt.known)
     tree = _source_tree(attempt, fetched, epoch)
     if attempt.plan.recipe.data.tree is None:
@@ -56,7 +56,7 @@ def prepare(attempt: Attempt, fetched: Fetched, epoch: int) -> bool:
 
 
 def compiled(attempt: Attempt, fetched: Fetched, ground: Ground, epoch: int) -> Path:
-    """The raw wheel, of an earlier run or compiled now from the tree that `prepare` made; or the folder of the recipe's tree.
+    """The raw wheel, from an earlier run or compiled now from the tree of `prepare`; or the folder of the recipe's tree.
 
     Raises:
         MemoryBoundError, NetworkError, DiskFullError, CompileError: see `pep517.judge`.
@@ -65,7 +65,7 @@ def compiled(attempt: Attempt, fetched: Fetched, ground: Ground, epoch: int) -> 
 
 
 def _finished(attempt: Attempt) -> tuple[Path, dict[str, Any]] | None:
-    """The raw wheel of a run that was cut off after its compile, and what that run noted."""
+    """The raw wheel of a run that was interrupted after its compile, and the notes of that run."""
     place = checkpoint(attempt)
     if not place.is_file():
         return None
@@ -75,7 +75,7 @@ def _finished(attempt: Attempt) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _saved(attempt: Attempt) -> Path | None:
-    """The raw wheel of such a run, with its costs in the record."""
+    """The raw wheel of such a run; its costs are added to the record."""
     finished = _finished(attempt)
     if finished is None:
         return None
@@ -86,12 +86,12 @@ def _saved(attempt: Attempt) -> Path | None:
     attempt.device_code = noted["device_code"] and DeviceStatistics.model_validate(noted["device_code"])
     attempt.shared_cache = noted.get("shared_cache") and SharedCacheUse.model_validate(noted["shared_cache"])
     attempt.stages.append(Stage.model_validate(noted["stage"]))
-    attempt.console.step("compile", "compiled before this run was cut off; going on from there")
+    attempt.console.step("compile", "continuing an interrupted run after its compile")
     return raw
 
 
 def _with_retry(attempt: Attempt, fetched: Fetched, ground: Ground, epoch: int) -> Path:
-    """The raw wheel, compiled now, with one retry after a kill by memory."""
+    """Compile the raw wheel, with one retry after a kill for memory."""
     memory = pep517.bound(attempt.settings)
     count = count_jobs(attempt.plan, attempt.settings, memory, attempt.options.jobs)
     try:
@@ -100,15 +100,15 @@ def _with_retry(attempt: Attempt, fetched: Fetched, ground: Ground, epoch: int) 
         fewer = pep517.fewer_jobs(error, count.count)
         if fewer is None:
             raise
-        attempt.console.warn(f"{error.cause}; trying once more with {fewer} jobs")
-        retry = Jobs(count=fewer, reason=f"after a kill by memory with {count.count} jobs ({count.reason})")
+        attempt.console.warn(f"{error.cause}; trying again with {fewer} jobs")
+        retry = Jobs(count=fewer, reason=f"after a kill for memory with {count.count} jobs ({count.reason})")
         attempt.known |= units.costs(units.read(attempt.work), attempt.known)
         _source_tree(attempt, fetched, epoch)
         return _once(attempt, ground, epoch, retry, memory)
 
 
 def count_jobs(plan: Plan, settings: Settings, memory: int, wanted: int | None = None) -> Jobs:
-    """Compilations that run beside each other, from cores, memory and earlier builds."""
+    """The number of parallel compilations, from cores, memory and earlier builds."""
     build, like = plan.recipe.data.build, history.like(plan)
     records = history.measured(plan, settings)
     whole = history.learned_units([past for past in records if past.outcome == "built"], like)
@@ -144,7 +144,7 @@ def _once(attempt: Attempt, ground: Ground, epoch: int, count: Jobs, memory: int
     device_store.trim(settings, plan.recipe.key)
     try:
         pep517.judge(outcome, plan, attempt.log, log_start, work / "source")
-    finally:  # after it: the log's last line is the build's own till then
+    finally:  # afterwards, since progress shows the last line of the log
         _count_units(attempt, units.read(work))
     whole = plan.recipe.data.tree is not None
     raw = work / "out" if whole else _keep(attempt, audit.only_wheel(work / "out"), count)
@@ -155,10 +155,10 @@ def _once(attempt: Attempt, ground: Ground, epoch: int, count: Jobs, memory: int
 
 
 def _source_tree(attempt: Attempt, fetched: Fetched, epoch: int) -> Path:
-    """The source, unpacked fresh; where the toolchain goes on from a build that was cut off, as far as that one came."""
+    """The source, newly unpacked; or the tree of an interrupted build, if the toolchain can continue in it."""
     work, tree, recipe = attempt.work, attempt.work / "source", attempt.plan.recipe
     if attempt.plan.toolchain.resumes(tree, epoch):
-        attempt.console.step("compile", f"going on from {tree}, where an earlier run of this build id ended")
+        attempt.console.step("compile", f"continuing in {tree}, where an earlier run of this build id ended")
         remove_tree(work / "out")
     else:
         remove_tree(work)
@@ -174,7 +174,7 @@ def _source_tree(attempt: Attempt, fetched: Fetched, epoch: int) -> Path:
 
 
 def _count_units(attempt: Attempt, notes: list[Note]) -> None:
-    """Into the record, the log and onto the console: what the units cost, and what the cache did."""
+    """Write costs of the units and results of the cache to record, log and console."""
     attempt.units = attempt.units | units.costs(notes, attempt.known)
     attempt.compiler_cache = units.statistics(notes, attempt.known)
     attempt.device_code = units.device_statistics(notes)
@@ -189,7 +189,7 @@ def _count_units(attempt: Attempt, notes: list[Note]) -> None:
 
 
 def _keep(attempt: Attempt, wheel: Path, count: Jobs) -> Path:
-    """Keep the raw wheel, so that a run cut off later need not compile again."""
+    """Keep the raw wheel, so that a later, interrupted run does not compile again."""
     raw = attempt.folder / "raw" / wheel.name
     remove_tree(raw.parent)
     raw.parent.mkdir()

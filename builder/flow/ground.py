@@ -1,4 +1,4 @@
-"""The stage `root`: what a build stands on, laid with progress; and the place of an earlier compile, opened again."""
+"""The stage `root`: assemble the ground of a build, with progress; and open the place of an earlier compile again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gracefarm.console import Console
 
 
 def lay_ground(plan: Plan, settings: Settings, console: Console) -> Ground:
-    """Root, environment and compilers of a plan, assembled where they are not there yet."""
+    """Root, environment and compilers of a plan; assembled if they do not exist."""
     cuda = plan.recipe.data.build.cuda
     with console.progress("root") as tick:
         ground = plan.toolchain.lay(plan.stack, plan.host, plan.target, settings, tick, cuda=cuda)
@@ -25,11 +25,11 @@ def lay_ground(plan: Plan, settings: Settings, console: Console) -> Ground:
 
 
 def reopen(plan: Plan, folder: Path, settings: Settings, console: Console) -> Place:
-    """The place of a compile once more, its source unpacked where a success has removed it; what is compiled there by hand
-    takes as many jobs as a build, and goes into its cache.
+    """The place of a compile, for manual use. The source is unpacked again if a successful build has removed it. Manual
+    compiles use the build's number of jobs and its caches.
 
     Raises:
-        GracefarmError: the source or the ground cannot be had.
+        GracefarmError: the source or the ground cannot be fetched or assembled.
     """
     fetched = tree.with_trees(fetch.fetch(plan.recipe.data, settings), plan, settings)
     epoch = source.source_date_epoch(plan.recipe.data, fetched)

@@ -1,4 +1,4 @@
-"""What the records of earlier builds of a recipe teach the next one: jobs, costs of translation units, time."""
+"""Facts from records of earlier builds of a recipe, for the next one: jobs, costs of translation units, time."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from gracefarm.console import Tick
 
 
 def measured(plan: Plan, settings: Settings) -> list[Record]:
-    """Records of the plan's recipe that say what its compilers take, newest first; none where it is not measured anyway."""
+    """Records of the plan's recipe with measured costs of compilers, newest first; none if the toolchain does not measure."""
     if not plan.toolchain.measured:
         return []
     return [build for build in record.all_of(settings, plan.recipe.key) if KINDS[build.toolchain].measured]
 
 
 def like(plan: Plan) -> Likeness:
-    """What a record has in common with the plan whose build takes about as much."""
+    """The properties of a record that must match those of the plan, so that the builds have similar costs."""
     return record.likeness(plan.stack.data.name, plan.inputs)
 
 
 def learned_jobs(records: Iterable[Record], like: Likeness) -> Learned | None:
-    """From records of one recipe, newest first: the last success of its like, or None."""
+    """The last successful, similar build in records of one recipe, newest first; or None."""
     for build in records:
         if (build.compiler_cache and build.compiler_cache.hits) or (build.device_code and build.device_code.taken):
-            continue  # what comes from a cache takes no memory
+            continue  # results from a cache use no memory
         if build.outcome != "built" or build.like != like or build.jobs is None:
             continue
         compiles = [stage for stage in build.stages if stage.name == "compile" and stage.peak_memory]
         if compiles:
-            # More than one: the earlier ones were killed by memory, and the last ran with the fewer jobs of the record.
+            # More than one: the earlier compiles were killed for memory, and the last had the record's number of jobs.
             killed = compiles[-2].memory_bound if len(compiles) > 1 else None
             return Learned(count=build.jobs.count, peak=compiles[-1].peak_memory or 0, killed_at=killed)
     return None
 
 
 def learned_units(records: Iterable[Record], like: Likeness) -> dict[str, Unit]:
-    """What units cost in earlier builds of one recipe, failed ones too; `records` newest first, and the newest word counts."""
+    """Costs of units in earlier builds of one recipe, including failed ones; `records` newest first, the first counts."""
     units: dict[str, Unit] = {}
     for build in records:
         if build.like == like:
@@ -52,7 +52,7 @@ def learned_units(records: Iterable[Record], like: Likeness) -> dict[str, Unit]:
 
 
 def time_left(plan: Plan, settings: Settings, tick: Tick) -> Callable[[int, int], None]:
-    """Progress with the time left, from the last success of such a build or else from the pace so far."""
+    """Progress with the remaining time, from the last successful, similar build, else from the speed so far."""
     wanted = like(plan)
     records = record.all_of(settings, plan.recipe.key)
     past = next((build for build in records if build.outcome == "built" and build.like == wanted), None)
@@ -63,6 +63,6 @@ def time_left(plan: Plan, settings: Settings, tick: Tick) -> Callable[[int, int]
         elapsed = time.monotonic() - start
         expected = before or (elapsed / done * total if done else None)
         left = "" if expected is None else f"about {max(0.0, expected - elapsed) / 60:.0f} min left"
-        tick(done, total, f"translation units, {left} ({'last time' if before else 'by the pace so far'})")
+        tick(done, total, f"translation units, {left} ({'from the last build' if before else 'at the current speed'})")
 
     return progress

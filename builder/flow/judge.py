@@ -1,4 +1,4 @@
-"""A finished wheel before gates and smoke tests: what it must pass, and what is not asked of it."""
+"""Gates and smoke tests for a finished wheel."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from builder.smoke import GpuResult, Trial
 
 
 def pass_gates(attempt: Attempt, wheel: Path, expected: Policy) -> None:
-    """Every gate's verdict, for the record and the console.
+    """Add the verdicts of all gates to record and console.
 
     Raises:
-        AuditError: one refuses.
+        AuditError: a gate refuses the wheel.
     """
     attempt.verdicts = audit.audit(wheel, expected)
     for verdict in attempt.verdicts:
@@ -35,16 +35,16 @@ def pass_gates(attempt: Attempt, wheel: Path, expected: Policy) -> None:
 
 
 def pass_smoke(attempt: Attempt, wheel: Path, ground: Ground) -> None:
-    """The imports, smoke.py and, with a GPU, smoke_gpu.py.
+    """Run the imports, smoke.py and, with a GPU, smoke_gpu.py.
 
     Raises:
-        SmokeError: the wheel does not load, or not rightly.
+        SmokeError: the wheel cannot be imported, or a script fails.
     """
     plan, console = attempt.plan, attempt.console
     if plan.stack.data.objects_only:
-        console.step("smoke", f"not run: stack {plan.stack.data.name} has headers alone, nothing can be loaded")
+        console.step("smoke", f"not run: stack {plan.stack.data.name} has only headers, so the wheel cannot be loaded")
         return
-    with plainly_named(wheel) as (plain, _):  # installers refuse a label, unless an index tells them what it means
+    with plainly_named(wheel) as (plain, _):  # installers accept a label only from an index that describes it
         _try(attempt, plain, ground)
 
 
@@ -70,17 +70,17 @@ def _try(attempt: Attempt, wheel: Path, ground: Ground) -> None:
 
 
 def run_gpu(plan: Plan, trial: Trial, settings: Settings) -> GpuResult:
-    """`smoke.run_gpu` in an environment that has the stack's torch, also where the recipe builds without it.
+    """`smoke.run_gpu` in an environment with the stack's torch, even if the recipe builds without it.
 
     Raises:
-        SmokeError: it ran and failed.
-        GracefarmError: that environment cannot be had.
+        SmokeError: the script failed.
+        GracefarmError: the environment cannot be fetched or assembled.
     """
     if not plan.stack.uses_torch and gpu.devices() and not trial.environment.emulated:
         toolchain, whole = plan.toolchain.with_torch(), replace(plan.stack, uses_torch=True)
         missing = gaps.of_stack(whole) if toolchain.locked(whole) is not None else []
         if missing:
-            return GpuResult(status="not run", reason=f"{missing[0].what} has no digest yet, and the test needs it")
+            return GpuResult(status="not run", reason=f"the digest of {missing[0].what} is unknown, and the test requires it")
         ground = toolchain.lay(whole, plan.host, plan.target, settings, cuda=False)
         trial = replace(trial, environment=toolchain.trial_environment(ground, emulated=False))
     return smoke.run_gpu(trial, plan.stack.sm, plan.ptx)

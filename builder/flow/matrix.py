@@ -1,4 +1,4 @@
-"""What became of each cell of a matrix: built, served by the wheel of another, failed, blocked or not tried."""
+"""The state of each cell of a matrix: built, served by the wheel of another cell, failed, blocked or not tried."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ CellOutcome = Literal["built", "served", "failed", "blocked", "not tried"]
 
 @dataclass(frozen=True, kw_only=True)
 class CellReport:
-    """A cell and what is known of it on this machine."""
+    """A cell and its state on this machine."""
 
     cell: Cell
     recipe: Recipe
     stack: LoadedStack
-    "With the cell's interpreter and architectures."
+    "The stack with the cell's interpreter and architectures."
     plan: Plan | None
     "None: the cell cannot be planned."
     state: CellOutcome
     reason: str = ""
-    "The first error of a failed cell; what blocks a blocked one; which wheel serves it."
+    "The first error of a failed cell; the reason of a blocked one; or the wheel that serves it."
     build: Record | None = None
-    "Of exactly this cell, or of the one that serves it."
+    "The record of this cell, or of the cell that serves it."
     cpu_seconds: float | None = None
-    "That the cell took; of one that is not built, what such a cell of the recipe took last, or else any."
+    "Of the cell's build; if it is not built: of the last build of a similar cell of the recipe, else of any cell."
     disk_bytes: int | None = None
-    "Of the build's folder."
+    "Size of the build's folder."
 
 
 def report(
@@ -53,7 +53,7 @@ def report(
     settings: Settings,
     records: Sequence[Record],
 ) -> CellReport:
-    """The state of a cell; `make` plans it, `records` are all of this machine, newest first."""
+    """The state of a cell; `make` plans it, `records` are all records of this machine, newest first."""
     past = [build for build in records if build.recipe == cell.recipe and build.outcome == "built"]
     unknown = CellReport(
         cell=cell,
@@ -82,7 +82,7 @@ def report(
     if build is None:
         return replace(unknown, plan=plan)
     if build.failure is not None:
-        # What could not be fetched says nothing about the cell.
+        # A failed fetch says nothing about the cell.
         state: CellOutcome = "blocked" if build.failure.exit_code in (ExitCode.FETCH, ExitCode.HOST) else "failed"
         return replace(unknown, plan=plan, state=state, reason=build.failure.cause, build=build)
     files = (path for path in record.folder(settings, build.build_id).rglob("*") if path.is_file() and not path.is_symlink())
@@ -93,9 +93,9 @@ def report(
 def serving(
     cell: Cell, python: str, make: Callable[[Cell], Plan], settings: Settings, records: Sequence[Record]
 ) -> Record | None:
-    """The build of the same cell for another Python whose wheel is of the stable ABI and serves this Python too.
+    """The build of the same cell for another Python whose wheel has the stable ABI, and so serves this Python.
 
-    It must be as it would be built today; `python`: the cell's, as 3.13.
+    Its build id must be the current one; `python`: the cell's Python, as 3.13.
     """
     for build in records:
         alike = (build.recipe, build.stack, build.inputs.get("target")) == (cell.recipe, cell.stack, cell.target.value)
@@ -108,7 +108,7 @@ def serving(
 
 
 def _stable(filename: str, python: str) -> bool:
-    """Is it a wheel of the stable ABI that this Python takes?"""
+    """Whether it is a wheel with the stable ABI for this Python."""
     tags = parse_wheel_filename(split_label(filename)[0])[3]
     return any(tag.abi.startswith("abi3") and serves(tag, python) for tag in tags)
 
@@ -118,7 +118,7 @@ def _cpu(build: Record) -> float:
 
 
 def document(name: str, selector: str, reports: Sequence[CellReport]) -> dict[str, object]:
-    """What `builder matrix --json` prints and `PUT /matrix/NAME` of the index takes (docs/schema/matrix.json)."""
+    """The document of `builder matrix --json` and of `PUT /matrix/NAME` of the index (docs/schema/matrix.json)."""
     return {"name": name, "selector": selector, "made": record.now(), "cells": [_row(entry) for entry in reports]}
 
 

@@ -1,4 +1,4 @@
-"""What is published of a build and in which order, also the record of one that failed; proof/publish.py uploads."""
+"""Publish the files of a build in their order, and the record of a failed build; proof/publish.py uploads."""
 
 from __future__ import annotations
 
@@ -17,51 +17,53 @@ from gracefarm.errors import PublishError
 from gracefarm.files import sha256_file
 
 MAX_TAGS = 20
-"Names that are tried."
+"Number of names to try."
 
 
 def refuse_objects(stack: Stack) -> None:
-    """A stack of headers makes objects to look at, not wheels to give away.
+    """Refuse to publish wheels of a stack that has only headers.
 
     Raises:
-        PublishError: the stack is such a one.
+        PublishError: the stack has only headers.
     """
     if stack.objects_only:
         raise PublishError(
-            f"stack {stack.name} has headers alone: what it builds cannot be loaded and is not published",
-            remedy="build against a stack that has the libraries",
+            f"stack {stack.name} has only headers: its wheels cannot be loaded and are not published",
+            remedy="build against a stack with libraries",
         )
 
 
 def refuse_licence(recipe: LoadedRecipe) -> None:
-    """A licence that does not allow passing on is not published unless the recipe says why it may be.
+    """Refuse to publish under a licence that does not allow redistribution, unless the recipe has `may_publish`.
 
     Raises:
-        PublishError: it does not.
+        PublishError: redistribution is not allowed.
     """
     data = recipe.data
     if data.wheel.may_publish is None and not licences.redistributable(data.license):
         raise PublishError(
-            f"the licence of {recipe.key}, {data.license}, does not allow that its wheel is passed on",
-            remedy="build it without --publish; if its maker allows it, say so with may_publish under [wheel] of the recipe",
+            f"the licence of {recipe.key}, {data.license}, does not allow redistribution of its wheel",
+            remedy="build it without --publish; if its owner allows it, add may_publish (the reason) to [wheel] in the recipe",
         )
 
 
 def refuse_tree(recipe: LoadedRecipe) -> None:
-    """An index has wheels.
+    """Refuse to publish a tree, since an index has only wheels.
 
     Raises:
-        PublishError: the recipe makes a tree.
+        PublishError: the recipe builds a tree.
     """
     if recipe.data.tree is not None:
-        raise PublishError(f"{recipe.key} makes a tree for other recipes, which no index takes", remedy="leave --publish out")
+        raise PublishError(
+            f"{recipe.key} builds a tree for other recipes, which cannot be published", remedy="remove --publish"
+        )
 
 
 def publish_build(built: Record, url: str, settings: Settings, console: Console) -> Record:
-    """Wheel, record and log with one login; a wheel that failed a gate has no path to here.
+    """Publish wheel, record and log with one login. A wheel that a gate refused never gets here.
 
     Raises:
-        PublishError: the index gives no login, or takes no wheel.
+        PublishError: the index refuses the login or the wheel.
     """
     login = publish.credentials(url)
     published = _publish_wheel(built, url, settings, console, login)
@@ -71,26 +73,26 @@ def publish_build(built: Record, url: str, settings: Settings, console: Console)
 
 
 def publish_matrix(content: Mapping[str, object], url: str) -> None:
-    """The cells of a matrix, for the board of the index behind the upload address.
+    """Publish the cells of a matrix to the index with that upload URL.
 
     Raises:
-        UsageError: the address carries a password.
-        PublishError: the index gives no login, or does not take them.
+        UsageError: the URL contains a password.
+        PublishError: the index refuses the login or the matrix.
     """
     publish.refuse_credentials(url)
     refused = publish.send_matrix(content, url, publish.credentials(url))
     if refused is not None:
         raise PublishError(
-            f"the index did not take the matrix: {refused}",
-            remedy="check the address and the token (TWINE_USERNAME=__token__, TWINE_PASSWORD)",
+            f"the index refused the matrix: {refused}",
+            remedy="check the URL and the token (TWINE_USERNAME=__token__, TWINE_PASSWORD)",
         )
 
 
 def publish_certificates(builds: list[Record], url: str, settings: Settings, console: Console) -> None:
-    """The certificates that hold for these builds, and the builds' records, which now name them.
+    """Publish the certificates that are valid for these builds, and the builds' records, which now name them.
 
     Raises:
-        PublishError: the index gives no login.
+        PublishError: the index refuses the login.
     """
     login = publish.credentials(url)
     for build in builds:
@@ -105,19 +107,19 @@ def _send_certificates(
     known = {certificate.device_digest for build in builds for certificate in certificates.of_record(build, settings)}
     for digest in sorted(known):
         refused = publish.send_certificate(certificates.path(settings, digest), digest, url, login)
-        said = f"certificate {digest[:16]} to {url}" if refused is None else f"the index keeps no certificate: {refused}"
+        said = f"certificate {digest[:16]} to {url}" if refused is None else f"the index refused the certificate: {refused}"
         console.step("publish", said)
 
 
 def _publish_wheel(built: Record, url: str, settings: Settings, console: Console, login: publish.Login | None) -> Record:
-    """Upload the record's wheel unless the record says that it was."""
+    """Upload the record's wheel, unless the record has its publication."""
     if any(publication.url == url for publication in built.published):
         console.step("publish", f"{url} has it already")
         return built
     wheel = record.wheel_path(settings, built)
     assert wheel is not None
     for archive in sorted(wheel.parent.glob("*.tar.gz")):
-        # The source goes first: no moment in which the wheel is offered without it.
+        # The source goes first, so that the wheel is never offered without it.
         publish.upload(archive, url, login)
         console.step("publish", f"{archive.name} to {url}")
     publication = upload_wheel(built, wheel, url, settings, login)
@@ -130,7 +132,7 @@ def _publish_wheel(built: Record, url: str, settings: Settings, console: Console
 
 
 def upload_wheel(built: Record, wheel: Path, url: str, settings: Settings, login: publish.Login | None) -> Publication:
-    """Upload a build's wheel; where other bytes have its name, with the next build tag.
+    """Upload a build's wheel; with the next build tag if other bytes have its name.
 
     Raises:
         PublishError: the index refuses it, or has a wheel of that name for other architectures.
@@ -142,14 +144,14 @@ def upload_wheel(built: Record, wheel: Path, url: str, settings: Settings, login
         try:
             publication = _upload_as(filename, wheel, url, login)
         except publish.TakenError:
-            # Of a file that nobody is shown: deleted, in a set that is only staged, or uploaded at this moment.
+            # The file is not visible: deleted, in a staged set, or being uploaded.
             before, filename = filename, build_tag.tagged(wheel.name, build_tag.split(filename)[1] + 1)
             continue
         reason = f"build tag of {filename}: {_why(before, built, url, settings, login)}" if before is not None else ""
         return publication.model_copy(update={"filename": "" if filename == wheel.name else filename, "reason": reason})
     raise PublishError(
         f"{url} has {wheel.name} with other bytes, and with each build tag up to {filename}",
-        remedy="give the recipe a version of its own",
+        remedy="change the version in the recipe",
     )
 
 
@@ -163,42 +165,42 @@ def _upload_as(filename: str, wheel: Path, url: str, login: publish.Login | None
 
 
 def _refuse_other_cell(built: Record, filename: str, before: str, url: str, login: publish.Login | None) -> None:
-    """A wheel for other GPUs is no newer build of the one that is there: installers would take it for all of them."""
+    """Refuse a wheel for other GPUs than the existing one: installers would use the newer build for all GPUs."""
     stack = built.inputs["stack"]
     own, there = (tuple(stack["sm"]) if isinstance(stack, dict) else ()), publish.offered_sm(before, url, login)
     if own and there and set(own) != set(there):
         raise PublishError(
-            f"{url} has {before} for sm {', '.join(there)}, and this {filename} is for sm {', '.join(own)}: "
-            "installers would take the newer one for all GPUs",
+            f"{url} has {before} for sm {', '.join(there)}, but this {filename} is for sm {', '.join(own)}: "
+            "installers would use the newer one for all GPUs",
             remedy="build one wheel for all of them (--sm 90+100), or label each (--variant)",
         )
 
 
 def _why(before: str, built: Record, url: str, settings: Settings, login: publish.Login | None) -> str:
-    """Why another build of the same name is there, as far as this machine knows it."""
+    """Why another build has the same name, as far as it is known on this machine."""
     sha256 = publish.offered(before, url, login).get(before)
     if sha256 is None:
-        return f"{before} is or was there with other bytes"
-    there = f"{before} is there with sha256 {sha256[:16]}"
+        return f"{before} exists or existed with other bytes"
+    there = f"{before} exists with sha256 {sha256[:16]}"
     known = next((other for other in record.all_of(settings) if other.wheel and other.wheel.sha256 == sha256), None)
     changed = [change.path for change in why.changes(known.inputs, built.inputs)] if known else []
     if known is None or not changed:
         return there
-    return f"{there}, of build {known.build_id[:16]}; since then changed: {', '.join(changed)}"
+    return f"{there}, of build {known.build_id[:16]}; changed since then: {', '.join(changed)}"
 
 
 def send_record(build_id: str, url: str, settings: Settings, console: Console, login: publish.Login | None) -> None:
-    """Record and log to an index that keeps them: the only way in which it learns of a build that left no wheel."""
+    """Send record and log to an index that keeps them; for a build without a wheel, nothing else is sent."""
     folder = record.folder(settings, build_id)
     refused = publish.send_record(record.path(settings, build_id), folder / "log.txt", build_id, url, login)
-    console.step("publish", f"record and log to {url}" if refused is None else f"the index keeps no record: {refused}")
+    console.step("publish", f"record and log to {url}" if refused is None else f"the index refused the record: {refused}")
 
 
 def send_failure(build_id: str, url: str, settings: Settings, console: Console) -> None:
-    """The same for a build that failed; that the index gives no login is said, and hides no error of the build."""
+    """Send the record of a failed build. A refused login is only reported, so that it does not hide the build's error."""
     try:
         login = publish.credentials(url)
     except PublishError as error:
-        console.step("publish", f"the index keeps no record: {error.cause}")
+        console.step("publish", f"the index refused the record: {error.cause}")
         return
     send_record(build_id, url, settings, console, login)

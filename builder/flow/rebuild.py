@@ -1,6 +1,6 @@
-"""Build a wheel again in another folder and say what is not the same: nothing, device code alone, or which file and section.
+"""Build a wheel again in another folder, and compare: identical, only device code differs, or files and sections differ.
 
-nvcc promises no equal bytes for equal input; everything else here does.
+nvcc may write different bytes for equal input; everything else is reproducible.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ from gracefarm.files import lock, remove_tree
 from gracefarm.tables import Table
 
 SHARED = ("roots", "environments", "toolchains", "cuda", "wrappers", "store", "git", "uv", "trees")
-"Folders of GRACEFARM_HOME whose content is pinned by digest; all else, compiler caches among it, is made anew."
+"Folders of GRACEFARM_HOME whose content is pinned by digest; everything else, such as compiler caches, is not shared."
 
 DEVICE_SECTIONS = (".nv_fatbin", "__nv_relfatbin", ".nvFatBinSegment", ".nv_module_id", "__nv_module_id")
-"Where nvcc puts cubins and PTX, and the id that it draws for each translation unit."
+"Sections with cubins and PTX, and with the random id that nvcc gives each translation unit."
 DEVICE_FILES = (".cubin", ".fatbin", ".ptx")
 NVCC_NAMES = re.compile(rb"tmpxft_[0-9a-f]{8}_[0-9a-f]{8}")
-"Names of nvcc's temporary files, which hold its process id and stay in the object's table of symbols."
+"Names of nvcc's temporary files, which contain its process id and stay in the object's symbol table."
 DERIVED_SECTIONS = (".note.gnu.build-id", ".gnu_debuglink")
-"Hashes of the object's own content: they differ because something else does."
+"Hashes of the object's content, which differ if something else differs."
 
 
 class Difference(Table):
-    """One place where two wheels are not the same."""
+    """One difference between two wheels."""
 
     file: str
-    where: str = Field(description="A section, `only in the first`, `only in the second`, or how the file differs as a whole")
-    device: bool = Field(default=False, description="Device code, or what follows from it")
+    where: str = Field(description="A section, `only in the first`, `only in the second`, or a description of the difference")
+    device: bool = Field(default=False, description="It is device code, or follows from device code")
 
 
 class Comparison(Table):
-    """What two builds have in common."""
+    """The comparison of two builds."""
 
     verdict: Literal["identical", "device code only", "differs"]
     differences: tuple[Difference, ...] = ()
 
     @property
     def sentence(self) -> str:
-        """One line for people."""
+        """The result in one line."""
         if self.verdict == "identical":
             return "identical: every byte"
         places = ", ".join(f"{difference.file} ({difference.where})" for difference in self.differences[:6])
@@ -65,7 +65,7 @@ class Comparison(Table):
 
 
 def compare(first: Path, second: Path) -> Comparison:
-    """Hold two wheels against each other, file by file, and ELF files section by section.
+    """Compare two wheels file by file, and ELF files section by section.
 
     Raises:
         VerifyError: one of them cannot be read.
@@ -97,9 +97,9 @@ def _wheels(one: zipfile.ZipFile, other: zipfile.ZipFile) -> Iterator[Difference
     ]
     yield from contents
     if not contents and not records:
-        # The content is the same, the bytes of the archive are not.
+        # The content is equal, but the bytes of the archive differ.
         yield Difference(file="the archive", where="times, modes or compression")
-    # RECORD has the digests of the others: it differs with them, and alone it is a difference of its own.
+    # RECORD has the digests of other files and differs with them; it counts only if no other file differs.
     yield from (Difference(file=name, where="content") for name in records if not contents and names == others)
 
 
@@ -133,7 +133,7 @@ def _unnamed(section: bytes) -> bytes:
 
 
 def _parts(content: bytes) -> dict[str, bytes] | None:
-    """Header and sections of an ELF file; None for all else. Places in it, which move with a section's size, do not count."""
+    """Header and sections of an ELF file; None for other files. Offsets, which depend on section sizes, are left out."""
     if not content.startswith(b"\x7fELF"):
         return None
     try:
@@ -142,7 +142,7 @@ def _parts(content: bytes) -> dict[str, bytes] | None:
         parts = {"ELF header": repr(header).encode()}
         for number, section in enumerate(elf.iter_sections()):
             name = section.name or f"section {number}"
-            # Several may have one name.
+            # Several sections may have one name.
             key = name if name not in parts else f"{name} ({number})"
             parts[key] = b"" if section["sh_type"] == "SHT_NOBITS" else section.data()
     except (ELFError, ValueError, OSError, AttributeError):
@@ -157,16 +157,17 @@ def _first_difference(first: bytes, second: bytes) -> int:
 
 @contextmanager
 def again(plan: Plan, settings: Settings, console: Console, jobs: int | None = None) -> Iterator[Path]:
-    """The wheel of the plan, built once more below another folder; it vanishes with the block.
+    """The wheel of the plan, built again in another folder, which is deleted at the end of the `with` block.
 
     Raises:
-        GracefarmError: of the stage that failed.
+        GracefarmError: a stage failed.
     """
     home = record.folder(settings, plan.build_id) / "rebuild"
     with lock(
-        settings.home / "locks" / f"rebuild-{plan.build_id}", lambda: console.step("wait", "another process rebuilds this")
+        settings.home / "locks" / f"rebuild-{plan.build_id}",
+        lambda: console.step("wait", "another process is rebuilding this"),
     ):
-        remove_tree(home)  # of a run that was killed
+        remove_tree(home)  # left by a killed run
         try:
             home.mkdir(parents=True)
             for name in SHARED:

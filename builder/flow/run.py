@@ -1,4 +1,4 @@
-"""`builder run`: the whole way on one machine, from recipe to an import of what pip installed from an index."""
+"""`builder run`: all steps on one machine, from the recipe to an import of the wheel that pip installed from an index."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from gracefarm.process import die_with_us, last_line
 
 @dataclass(frozen=True, kw_only=True)
 class Installed:
-    """Where everything is."""
+    """The result of a run."""
 
     wheel: str
     record: str
@@ -43,14 +43,14 @@ class Installed:
 
 @contextmanager
 def local_index(settings: Settings, *options: str) -> Iterator[tuple[str, str]]:
-    """The project's own `index serve` on a free loopback port, its store under home/index; yields its URL and an upload token.
+    """Run `index serve` on a free loopback port, with its store in home/index; yields its URL and an upload token.
 
     Raises:
-        HostError: it did not start, with its last words.
-        PublishError: what is raised inside, with the way out that this index alone has.
+        HostError: it did not start; has its last output.
+        PublishError: raised in the `with` block; the remedy is changed to one for this index.
     """
     folder = settings.home / "index"
-    # A server that outlived a killed run would keep the store from the next one.
+    # A server left by a killed run would lock the store for the next run.
     serve = [sys.executable, "-m", "index", "serve", "--root", str(folder), "--port", "0", "--allow-new", "--json", *options]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -65,7 +65,7 @@ def local_index(settings: Settings, *options: str) -> Iterator[tuple[str, str]]:
                 raise HostError(f"index serve did not start: {words}", repeat=" ".join(serve))
             yield url, _token(folder)
         except PublishError as error:
-            remedy = f"if it holds another build of the same file, which no index replaces: mv {folder} {folder}.old"
+            remedy = f"if it has another build of the same file, which cannot be replaced: mv {folder} {folder}.old"
             raise PublishError(error.cause, remedy=remedy, repeat=error.repeat) from error
         finally:
             server.terminate()
@@ -86,10 +86,10 @@ def _token(folder: Path) -> str:
 
 
 def run(plan: Plan, settings: Settings, console: Console) -> Installed:
-    """Build, publish, install back, import.
+    """Build, publish, install from the index, import.
 
     Raises:
-        GracefarmError: of the step that failed.
+        GracefarmError: a step failed.
     """
     refuse_objects(plan.stack.data)
     built = build(plan, BuildOptions(), settings, console)
@@ -98,7 +98,7 @@ def run(plan: Plan, settings: Settings, console: Console) -> Installed:
         console.step("index", f"serving {url}/simple/ from {settings.home / 'index'}")
         wheel = record.wheel_path(settings, built)
         assert wheel is not None
-        # Not noted in the record: the address ends with this run.
+        # Not written to the record, since the URL is valid only during this run.
         login = ("__token__", token)
         publication = upload_wheel(built, wheel, f"{url}/legacy/", settings, login)
         console.step("publish", f"{publication.filename or wheel.name} to {url}/legacy/")
@@ -113,10 +113,10 @@ def run(plan: Plan, settings: Settings, console: Console) -> Installed:
 
 
 def _install_back(plan: Plan, built: Record, index_url: str, settings: Settings, console: Console, folder: Path) -> None:
-    """Install the wheel with the pip of a clean environment, from `index_url` alone; import it and run smoke.py.
+    """Install the wheel with the pip of a clean environment, only from `index_url`; import it and run smoke.py.
 
     Raises:
-        InstallError: pip, an import or the script failed, in its words; or the index prefers another build.
+        InstallError: pip, an import or the script failed (has its message), or pip installs another build.
     """
     ground = lay_ground(plan, settings, console)
     clean, files, log = folder / "install" / "env", folder / "install" / "files", folder / "install.txt"
@@ -138,8 +138,8 @@ def _install_back(plan: Plan, built: Record, index_url: str, settings: Settings,
         outcome = sandbox.run(box, command, log=log)
         if outcome.returncode != 0:
             raise InstallError(
-                f"{pip[-1]} from {index_url} does not install into a clean environment: {pep517.first_error(log)}",
-                remedy=f"the whole output is in {log}",
+                f"{pip[-1]} from {index_url} cannot be installed into a clean environment: {pep517.first_error(log)}",
+                remedy=f"see the complete output in {log}",
                 repeat=" ".join(command),
             )
     assert built.wheel is not None
@@ -151,5 +151,5 @@ def _install_back(plan: Plan, built: Record, index_url: str, settings: Settings,
             remedy=f"start with an empty index: mv {settings.home / 'index'} {settings.home / 'index'}.old",
         )
     proven = "it imports" + (", smoke.py passes" if script else "")
-    console.step("install", f"pip installed {data.name} from {index_url} alone; {proven} (in {outcome.wall_s:.0f} s)")
+    console.step("install", f"pip installed {data.name} from {index_url}; {proven} (in {outcome.wall_s:.0f} s)")
     shutil.rmtree(folder / "install")

@@ -1,4 +1,4 @@
-"""The shared compiler cache around a compile: at a socket in the build's folder, and what it did afterwards."""
+"""Use the shared compiler cache during a compile, through a socket in the build's folder, and report its results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from builder.toolchains import ccache
 
 @contextmanager
 def shared(attempt: Attempt) -> Iterator[None]:
-    """Share the recipe's compiler cache while the block lasts, where settings and options allow both caches."""
+    """Share the recipe's compiler cache during the `with` block, if settings and options allow both caches."""
     if not attempt.options.caches.compiler or not ccache.enabled(attempt.settings):
         yield
         return

@@ -1,4 +1,4 @@
-"""The tree that a recipe makes in place of a wheel: looked over, and kept by build id for the recipes that take it."""
+"""The tree that a recipe builds instead of a wheel: checked, and kept by build id for other recipes."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from gracefarm.files import atomic_directory, remove_tree, sha256_file
 
 
 def with_trees(fetched: Fetched, plan: Plan, settings: Settings) -> Fetched:
-    """What was fetched for a plan, and the trees that it takes, as far as they are built."""
+    """The fetched files of a plan, with the trees that are built."""
     places = zip(plan.recipe.data.trees, plan.trees, strict=True)
     built = {tree.path: record.tree_path(settings, source.build_id) for tree, source in places}
     return replace(fetched, trees={path: place for path, place in built.items() if place.is_dir()})
 
 
 def keep(made: Path, plan: Plan, settings: Settings, epoch: int) -> str:
-    """Move the tree that a build made to where takers find it, whole or not at all; returns its digest.
+    """Move a finished tree to its final folder, complete or not at all; return its digest.
 
-    Every file gets the time `epoch` and one of two modes, as in a source tree.
+    Every file gets the time `epoch` and mode 644 or 755, as in a source tree.
 
     Raises:
-        CompileError: it lacks something that the recipe says it holds, or a link in it leads out of it.
+        CompileError: a file that the recipe lists in `holds` is missing, or a link leads out of the tree.
     """
     tree = plan.recipe.data.tree
     assert tree is not None
@@ -41,11 +41,11 @@ def keep(made: Path, plan: Plan, settings: Settings, epoch: int) -> str:
         what = f"has no {', '.join(lacking)}" if lacking else f"has a link out of it: {strays[0].relative_to(made)}"
         raise CompileError(
             f"the tree of {plan.recipe.key} {what}",
-            remedy="correct [tree] commands, which install into $OUT, or what it `holds`",
+            remedy="correct `commands` of [tree], which install into $OUT, or `holds`",
             repeat=plan.repeat,
         )
     final = record.tree_path(settings, plan.build_id)
-    remove_tree(final)  # of a build whose record is gone
+    remove_tree(final)  # left by a build whose record was deleted
     final.parent.mkdir(parents=True, exist_ok=True)
     with atomic_directory(final) as folder:
         for entry in sorted(made.iterdir()):
@@ -57,7 +57,7 @@ def keep(made: Path, plan: Plan, settings: Settings, epoch: int) -> str:
 
 
 def digest(folder: Path, names: Sequence[Path]) -> str:
-    """Hex sha256 of the paths, the modes, and the content or the link's target, of these files of a tree."""
+    """Hex sha256 of the paths, modes, and contents or link targets of these files of a tree."""
     whole = hashlib.sha256()
     for path in names:
         mode = path.lstat().st_mode

@@ -1,1 +1,1 @@
-"""What a build leaves behind: record, SBOM, provenance, signatures, publication, and their checks."""
+"""The documents of a build: record, SBOM, provenance, signatures, publication; and their checks."""

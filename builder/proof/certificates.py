@@ -1,8 +1,8 @@
-"""Certificates: device code that computed right numbers on a GPU, signed by the farm.
+"""Certificates: signed statements that device code computed correct results on a GPU.
 
 A machine with a GPU writes an unsigned report. The farm compares the report with its own wheels and signs a certificate for
-each device digest. A wheel with the same digest has the same device code: the certificate holds for it too, whatever its host
-architecture and Python are. Host code is not covered.
+each device digest. A wheel with the same digest has the same device code, so the certificate is valid for it too, even if it
+is for another host architecture or Python. Host code is not covered.
 """
 
 from __future__ import annotations
@@ -37,48 +37,50 @@ class TestedWheel(Table):
 
 
 class GpuReport(Table):
-    """What `builder certify` writes on the machine with the GPU; nothing vouches for it yet."""
+    """The unsigned report that `builder certify` writes on the machine with the GPU."""
 
     format: Literal[1] = 1
     wheel: TestedWheel
-    device_digests: dict[str, Sha256] = Field(min_length=1, description="Of the wheel's device code, by sm")
+    device_digests: dict[str, Sha256] = Field(min_length=1, description="Digests of the wheel's device code, by sm")
     gpu: str = Field(min_length=1, max_length=200)
     sm: str = Field(pattern=r"^[0-9]{2,3}$", description="The GPU's architecture, as 90")
     driver: str = Field(default="", max_length=200)
     comparisons: tuple[ComparedResult, ...] = Field(min_length=1, max_length=1000)
-    negative_control: str = Field(min_length=1, max_length=500, description="The wrong result that the comparison refused")
+    negative_control: str = Field(min_length=1, max_length=500, description="A wrong result that the comparison refused")
     finished: str = Field(description="UTC, ISO 8601")
 
 
 class Certificate(Table):
-    """What the farm signs, and the index takes under its device digest (docs/reference/index-records.md)."""
+    """The signed document, which the index keeps by device digest (docs/reference/index-records.md)."""
 
     device_digest: Sha256
     sm: str
     gpu: str
     driver: str
-    certified: str = Field(description="UTC, ISO 8601: when the GPU computed it")
+    certified: str = Field(description="Time of the test on the GPU (UTC, ISO 8601)")
     wheel: TestedWheel
     comparisons: tuple[ComparedResult, ...]
     negative_control: str
 
 
 def report(wheel: Path, result: GpuResult, reader: Path) -> GpuReport:
-    """The report about a wheel that smoke_gpu.py tried; `reader` is NVIDIA's cuobjdump.
+    """The report about a wheel that smoke_gpu.py tested; `reader` is NVIDIA's cuobjdump.
 
     Raises:
-        VerifyError: the test was not run or compares nothing, or the wheel has no device code for that GPU.
+        VerifyError: the test was not run or makes no comparisons, or the wheel has no device code for that GPU.
     """
     if result.status != "passed" or result.sm is None:
-        raise VerifyError(f"{wheel.name} is not certified: {result.reason}", remedy="run the command where such a GPU is")
+        raise VerifyError(
+            f"{wheel.name} is not certified: {result.reason}", remedy="run the command on a machine with such a GPU"
+        )
     if not result.comparisons or not result.negative_control:
         raise VerifyError(
             f"{wheel.name} is not certified: its smoke_gpu.py names no comparisons or no negative control",
-            remedy="set COMPARISONS and NEGATIVE_CONTROL in the script, as docs/howto/gpu.md says",
+            remedy="set COMPARISONS and NEGATIVE_CONTROL in the script, as docs/howto/gpu.md describes",
         )
     digests = device_digest.of_wheel(wheel, reader)
     if not _loaded(digests, result.sm):
-        raise VerifyError(f"{wheel.name} is not certified: it has no device code for sm_{result.sm}, the GPU compiled its PTX")
+        raise VerifyError(f"{wheel.name} is not certified: it has only PTX for sm_{result.sm}, no device code")
     return GpuReport(
         wheel=TestedWheel(filename=wheel.name, sha256=sha256_file(wheel)),
         device_digests=digests,
@@ -92,10 +94,10 @@ def report(wheel: Path, result: GpuResult, reader: Path) -> GpuReport:
 
 
 def read_report(path: Path) -> GpuReport:
-    """A report from a file.
+    """Read a report from a file.
 
     Raises:
-        ConfigError: it is not a report.
+        ConfigError: the file is not a report.
     """
     try:
         return GpuReport.model_validate_json(path.read_bytes())
@@ -103,19 +105,19 @@ def read_report(path: Path) -> GpuReport:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
         raise ConfigError(
-            f"{path} is not a report of `builder certify`: {reason}", remedy="take the file that it wrote"
+            f"{path} is not a report of `builder certify`: {reason}", remedy="use the file that this command wrote"
         ) from error
 
 
 def accept(
     given: GpuReport, wheels: Mapping[str, Mapping[str, str]], key: Ed25519PrivateKey, settings: Settings
 ) -> list[Certificate]:
-    """Sign and keep a certificate for each device digest of the report that a wheel of the farm has.
+    """Sign and keep a certificate for each device digest of the report that a wheel of this farm has.
 
-    `wheels`: by sha256, the device digests by sm of the farm's wheels, as the farm itself measured them.
+    `wheels`: for each wheel of the farm by sha256, its device digests by sm, as the farm measured them.
 
     Raises:
-        VerifyError: the report is about device code that no wheel of the farm has; names both digests.
+        VerifyError: no wheel of the farm has the device code of the report; names both digests.
     """
     certificates = [
         Certificate(device_digest=digest, sm=sm, certified=given.finished, **given.model_dump(include=_REPORTED))
@@ -134,22 +136,22 @@ def _confirmed(given: GpuReport, wheels: Mapping[str, Mapping[str, str]]) -> dic
     own = wheels.get(given.wheel.sha256)
     ran = _loaded(given.device_digests, given.sm)
     if own is not None and any(own.get(sm) != digest for sm, digest in ran.items()):
-        raise VerifyError(f"the report about {given.wheel.filename} names other device digests than the wheel has")
+        raise VerifyError(f"the report about {given.wheel.filename} has other device digests than the wheel")
     measured = {digest for digests in wheels.values() for digest in digests.values()}
     confirmed = {sm: digest for sm, digest in ran.items() if digest in measured}
     if not confirmed:
         theirs = ", ".join(f"sm_{sm} {digest[:16]}" for sm, digest in ran.items()) or f"none for sm_{given.sm}"
         here = sorted({f"sm_{sm} {digest[:16]}" for digests in wheels.values() for sm, digest in digests.items()})
         raise VerifyError(
-            f"{given.wheel.filename} of the report has other device code than the wheels here: {theirs}; "
-            f"here {', '.join(here) or 'none'}",
-            remedy="build the twin from the same recipe and stack, with the same sm",
+            f"{given.wheel.filename} of the report has other device code ({theirs}) than the wheels "
+            f"of this machine ({', '.join(here) or 'none'})",
+            remedy="build both wheels from the same recipe and stack, with the same sm",
         )
     return confirmed
 
 
 def _loaded(digests: Mapping[str, str], sm: str) -> dict[str, str]:
-    """Of a wheel's digests those whose code a GPU of that architecture loads: its own, else the newest of its generation.
+    """The digests of the code that a GPU of that architecture loads: its own, else the newest of its generation.
 
     https://docs.nvidia.com/cuda/cuda-c-programming-guide/#binary-compatibility
     """
@@ -159,12 +161,12 @@ def _loaded(digests: Mapping[str, str], sm: str) -> dict[str, str]:
 
 
 def path(settings: Settings, digest: str) -> Path:
-    """Where the certificate of a device digest is."""
+    """Path of the certificate of a device digest."""
     return settings.home / "certificates" / f"{digest}.json"
 
 
 def of_record(build: Record, settings: Settings) -> Iterator[Certificate]:
-    """The certificates that hold for a build's wheel."""
+    """The certificates that are valid for a build's wheel."""
     for digest in build.device_digests.values():
         document = _read(path(settings, digest))
         if document is not None:
@@ -172,7 +174,7 @@ def of_record(build: Record, settings: Settings) -> Iterator[Certificate]:
 
 
 def _read(place: Path) -> Certificate | None:
-    """A certificate that is kept here, its signature checked where the farm still has the key; else None."""
+    """A certificate of this farm, or None. Its signature is checked if the farm still has the key."""
     key = signing.private()
     try:
         document: Any = json.loads(place.read_bytes())
@@ -186,7 +188,7 @@ def _read(place: Path) -> Certificate | None:
 
 
 def sentence(certificate: Certificate, build: Record) -> str:
-    """Who computed what: `builder show` and the provenance say this."""
+    """The certificate in words, for `builder show` and the provenance."""
     own = build.wheel is not None and certificate.wheel.sha256 == build.wheel.sha256
     by = "this wheel" if own else f"its twin {certificate.wheel.filename}"
     return (

@@ -1,4 +1,4 @@
-"""The deterministic part of the record, inside the wheel."""
+"""Put the deterministic part of the record into the wheel."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from gracefarm.errors import WheelError
 from gracefarm.files import remove_tree
 
 LICENSE_FILES_SINCE = Version("2.4")
-"Of core metadata (PEP 639)."
-REMEDY = "the package's own build made it: see its log, and patch it in the recipe"
+"Version of core metadata (PEP 639)."
+REMEDY = "see the log of the package's build, and fix its metadata with a patch in the recipe"
 
 
 def embed(wheel: Path, plan: Plan, epoch: int, licenses: Path, into: Path) -> Path:
-    """The wheel under its measured version, with the deterministic part of the record as .dist-info/gracefarm.json; RECORD
-    renewed, times are `epoch`.
+    """The wheel with its measured version, with the deterministic part of the record in .dist-info/gracefarm.json, and with an
+    updated RECORD. All times are `epoch`.
 
-    `licenses` is the folder of the texts that the recipe names, each at its place in the source tree: they go into
-    .dist-info/licenses at the same place (PEP 639).
+    `licenses` is the folder of the texts that the recipe names, with their paths in the source tree. They are copied to
+    .dist-info/licenses with the same paths (PEP 639).
 
     Raises:
-        WheelError: what the build calls a wheel is none.
+        WheelError: the file is not a wheel.
     """
     remove_tree(into)
     tree = into / "tree"
@@ -48,10 +48,10 @@ def embed(wheel: Path, plan: Plan, epoch: int, licenses: Path, into: Path) -> Pa
         version = measured_version(wheel, plan)
         zip2dir(wheel, tree)
     except UNREADABLE as error:
-        raise WheelError(f"{wheel.name} of the build cannot be unpacked: {error}", remedy=REMEDY) from error
+        raise WheelError(f"the built {wheel.name} cannot be unpacked: {error}", remedy=REMEDY) from error
     information = next(tree.glob("*.dist-info"), tree)
     if not (information / "METADATA").is_file():
-        raise WheelError(f"{wheel.name} of the build has no .dist-info with METADATA", remedy=REMEDY)
+        raise WheelError(f"the built {wheel.name} has no .dist-info with METADATA", remedy=REMEDY)
     filename = wheel.name
     if version is not None:
         filename, information = _rename(tree, information, filename, version)
@@ -60,12 +60,12 @@ def embed(wheel: Path, plan: Plan, epoch: int, licenses: Path, into: Path) -> Pa
 
 
 def measured_version(wheel: Path, plan: Plan) -> str | None:
-    """The recipe's version, with the local part that the built wheel's objects call for.
+    """The recipe's version, with the local part for the dependence of the built wheel's objects.
 
-    None: the wheel is of another version, and the gate `wheel` says so.
+    None: the wheel has another version, which the gate `wheel` refuses.
 
     Raises:
-        one of UNREADABLE: it is no wheel.
+        one of UNREADABLE: the file is not a wheel.
     """
     data, stack = plan.recipe.data, plan.stack
     if not local_version.is_of(_version_of(wheel.name), data.version, data.wheel.appends):
@@ -77,10 +77,10 @@ def measured_version(wheel: Path, plan: Plan) -> str | None:
 
 
 def label(wheel: Path, policy: Policy, epoch: int, into: Path) -> Path:
-    """The wheel as the variant that is measured of it: with variant.json inside and the label in its name.
+    """The wheel as a variant wheel with its measured properties: with variant.json in it and the label in its name.
 
     Raises:
-        WheelError: what is measured cannot be said as a variant.
+        WheelError: the measured properties cannot be expressed as a variant.
     """
     remove_tree(into)
     tree = into / "tree"
@@ -89,7 +89,7 @@ def label(wheel: Path, policy: Policy, epoch: int, into: Path) -> Path:
         try:
             measured = variant.measure(contents, policy)
         except variant.UnlabelledError as error:
-            raise WheelError(f"{wheel.name} cannot be labelled: {error}", remedy="leave --variant out") from error
+            raise WheelError(f"{wheel.name} cannot be labelled: {error}", remedy="remove --variant") from error
     zip2dir(wheel, tree)
     (next(tree.glob("*.dist-info")) / variants.MEMBER).write_bytes(variant.document(measured))
     return _pack(tree, into / f"{wheel.stem}-{measured.label}.whl", epoch)
@@ -100,7 +100,7 @@ def _version_of(filename: str) -> str:
 
 
 def _rename(tree: Path, information: Path, filename: str, version: str) -> tuple[str, Path]:
-    """The file name with that version, and .dist-info, where it and METADATA have it too."""
+    """Change the version in METADATA and in the name of .dist-info; return the new file name and .dist-info."""
     stem = information.name.removesuffix(".dist-info")
     new = f"{stem.rpartition('-')[0]}-{version}"
     for kind in ("data", "dist-info"):
@@ -111,13 +111,13 @@ def _rename(tree: Path, information: Path, filename: str, version: str) -> tuple
     text = metadata.read_text("utf-8", "surrogateescape")
     name, old, rest = filename.split("-", 2)
     said = re.search(r"(?mi)^Version:[ \t]*(\S+)", text)
-    if said is not None and local_version.same(said[1], old):  # else METADATA lies, and the gate `wheel` shall see it
+    if said is not None and local_version.same(said[1], old):  # else METADATA is wrong, and the gate `wheel` refuses it
         metadata.write_text(f"{text[: said.start(1)]}{version}{text[said.end(1) :]}", "utf-8", "surrogateescape")
     return f"{name}-{version}-{rest}", information
 
 
 def _write(information: Path, plan: Plan, epoch: int, licenses: Path, version: str) -> None:
-    """What goes into .dist-info."""
+    """Write our files into .dist-info."""
     text = json.dumps({"build_id": plan.build_id, "inputs": plan.inputs}, indent=2, sort_keys=True) + "\n"
     (information / "gracefarm.json").write_text(text)
     (information / "sboms").mkdir(exist_ok=True)
@@ -133,7 +133,7 @@ def _write(information: Path, plan: Plan, epoch: int, licenses: Path, version: s
 
 
 def _pack(tree: Path, final: Path, epoch: int) -> Path:
-    """The wheel of an unpacked one, with its RECORD renewed."""
+    """Pack an unpacked wheel with an updated RECORD."""
     rewrite_record(tree)
     dir2zip(tree, final, zlib.Z_DEFAULT_COMPRESSION, datetime.fromtimestamp(epoch, tz=UTC))
     remove_tree(tree)
@@ -141,9 +141,9 @@ def _pack(tree: Path, final: Path, epoch: int) -> Path:
 
 
 def require(metadata: str, requires: Mapping[str, str]) -> str:
-    """METADATA with the recipe's own Requires-Dist in place of what the package says of these distributions, extras apart.
+    """METADATA with the recipe's Requires-Dist instead of the package's for these distributions; extras are not changed.
 
-    A package that requires something on x86_64 alone, or any newer version, is thereby made to require what the set has.
+    Packages often require a distribution only on x86_64, or any newer version. This makes them require the set's version.
     """
     if not requires:
         return metadata
@@ -156,7 +156,7 @@ def require(metadata: str, requires: Mapping[str, str]) -> str:
 
 
 def name_licenses(metadata: str, texts: Sequence[str]) -> str:
-    """METADATA with a License-File for each text that it lacks; unchanged before version 2.4, which has no such field."""
+    """METADATA with a License-File for each text; unchanged before version 2.4, which has no such field."""
     headers, separator, body = metadata.partition("\n\n")
     fields = headers.splitlines()
     version = next((line.partition(":")[2].strip() for line in fields if line.startswith("Metadata-Version:")), "")
@@ -164,13 +164,13 @@ def name_licenses(metadata: str, texts: Sequence[str]) -> str:
         if Version(version) < LICENSE_FILES_SINCE:
             return metadata
     except InvalidVersion:
-        return metadata  # which the gate `wheel` has a word about
+        return metadata  # the gate `wheel` refuses it
     missing = [line for line in (f"License-File: {text}" for text in sorted(texts)) if line not in fields]
     return "\n".join([*fields, *missing]) + separator + body if missing else metadata
 
 
 def _required(line: str) -> str | None:
-    """The distribution that a header requires; None for every other header for extras, and for what is no requirement."""
+    """The distribution that a header requires; None for other headers, for extras, and for invalid requirements."""
     if not line.startswith("Requires-Dist:"):
         return None
     try:

@@ -1,4 +1,4 @@
-"""What judges a finished wheel and changes no byte of it, as one digest: records have it, so that other rules judge anew."""
+"""The digest of everything that judges a finished wheel without changing it. If it changes, wheels are judged again."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ RULES = (
     "toolchains/host_trial.py",
     "toolchains/sandbox_trial.py",
 )
-"Modules whose code decides whether a wheel passes, below builder/."
+"Modules below builder/ whose code decides whether a wheel passes."
 
 
 def digest(plan: Plan) -> str:
-    """Hex sha256 of what judges a plan's wheel: gates, smoke tests, and what recipe and toolchain themselves ask."""
+    """Hex sha256 of everything that judges a plan's wheel: gates, smoke tests, and requirements of recipe and toolchain."""
     recipe = plan.recipe
     content = hashlib.sha256(rules().encode())
     for script in (recipe.smoke_script, recipe.smoke_gpu_script):
@@ -64,17 +64,17 @@ def digest(plan: Plan) -> str:
 
 @cache
 def rules(code: Path = _CODE) -> str:
-    """Hex sha256 of RULES in the folder of the program; comments are not in it."""
+    """Hex sha256 of RULES in the folder of the program; comments do not change it."""
     parts = [f"{name} {code_digest((code / name).read_text())}" for name in RULES]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def code_digest(text: str) -> str:
-    """Hex sha256 of what Python code does, the same under each Python: comments, layout and docstrings are not in it."""
+    """Hex sha256 of Python code without comments, layout and docstrings, the same with every Python version."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            # Docstrings, and those of constants and fields.
+            # Docstrings, also those of constants and fields.
             code = [line for line in node.body if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))]
             node.body = code or [ast.Pass()]
         elif isinstance(node, ast.JoinedStr):
@@ -84,7 +84,7 @@ def code_digest(text: str) -> str:
 
 
 def _dump(node: object) -> str:
-    """A syntax tree as text, without its empty fields: `ast.dump` writes those that its Python has."""
+    """A syntax tree as text without empty fields, since `ast.dump` writes different fields with different Pythons."""
     if isinstance(node, list):
         return f"[{', '.join(map(_dump, node))}]"
     if not isinstance(node, ast.AST):

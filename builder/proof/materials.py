@@ -1,4 +1,4 @@
-"""What a wheel is made of, read out of a build's inputs: for the SBOM, for provenance, for the plan of a set."""
+"""The materials of a wheel, read from a build's inputs: for the SBOM, the provenance and the plan of a set."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from builder.planning.sources import origin_of
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """One thing that was fetched."""
+    """One fetched file or commit."""
 
     what: str
-    "For people: a name, or the place in the source tree."
+    "A name, or the path in the source tree."
     version: str | None
     uri: str
     algorithm: str
-    "`sha256`, or `gitCommit` as in-toto calls it."
+    "`sha256` or `gitCommit`, as in in-toto."
     digest: str | None
-    "None where it is a gap."
+    "None: the digest is unknown."
     license: str | None = None
-    "As the recipe declares it; None: it declares none, or the inputs are of a time when recipes had no such key."
+    "Licence in the recipe; None: not declared, or the inputs are from a version without this key."
 
 
 def of(inputs: Mapping[str, Any]) -> list[Material]:
@@ -51,7 +51,7 @@ def _source(source: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[Ma
 
 
 def _tree(taken: Mapping[str, Any]) -> Iterator[Material]:
-    """A tree that was built first, and what it was made of: its code is in the wheel too."""
+    """A tree that was built first, and its materials, since its code is in the wheel."""
     recipe, build_id = taken["inputs"]["recipe"], taken["build_id"]
     uri = f"urn:gracefarm:build:{build_id}"
     yield Material(
@@ -74,7 +74,7 @@ def _git(what: str, pinned: Mapping[str, Any]) -> Material:
 
 
 def _download(file: Mapping[str, Any]) -> Material | None:
-    """What was fetched for an entry of the recipe's files; None: its text stands in the recipe."""
+    """The download of an entry in the recipe's files; None: the recipe has its text."""
     origin = origin_of(file)
     return _file(file["path"], origin, file["sha256"], file.get("license")) if origin else None
 

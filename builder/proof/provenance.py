@@ -1,4 +1,4 @@
-"""How a wheel came to be, signed: an in-toto statement with SLSA provenance, rendered from the build's record.
+"""The signed provenance of a wheel: an in-toto statement with SLSA provenance, rendered from the build's record.
 
 https://in-toto.io/Statement/v1, https://slsa.dev/provenance/v1
 """
@@ -21,11 +21,11 @@ PAYLOAD = "application/vnd.in-toto+json"
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:gracefarm:build:1"
-"docs/explanation/provenance.md says what its parameters are."
+"docs/explanation/provenance.md describes its parameters."
 
 
 def statement(of: Record, builder_id: str, certified: Sequence[Certificate] = ()) -> dict[str, Any]:
-    """The statement about a successful build, with the certificates that hold for its device code."""
+    """The statement about a successful build, with the certificates that are valid for its device code."""
     assert of.wheel is not None
     products = [of.wheel, *([of.source] if of.source else [])]
     inputs: Any = of.inputs
@@ -49,7 +49,7 @@ def statement(of: Record, builder_id: str, certified: Sequence[Certificate] = ()
 
 
 def _dependencies(inputs: Any) -> list[dict[str, Any]]:
-    """What was fetched, and what it was built with, by digest."""
+    """Sources, environment and compilers, by digest."""
     fetched = [
         {"name": material.what, "uri": material.uri, "digest": {material.algorithm: material.digest}}
         for material in materials.of(inputs)
@@ -60,19 +60,19 @@ def _dependencies(inputs: Any) -> list[dict[str, Any]]:
 
 
 def _device_code(sm: str, digest: str, of: Record, certified: Sequence[Certificate]) -> dict[str, Any]:
-    """One sm's device code, and whether a GPU ran it."""
+    """The device code of one sm, and whether it was tested on a GPU."""
     known = [certificates.sentence(certificate, of) for certificate in certified if certificate.device_digest == digest]
     ran = known[0] if known else "not run on a GPU by a wheel that this farm knows of"
     return {"name": f"device code for sm_{sm}", "digest": {"sha256": digest}, "annotations": {"certificate": ran}}
 
 
 def path(wheel: Path) -> Path:
-    """Where a wheel's provenance is: beside it."""
+    """Path of a wheel's provenance, next to the wheel."""
     return wheel.with_name(f"{wheel.name}.intoto.jsonl")
 
 
 def signed(of: Record, settings: Settings) -> Record:
-    """The record with its signed provenance in it, which also lies beside the wheel; unchanged where the farm has no key.
+    """The record with its signed provenance, which is also written next to the wheel; unchanged if the farm has no key.
 
     Raises:
         ConfigError: the farm's key cannot be used.

@@ -1,4 +1,4 @@
-"""Upload a finished wheel with twine, and tell the index about its build; flow/publishing.py says what and when."""
+"""Upload a finished wheel with twine, and send documents of its build to the index; flow/publishing.py calls this."""
 
 from __future__ import annotations
 
@@ -22,55 +22,55 @@ from gracefarm.files import sha256_file
 from gracefarm.process import first_line
 
 Login = tuple[str, str]
-"""User and password of an upload. `credentials` finds them, once for all requests of one publish: the identity token of a
-CI job may be good for a single exchange, as GitLab's is."""
+"""User and password of an upload. `credentials` finds them, once for all requests of a publication: the identity token of a
+CI job may be valid for only one exchange, as on GitLab."""
 
 
 def refuse_credentials(url: str, option: str = "--publish") -> None:
-    """An upload URL is printed, recorded and an argument of twine's: no place for a password.
+    """Refuse credentials in an upload URL, since it is printed, recorded and an argument of twine.
 
     Raises:
-        UsageError: it carries one, or a user's name.
+        UsageError: the URL has a password or a user name.
     """
     parts = urlsplit(url)
     if parts.password or parts.username:
         bare = urlunsplit(parts._replace(netloc=parts.netloc.rsplit("@", 1)[-1]))
         raise UsageError(
-            "the upload URL carries credentials",
+            "the upload URL contains credentials",
             remedy=f"use {option} {bare} with TWINE_USERNAME and TWINE_PASSWORD in the environment",
         )
 
 
 class TakenError(PublishError):
-    """The index has, or had, other bytes of that name."""
+    """The index has, or had, other bytes with that name."""
 
 
 def upload(wheel: Path, url: str, login: Login | None) -> Publication:
-    """Upload `wheel` by the legacy upload API, with what `credentials` found for `url`.
+    """Upload `wheel` with the legacy upload API and the credentials for `url`.
 
     Raises:
-        UsageError: the URL carries a password.
-        TakenError: it has other bytes of that name.
-        PublishError: the index refused it or cannot be reached, in twine's words. One that offers these very bytes already has
-            them from a run that was cut off before it could say so, and not every index takes them twice.
+        UsageError: the URL contains a password.
+        TakenError: the index has other bytes with that name.
+        PublishError: the index refused the wheel or cannot be reached (has twine's message). If the index has the
+            same bytes already, from an interrupted run, this is not an error: some indexes refuse a second upload.
     """
     refuse_credentials(url)
-    # --verbose: else the index's own sentence is not shown
+    # --verbose: otherwise twine does not print the index's message
     command = [sys.executable, "-m", "twine", "upload", "--non-interactive", "--disable-progress-bar", "--verbose"]
     command += ["--repository-url", url, str(wheel)]
     process = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment(login))
     if process.returncode != 0 and offered(wheel.name, url, login).get(wheel.name) != sha256_file(wheel):
         words = _reason(process.stdout + process.stderr)
         raise (TakenError if "already exists" in words.lower() else PublishError)(
-            f"{url} did not take {wheel.name}: {words}",
-            remedy="check the address and the token (TWINE_USERNAME=__token__, TWINE_PASSWORD); the wheel is kept",
+            f"{url} refused {wheel.name}: {words}",
+            remedy="check the URL and the token (TWINE_USERNAME=__token__, TWINE_PASSWORD); the wheel is kept",
             repeat=f"twine upload --repository-url {url} {wheel}",
         )
     return Publication(url=url, at=now())
 
 
 def _reason(text: str) -> str:
-    """Why twine gave up: what the index answered, else twine's last error; its lines are broken at 80 columns."""
+    """Why twine failed: the index's answer, else twine's last error. Twine breaks lines at 80 columns."""
     lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()]
     errors = [at for at, line in enumerate(lines) if line.startswith(("ERROR", "HTTPError"))]
     answers = [at for at, line in enumerate(lines) if "Response from " in line]
@@ -80,7 +80,7 @@ def _reason(text: str) -> str:
 
 
 def offered(filename: str, url: str, login: Login | None) -> dict[str, str | None]:
-    """The files of a project that the index of an upload address offers, with their sha256; none where it cannot be asked."""
+    """The files of a project on the index with that upload URL, with their sha256; empty if it cannot be reached."""
     name = filename.split("-")[0]
     try:
         packages = simple.project_page(name, f"{_base(url)}/simple/", login).packages
@@ -90,7 +90,7 @@ def offered(filename: str, url: str, login: Login | None) -> dict[str, str | Non
 
 
 def offered_sm(filename: str, url: str, login: Login | None) -> tuple[str, ...]:
-    """The architectures of a wheel there, where the index says them (docs/index.md); those of no other are known."""
+    """The architectures of a wheel on that index; empty for an index that does not list them."""
     headers = {"Accept": "application/vnd.pypi.simple.v1+json"}
     try:
         with httpx.Client(auth=login, timeout=60, headers=headers, follow_redirects=True) as client:
@@ -101,12 +101,12 @@ def offered_sm(filename: str, url: str, login: Login | None) -> tuple[str, ...]:
 
 
 def _base(url: str) -> str:
-    """The index behind an upload address."""
+    """The URL of the index with that upload URL."""
     return re.sub(r"(?:(?:stage/[^/]+/|nightly/)?legacy/?)?$", "", url).rstrip("/")
 
 
 def credentials(url: str) -> Login | None:
-    """What twine would log in with, else a short token for a CI job that the index trusts.
+    """The credentials that twine would use, else a short-lived token for a CI job that the index trusts.
 
     Raises:
         PublishError: the index does not trust this job.
@@ -119,14 +119,14 @@ def credentials(url: str) -> Login | None:
 
 
 MAX_LOG = 32 << 20
-"Bytes of a log that an index takes (docs/reference/index-records.md)."
+"Largest log that an index accepts, in bytes (docs/reference/index-records.md)."
 
 
 def send_record(document: Path, log: Path, build_id: str, url: str, login: Login | None) -> str | None:
-    """PUT a build's record and log to the index behind the upload address `url`; None when it has both, else why not.
+    """PUT a build's record and log to the index with the upload URL `url`; return None, or why the index refused them.
 
-    An addition of this farm's index, so a refusal is an answer and no error: any other index still works. The record goes
-    first, since the index learns from it whose log may come.
+    Only this project's index accepts records, so a refusal is not an error. The record goes first, since the index accepts a
+    log only for a known record.
     """
     bodies = [(f"records/{build_id}", document.read_bytes())]
     if log.is_file():
@@ -135,12 +135,12 @@ def send_record(document: Path, log: Path, build_id: str, url: str, login: Login
 
 
 def send_certificate(document: Path, digest: str, url: str, login: Login | None) -> str | None:
-    """PUT the certificate of a device digest, as `send_record` puts a record."""
+    """PUT the certificate of a device digest, as `send_record` does for a record."""
     return _put([(f"certificates/{digest}", document.read_bytes())], url, login)
 
 
 def send_matrix(content: Mapping[str, object], url: str, login: Login | None) -> str | None:
-    """PUT the cells of a matrix under its name, as `send_record` puts a record."""
+    """PUT the cells of a matrix, as `send_record` does for a record."""
     return _put([(f"matrix/{content['name']}", json.dumps(content).encode())], url, login)
 
 
@@ -158,17 +158,17 @@ def _put(bodies: list[tuple[str, bytes]], url: str, login: Login | None) -> str 
 
 
 def _from_keyring(url: str, name: str) -> str | None:
-    """The password that twine would take."""
+    """The password that twine would use."""
     from twine.auth import CredentialInput, Resolver
 
     return Resolver({"repository": url}, CredentialInput(name)).get_password_from_keyring()
 
 
 def end_of(log: Path) -> bytes:
-    """A log as the index takes it: of one that is too long, its end."""
+    """A log for the index: its end, if it is too long."""
     with log.open("rb") as stream:
         size = stream.seek(0, os.SEEK_END)
-        note = b"" if size <= MAX_LOG else b"# cut: the first part of this log was left out\n"
+        note = b"" if size <= MAX_LOG else b"# the first part of this log was removed\n"
         stream.seek(max(0, size - MAX_LOG + len(note)) if note else 0)
         return note + stream.read()
 

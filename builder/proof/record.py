@@ -1,4 +1,4 @@
-"""The one JSON document about a build: inputs, outputs, commands, timings, peak memory, verdicts."""
+"""The record: the JSON document about a build, with inputs, outputs, commands, times, peak memory and verdicts."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Stage(Table):
     command: tuple[str, ...] = Field(default=(), description="Command run in the sandbox, if any")
     wall_s: float = Field(description="Duration in seconds")
     cpu_s: float | None = Field(default=None, description="CPU seconds of the whole process tree")
-    peak_memory: int | None = Field(default=None, description="Bytes, peak of the whole process tree")
+    peak_memory: int | None = Field(default=None, description="Peak memory of the whole process tree, in bytes")
     memory_bound: int | None = Field(default=None, description="Bytes")
     memory_by: str | None = Field(
-        default=None, description="What holds the bound: cgroup2, watchdog, podman or docker; cgroup1 in older records"
+        default=None, description="Enforces the memory limit: cgroup2, watchdog, podman or docker; cgroup1 in older records"
     )
     note: str = Field(default="", description="Remark about the step")
 
@@ -51,7 +51,7 @@ class BuiltFile(Table):
 
 
 class Failure(Table):
-    """Why there is no wheel."""
+    """Why the build has no wheel."""
 
     kind: str = Field(description="Failure class, as in docs/reference/errors.md")
     exit_code: int = Field(description="Exit code of the command")
@@ -68,7 +68,7 @@ class Publication(Table):
 
     url: str = Field(description="Upload address")
     at: str = Field(description="Time of the upload (UTC, ISO 8601)")
-    filename: str = Field(default="", exclude_if=_empty, description="Name at the index, if it has a build tag")
+    filename: str = Field(default="", exclude_if=_empty, description="Name on the index, if it has a build tag")
     reason: str = Field(default="", exclude_if=_empty, description="Why it has that build tag")
 
 
@@ -82,64 +82,68 @@ class Record(Table):
     version: str = Field(description="Version of the wheel, with its local part; of a failed build, that of the recipe")
     stack: str = Field(description="Name of the stack")
     interpreter: str | None = Field(default=None, description="The interpreter's name; None: the Python of the stack's root")
-    asked_sm: tuple[str, ...] | None = Field(default=None, description="As --sm named them; None: the stack's")
-    asked_ptx: str | None = Field(default=None, description="As --ptx named it; None: the recipe's or the stack's")
+    asked_sm: tuple[str, ...] | None = Field(default=None, description="Value of --sm; None: the stack's architectures")
+    asked_ptx: str | None = Field(default=None, description="Value of --ptx; None: that of recipe or stack")
     from_source: tuple[str, ...] = Field(
-        default=(), description="Recipes whose trees were built in place of downloads, as --llvm source names one"
+        default=(), description="Recipes whose trees were built instead of downloads, as with --llvm source"
     )
     asked_variant: bool = Field(default=False, description="Built with --variant")
-    inputs: dict[str, object] = Field(description="Deterministic; also in the wheel's .dist-info/gracefarm.json")
-    toolchain: ToolchainKind = Field(default="sandbox", description="Where compilers and Python came from")
+    inputs: dict[str, object] = Field(description="All inputs; also in the wheel's .dist-info/gracefarm.json")
+    toolchain: ToolchainKind = Field(default="sandbox", description="Kind of toolchain")
     unconfirmed: tuple[str, ...] = Field(
-        default=(), description="Digests that were read at first use and not confirmed, a sentence each"
+        default=(), description="Sentences about digests that were read at first use and not confirmed"
     )
     outcome: Literal["built", "failed"] = Field(description="Whether the build produced a wheel")
     failure: Failure | None = Field(default=None, description="Why the build failed")
     wheel: BuiltFile | None = Field(default=None, description="The wheel")
     tree: str | None = Field(
         default=None,
-        description="Of a recipe with [tree]: sha256 of its files' paths, modes and digests",
+        description="For a recipe with [tree]: sha256 of the paths, modes and digests of its files",
     )
     source: BuiltFile | None = Field(
-        default=None, description="The patched source, where the recipe publishes it beside the wheel"
+        default=None, description="The patched source, if the recipe publishes it next to the wheel"
     )
-    torch_cxx11_abi: bool | None = Field(default=None, description="C++ ABI of the torch that was compiled against")
+    torch_cxx11_abi: bool | None = Field(default=None, description="C++ ABI of the torch in the build environment")
     jobs: Jobs | None = Field(default=None, description="Number of parallel compilations")
     stages: tuple[Stage, ...] = Field(default=(), description="Steps of the build, in order")
-    units: dict[str, Unit] = Field(default_factory=dict, description="By source file, relative to the source tree")
-    compiler_cache: CacheStatistics | None = Field(default=None, description="None: it was off, or nothing was compiled")
-    device_code: DeviceStatistics | None = Field(default=None, description="None: no device code was compiled or looked up")
-    shared_cache: SharedCacheUse | None = Field(default=None, description="None: it was off, or nothing was compiled")
+    units: dict[str, Unit] = Field(default_factory=dict, description="Costs by source file, relative to the source tree")
+    compiler_cache: CacheStatistics | None = Field(
+        default=None, description="Use of the compiler cache; None: it was off, or nothing was compiled"
+    )
+    device_code: DeviceStatistics | None = Field(default=None, description="Use of the device store; None: no device code")
+    shared_cache: SharedCacheUse | None = Field(
+        default=None, description="Use of the shared cache; None: it was off, or nothing was compiled"
+    )
     verdicts: tuple[Verdict, ...] = Field(default=(), description="Verdicts of the gates")
     judged_by: str = Field(
-        default="", description="Digest of the gates and smoke tests that passed the wheel; docs/explanation/building.md"
+        default="", description="Digest of the gates and smoke tests that judged the wheel; see docs/explanation/building.md"
     )
     smoke: SmokeResult | None = Field(default=None, description="Result of the smoke test")
     device_digests: dict[str, str] = Field(
         default_factory=dict,
-        description="Digest of the wheel's device code by sm; certificates are found by it (docs/howto/gpu.md)",
+        description="Digests of the wheel's device code by sm; certificates are found by them (docs/howto/gpu.md)",
     )
-    gpu: GpuResult | None = Field(default=None, description="None: the recipe has no smoke_gpu.py")
+    gpu: GpuResult | None = Field(default=None, description="Result of smoke_gpu.py; None: the recipe has no such script")
     published: tuple[Publication, ...] = Field(default=(), description="Indexes that have the wheel")
     provenance: dict[str, Any] | None = Field(
         default=None,
-        description="DSSE envelope of the in-toto statement, as it lies beside the wheel",
+        description="DSSE envelope of the in-toto statement, equal to the file next to the wheel",
     )
     finished: str = Field(description="UTC, ISO 8601")
 
     @property
     def like(self) -> Likeness:
-        """Builds of the recipe with the same take about as much."""
+        """Builds of the recipe with the same value have similar costs."""
         return likeness(self.stack, self.inputs)
 
 
 def now() -> str:
-    """UTC now, ISO 8601, whole seconds."""
+    """The current time, UTC, ISO 8601, whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def stage(name: str, outcome: Outcome, command: tuple[str, ...], note: str = "") -> Stage:
-    """The stage that a sandboxed command was."""
+    """The stage of a sandboxed command."""
     return Stage(
         name=name,
         command=command,
@@ -153,40 +157,40 @@ def stage(name: str, outcome: Outcome, command: tuple[str, ...], note: str = "")
 
 
 def failure(error: GracefarmError) -> Failure:
-    """The failure that an error was."""
+    """The failure of an error."""
     return Failure(kind=error.exit_code.name.lower(), exit_code=int(error.exit_code), cause=error.cause, remedy=error.remedy)
 
 
 def product(file: Path) -> BuiltFile:
-    """What the record says of a finished wheel or source archive."""
+    """The record's entry for a finished wheel or source archive."""
     return BuiltFile(filename=file.name, sha256=sha256_file(file), size=file.stat().st_size)
 
 
 LICENSES = "licenses"
-"Folder of a build: licence texts of its source, for the wheel."
+"Folder in a build's folder, with licence texts of its source for the wheel."
 SCRATCH = ("work", "smoke", "raw", "raw-source", LICENSES, "embedded", "repaired", "labelled", "install", "compiled.json")
-"In a build's folder: what a finished build needs no more."
+"Files in a build's folder that a finished build does not need."
 
 
 def folder(settings: Settings, build_id: str) -> Path:
-    """Everything about one build: record.json, log.txt, dist/, work/."""
+    """Folder of one build: record.json, log.txt, dist/, work/."""
     return settings.home / "builds" / build_id
 
 
 def path(settings: Settings, build_id: str) -> Path:
-    """Where the record of a build is."""
+    """Path of the record of a build."""
     return folder(settings, build_id) / "record.json"
 
 
 def write(record: Record, settings: Settings) -> Path:
-    """Write the record, whole or not at all."""
+    """Write the record atomically."""
     place = path(settings, record.build_id)
     atomic_write(place, record.model_dump_json(indent=2) + "\n")
     return place
 
 
 def read(settings: Settings, build_id: str) -> Record | None:
-    """The record of a build, or None; one of another format counts as none."""
+    """The record of a build, or None; records of other formats are ignored."""
     try:
         return Record.model_validate_json(path(settings, build_id).read_bytes())
     except (FileNotFoundError, ValueError):
@@ -194,7 +198,7 @@ def read(settings: Settings, build_id: str) -> Record | None:
 
 
 def wheel_path(settings: Settings, record: Record) -> Path | None:
-    """The finished wheel, if it is still there with the recorded digest."""
+    """The finished wheel, if it exists with the recorded digest."""
     if record.wheel is None:
         return None
     place = folder(settings, record.build_id) / "dist" / record.wheel.filename
@@ -202,12 +206,12 @@ def wheel_path(settings: Settings, record: Record) -> Path | None:
 
 
 def tree_path(settings: Settings, build_id: str) -> Path:
-    """Where the tree of a finished build is kept, whole."""
+    """Path of the tree of a finished build."""
     return settings.home / "trees" / build_id
 
 
 def product_path(settings: Settings, record: Record) -> Path | None:
-    """The finished wheel, or the tree of a recipe that makes one."""
+    """The finished wheel, or the finished tree."""
     if record.tree is None:
         return wheel_path(settings, record)
     place = tree_path(settings, record.build_id)
@@ -215,7 +219,7 @@ def product_path(settings: Settings, record: Record) -> Path | None:
 
 
 def likeness(stack: str, inputs: Mapping[str, object]) -> Likeness:
-    """What decides how much a build of a recipe takes, beside the machine: stack, target, and architectures of device code."""
+    """The properties that determine a build's costs on a machine: stack, target, and architectures of device code."""
     facts = inputs.get("stack")
     facts = facts if isinstance(facts, dict) else {}
     return stack, inputs.get("target"), tuple(facts.get("sm") or ()), facts.get("ptx")
@@ -232,7 +236,7 @@ def latest(settings: Settings, recipe: str) -> Record:
     """The newest record of a recipe.
 
     Raises:
-        ConfigError: it was never built here.
+        ConfigError: it was never built on this machine.
     """
     builds = all_of(settings, recipe)
     if not builds:
@@ -241,14 +245,14 @@ def latest(settings: Settings, recipe: str) -> Record:
 
 
 def settled(plan: Plan, settings: Settings) -> Record | None:
-    """The record of a build of exactly this plan, its wheel judged by the gates and smoke tests of today."""
+    """The record of a successful build of exactly this plan, if the current gates and smoke tests have judged its wheel."""
     build = existing(plan, settings)
     judged = build is not None and (build.tree is not None or build.judged_by == judges.digest(plan))
     return build if judged else None
 
 
 def existing(plan: Plan, settings: Settings) -> Record | None:
-    """The record of a build of exactly this plan that succeeded, its wheel or tree present."""
+    """The record of a successful build of exactly this plan, if its wheel or tree exists."""
     build = read(settings, plan.build_id)
     if build is None or build.outcome != "built" or product_path(settings, build) is None:
         return None

@@ -1,4 +1,4 @@
-"""What is in a wheel and what it was built with, as SPDX 2.3: deterministic, at .dist-info/sboms/ (PEP 770).
+"""The SBOM: contents of a wheel and of its build environment, as SPDX 2.3; deterministic, in .dist-info/sboms/ (PEP 770).
 
 https://spdx.github.io/spdx-spec/v2.3/
 """
@@ -29,7 +29,7 @@ _GIT_OR_WEB = re.compile(r"^(git\+)?https?://")
 
 @dataclass(frozen=True, kw_only=True)
 class BundledFile:
-    """A third-party file that the wheel carries on purpose."""
+    """A declared third-party file of the wheel."""
 
     path: str
     license: str
@@ -38,7 +38,7 @@ class BundledFile:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadAtFirstUse:
-    """A digest that was accepted at first use, and that nobody else had confirmed when the wheel was built."""
+    """A digest that was accepted at first use and was not confirmed when the wheel was built."""
 
     sha256: str
     date: str
@@ -47,23 +47,23 @@ class ReadAtFirstUse:
 
 @dataclass(frozen=True, kw_only=True)
 class Besides:
-    """What the document says beyond the build's inputs, which are all else of it."""
+    """The contents of the document that are not in the build's inputs."""
 
     license: str
     "SPDX expression."
     version: str
-    "Of the wheel: the recipe's, with the local part that was measured."
+    "Version of the wheel: the recipe's version with the measured local part."
     created: str
-    "ISO 8601 with Z; of the source, so that the same inputs give the same document."
+    "Time of the source (ISO 8601 with Z), so that the same inputs give the same document."
     bundled: tuple[BundledFile, ...] = ()
     installed: tuple[Material, ...] = ()
-    "Distributions of the environment that it was built in."
+    "Distributions of the build environment."
     unconfirmed: tuple[ReadAtFirstUse, ...] = ()
-    "In the order of their digests."
+    "Sorted by digest."
 
 
 def of(plan: Plan, epoch: int, version: str) -> str:
-    """The document of a plan's wheel of that version; `epoch` is its SOURCE_DATE_EPOCH."""
+    """The document of a plan's wheel with that version; `epoch` is its SOURCE_DATE_EPOCH."""
     data = plan.recipe.data
     besides = Besides(
         license=data.license,
@@ -91,12 +91,12 @@ def _installed(plan: Plan) -> list[Material]:
 
 
 def render(inputs: Mapping[str, Any], besides: Besides) -> str:
-    """The document: a function of these two and of nothing else, so that a reader can make it again and compare."""
+    """Render the document. It depends only on these two arguments, so that a reader can render it again and compare."""
     recipe, build_id = inputs["recipe"], id_of(inputs)
     name, version = canonicalize_name(recipe["name"]), besides.version
     own = _package(_WHEEL, name, version, license=besides.license, purl=f"pkg:pypi/{name}@{version}")
     sources = materials.of(inputs)
-    if "licenses" in recipe:  # inputs of earlier versions gave a document without it
+    if "licenses" in recipe:  # documents of earlier versions do not have it
         sources[0] = replace(sources[0], license=besides.license)
     bundled = [
         _package(f"SPDXRef-bundled-{number}", file.path, None, license=file.license, sha256=file.sha256)
@@ -132,10 +132,10 @@ def render(inputs: Mapping[str, Any], besides: Besides) -> str:
 
 
 def read(text: str) -> tuple[str, Besides]:
-    """The build id that a document names, and what it says besides the inputs.
+    """The build id in a document, and its contents that are not in the inputs.
 
     Raises:
-        ValueError: it is not a document of ours.
+        ValueError: this program did not write the document.
     """
     try:
         document = json.loads(text)

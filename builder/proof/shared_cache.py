@@ -1,8 +1,8 @@
-"""Entries of a compiler cache that several machines share: signed when they are written, checked before they are used.
+"""Entries of a compiler cache that several machines share: signed when written, checked before use.
 
-An entry's key is a hash of everything that it was made from, so a writer can put a wrong object behind a right key.
-Therefore a machine takes only what a key that it trusts has signed. The signature covers kind, recipe, key and the sha256 of
-the bytes, so that no entry can take another's place. `index serve` keeps them at /cache/KIND/RECIPE/KEY.
+The key of an entry is a hash of its inputs, not of its bytes, so a writer could store a wrong object under a correct key.
+Therefore a machine uses only entries that a trusted key has signed. The signature covers kind, recipe, key and the sha256 of
+the bytes, so that an entry cannot replace another one. `index serve` keeps entries at /cache/KIND/RECIPE/KEY.
 """
 
 from __future__ import annotations
@@ -33,48 +33,48 @@ from gracefarm.tables import Table
 Mode = Literal["off", "read", "write"]
 MODES: tuple[Mode, ...] = ("off", "read", "write")
 KIND = "application/vnd.gracefarm.cache-entry"
-"What is signed, as DSSE calls it."
+"Type of the signed content in DSSE."
 TOKEN = "GRACEFARM_CACHE_TOKEN"  # noqa: S105 - the name of a variable
-"The index's token of a machine that writes; only in the environment."
+"Variable with the token for writing to the index."
 FAILURES = 3
-"Reads or writes that may fail one after the other. Then the compile goes on without them."
+"Number of failures in a row after which the compile continues without reading or writing."
 TIMEOUT = httpx.Timeout(20.0, connect=5.0)
 FLUSH = 60.0
-"Seconds that the end of a compile waits for what is still being sent."
+"Seconds to wait at the end of a compile for entries that are being sent."
 WRITERS = 2
 NAMED = 10
-"Refused entries that the record names."
+"Number of refused entries that the record names."
 
 
 class SharedCacheUse(Table):
-    """What the shared cache did in one compile; counts are entries, of which a translation unit has one or two."""
+    """Use of the shared cache in one compile. The numbers count entries; a translation unit has one or two."""
 
-    url: str = Field(description="Address of the index")
-    mode: Mode = Field(description="As --shared-cache named it")
-    hits: int = Field(default=0, description="Entries that were taken")
-    misses: int = Field(default=0, description="Entries that were absent or refused")
+    url: str = Field(description="URL of the index")
+    mode: Mode = Field(description="Value of --shared-cache")
+    hits: int = Field(default=0, description="Entries that were used")
+    misses: int = Field(default=0, description="Entries that did not exist or were refused")
     written: int = Field(default=0, description="Entries that were sent")
-    refused: tuple[str, ...] = Field(default=(), description="Entries that were there and not taken, each with the reason")
-    off: str = Field(default="", description="Why reading or writing was given up during the compile")
+    refused: tuple[str, ...] = Field(default=(), description="Entries that were refused, with the reason")
+    off: str = Field(default="", description="Why reading or writing was stopped during the compile")
 
     @property
     def title(self) -> str:
-        """One line for console and log."""
+        """The use in one line, for console and log."""
         refused = f", {len(self.refused)} refused: {self.refused[0]}" if self.refused else ""
-        off = f"; given up: {self.off}" if self.off else ""
-        counts = f"{self.hits} entries taken, {self.misses} not there, {self.written} written"
+        off = f"; stopped {self.off}" if self.off else ""
+        counts = f"{self.hits} entries used, {self.misses} missing, {self.written} written"
         return f"shared cache {self.url}: {counts}{refused}{off}"
 
 
 @dataclass(kw_only=True)
 class SharedCache:
-    """The entries of one recipe on an index, for one compile. Every method may be called by several threads."""
+    """The entries of one recipe on an index, for one compile. All methods are thread-safe."""
 
     url: str
     recipe: str
     mode: Mode
     trusted: Mapping[str, Ed25519PublicKey]
-    "By key id."
+    "Trusted keys by key id."
     key: Ed25519PrivateKey | None = None
     token: str = ""
     _use: SharedCacheUse = field(init=False)
@@ -83,7 +83,7 @@ class SharedCache:
     _sent: list[Future[None]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _failures: Counter[str] = field(default_factory=Counter)
-    "By method, since the last success."
+    "Failures since the last success, by HTTP method."
 
     def __post_init__(self) -> None:
         self._use = SharedCacheUse(url=self.url, mode=self.mode)
@@ -92,12 +92,12 @@ class SharedCache:
 
     @property
     def use(self) -> SharedCacheUse:
-        """What it has done so far."""
+        """The use so far."""
         with self._lock:
             return self._use
 
     def get(self, kind: str, key: str) -> bytes | None:
-        """The bytes of an entry; None where there is none that this machine trusts."""
+        """The bytes of an entry; None if there is no trusted entry."""
         answer = self._ask("GET", kind, key)
         if answer is None or answer.status_code == 404:
             self._count(misses=1)
@@ -110,7 +110,7 @@ class SharedCache:
         return content
 
     def put(self, kind: str, key: str, content: bytes) -> bool:
-        """Send an entry, in the background; False: this machine only reads."""
+        """Send an entry in the background; False: this machine only reads."""
         if self.mode != "write" or self.key is None:
             return False
         sha256 = hashlib.sha256(content).hexdigest()
@@ -122,7 +122,7 @@ class SharedCache:
         return True
 
     def close(self) -> SharedCacheUse:
-        """Wait a while for what is being sent; what the cache did."""
+        """Wait up to FLUSH seconds for entries that are being sent; return the use."""
         wait(self._sent, timeout=FLUSH)
         self._writers.shutdown(wait=False, cancel_futures=True)
         self._client.close()
@@ -134,7 +134,7 @@ class SharedCache:
             self._count(written=1)
 
     def _ask(self, method: str, kind: str, key: str, content: bytes | None = None) -> httpx.Response | None:
-        """The answer, a good one or 404; None: there is none, or no more is asked for."""
+        """The answer, if it is a success or 404; None: there was no answer, or requests are stopped."""
         if self._failures[method] >= FAILURES:
             return None
         try:
@@ -167,7 +167,7 @@ class SharedCache:
         return signing.encoding(KIND, f"{kind}/{self.recipe}/{key} {sha256}".encode())
 
     def _checked(self, kind: str, key: str, entry: bytes) -> tuple[bytes | None, str]:
-        """The bytes of an entry, or None and why this machine does not take them."""
+        """The bytes of an entry; or None, and why it is refused."""
         line, _, content = entry.partition(b"\n")
         try:
             header = json.loads(line)
@@ -183,14 +183,12 @@ class SharedCache:
         except InvalidSignature:
             return None, f"the signature of key {writer[:16]} is wrong"
         return (
-            (content, "")
-            if hashlib.sha256(content).hexdigest() == sha256
-            else (None, "its bytes are not those that were signed")
+            (content, "") if hashlib.sha256(content).hexdigest() == sha256 else (None, "its bytes differ from the signed ones")
         )
 
 
 def opened(settings: Settings, recipe: str, mode: Mode) -> SharedCache | None:
-    """The shared cache of this machine for a recipe; None: there is no shared cache, or it is off.
+    """The shared cache of this machine for a recipe; None: it is not configured, or off.
 
     Raises:
         ConfigError: see `check`; or a trusted key cannot be read.
@@ -212,21 +210,21 @@ def opened(settings: Settings, recipe: str, mode: Mode) -> SharedCache | None:
 
 
 def check(settings: Settings, mode: Mode) -> None:
-    """Has this machine what writing needs?
+    """Check that this machine has everything that writing requires.
 
     Raises:
-        ConfigError: it has not, and shall write.
+        ConfigError: the mode is `write`, and something is missing.
     """
     if mode != "write":
         return
     for there, what, remedy in (
-        (settings.shared_cache, "the address of an index", "set GRACEFARM_SHARED_CACHE to it"),
-        (signing.private(), "the farm's key, which signs the entries", "make it: builder key create"),
+        (settings.shared_cache, "the URL of an index", "set GRACEFARM_SHARED_CACHE to it"),
+        (signing.private(), "the farm's key, which signs the entries", "create it: builder key create"),
         (
             os.environ.get(TOKEN),
             f"a token of the index in {TOKEN}",
-            "make one there: index token create --name MACHINE --cache",
+            "create one on the index: index token create --name MACHINE --cache",
         ),
     ):
         if not there:
-            raise ConfigError(f"--shared-cache write needs {what}", remedy=remedy)
+            raise ConfigError(f"--shared-cache write requires {what}", remedy=remedy)

@@ -1,4 +1,4 @@
-"""The farm's ed25519 key, and DSSE envelopes signed with it. The key is in a file for its owner alone, or in the environment.
+"""The farm's ed25519 key, in a file that only its owner can read, or in a variable; and DSSE envelopes signed with it.
 
 https://github.com/secure-systems-lab/dsse
 """
@@ -23,19 +23,19 @@ from gracefarm.errors import ConfigError, UsageError, VerifyError
 from gracefarm.settings import config_path
 
 VARIABLE = "GRACEFARM_SIGNING_KEY"
-"The private key itself (PEM), where a machine gets its secrets by the environment; else a file beside settings.toml."
+"Variable with the private key (PEM), for machines that get secrets as variables; else a file next to settings.toml."
 
 
 def place() -> Path:
-    """The key's file."""
+    """Path of the key's file."""
     return config_path().with_name("signing-key.pem")
 
 
 def create() -> Ed25519PublicKey:
-    """Make the farm's key.
+    """Create the farm's key.
 
     Raises:
-        UsageError: there is one; what it has signed could not be told from what another one signs.
+        UsageError: a key exists; replacing it would make its signatures unverifiable.
     """
     path = place()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def create() -> Ed25519PublicKey:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as error:
         raise UsageError(
-            f"{path} is there already", remedy="move it away first; keep its public half, to verify old wheels"
+            f"{path} already exists", remedy="move it to another place first; keep its public key, to verify old wheels"
         ) from error
     with os.fdopen(descriptor, "wb") as stream:
         stream.write(text)
@@ -55,10 +55,10 @@ def create() -> Ed25519PublicKey:
 
 
 def private() -> Ed25519PrivateKey | None:
-    """The farm's key; None where there is none.
+    """The farm's key; None: the farm has no key.
 
     Raises:
-        ConfigError: others can read its file, or it is no ed25519 key.
+        ConfigError: others can read its file, or it is not an ed25519 key.
     """
     if text := os.environ.get(VARIABLE):
         return _parse(text.encode(), VARIABLE)
@@ -68,7 +68,7 @@ def private() -> Ed25519PrivateKey | None:
     except FileNotFoundError:
         return None
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise ConfigError(f"{path} can be read by others than its owner", remedy=f"chmod 600 {path}")
+        raise ConfigError(f"{path} can be read by other users", remedy=f"chmod 600 {path}")
     return _parse(path.read_bytes(), str(path))
 
 
@@ -78,8 +78,8 @@ def _parse(text: bytes, where: str) -> Ed25519PrivateKey:
     except (ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PrivateKey):
-        # Without the library's words and without a cause: neither may carry a part of the key into a log.
-        raise ConfigError(f"{where} holds no ed25519 key in PEM", remedy="make one: builder key create") from None
+        # Without the library's message and without a cause, which could contain a part of the key.
+        raise ConfigError(f"{where} has no ed25519 key in PEM", remedy="create one: builder key create") from None
     return key
 
 
@@ -87,19 +87,21 @@ def public(path: Path) -> Ed25519PublicKey:
     """A public key from a PEM file.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the file is not an ed25519 public key.
     """
     try:
         key = serialization.load_pem_public_key(path.read_bytes())
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        raise ConfigError(f"{path} is no public key in PEM: {error}", remedy="`builder key show` prints the farm's") from error
+        raise ConfigError(
+            f"{path} is not a public key in PEM: {error}", remedy="`builder key show` prints the farm's key"
+        ) from error
     if not isinstance(key, Ed25519PublicKey):
-        raise ConfigError(f"{path} is no ed25519 key", remedy="`builder key show` prints the farm's")
+        raise ConfigError(f"{path} is not an ed25519 key", remedy="`builder key show` prints the farm's key")
     return key
 
 
 def pem(key: Ed25519PublicKey) -> str:
-    """A public key as people pass it on."""
+    """A public key as PEM text."""
     return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode()
 
 
@@ -110,7 +112,7 @@ def key_id(key: Ed25519PublicKey) -> str:
 
 
 def encoding(kind: str, body: bytes) -> bytes:
-    """DSSE's pre-authentication encoding: what is signed, so that a signature cannot be moved to another type."""
+    """DSSE's pre-authentication encoding: the signed bytes, which include the type."""
     return b"DSSEv1 %d %s %d %s" % (len(kind.encode()), kind.encode(), len(body), body)
 
 
@@ -124,7 +126,7 @@ def opened(dsse: Mapping[str, Any], kind: str, key: Ed25519PublicKey) -> Any:
     """The JSON inside an envelope that this key signed.
 
     Raises:
-        VerifyError: it is no envelope, is of another type, or no signature in it is this key's over these bytes.
+        VerifyError: it is not an envelope, has another type, or no valid signature of this key.
     """
     try:
         body = base64.b64decode(dsse["payload"], validate=True)
@@ -133,14 +135,14 @@ def opened(dsse: Mapping[str, Any], kind: str, key: Ed25519PublicKey) -> Any:
         ]
         payload_type = str(dsse["payloadType"])
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
-        raise VerifyError(f"the provenance is no DSSE envelope: {error!r}") from error
+        raise VerifyError(f"the provenance is not a DSSE envelope: {error!r}") from error
     if payload_type != kind:
-        raise VerifyError(f"the provenance is of type {payload_type}, not {kind}")
+        raise VerifyError(f"the provenance has the type {payload_type}, not {kind}")
     for _, signature in signatures:
         try:
             key.verify(signature, encoding(kind, body))
         except InvalidSignature:
             continue
         return json.loads(body)
-    by = ", ".join(identifier[:16] for identifier, _ in signatures) or "nobody"
-    raise VerifyError(f"the provenance is not signed by key {key_id(key)[:16]}, or was changed since; it names {by}")
+    by = ", ".join(identifier[:16] for identifier, _ in signatures) or "no key"
+    raise VerifyError(f"the provenance is not signed by key {key_id(key)[:16]}, or was changed; it names {by}")

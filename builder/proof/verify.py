@@ -1,4 +1,4 @@
-"""Is a wheel what it says? RECORD, build id, SBOM and signed provenance against its bytes, each on its own."""
+"""Verify a wheel: compare RECORD, build id, SBOM and signed provenance with its bytes, each separately."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gracefarm.variants import split_label
 
 
 class WheelCheck(Table):
-    """One thing that was held against the wheel."""
+    """The result of one check of the wheel."""
 
     name: str
     ok: bool
@@ -35,7 +35,7 @@ class WheelCheck(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class Inside:
-    """What a wheel says of itself."""
+    """The documents in a wheel."""
 
     inputs: Mapping[str, Any]
     build_id: str
@@ -43,10 +43,10 @@ class Inside:
 
 
 def verify(wheel: Path, envelope: Path | None, key: Ed25519PublicKey | None) -> list[WheelCheck]:
-    """Every check, whatever the others say; `envelope` is its provenance (None: what lies beside it).
+    """Run all checks, even if one fails; `envelope` is the provenance (None: the file next to the wheel).
 
     Raises:
-        VerifyError: the file is no wheel, or not one of this farm: it carries no gracefarm.json.
+        VerifyError: the file is not a wheel, or gracefarm did not build it: it has no gracefarm.json.
     """
     inside = read(wheel)
     place = envelope or provenance.path(wheel)
@@ -59,16 +59,16 @@ def verify(wheel: Path, envelope: Path | None, key: Ed25519PublicKey | None) -> 
 
 
 def require(wheel: Path, checks: list[WheelCheck]) -> None:
-    """Raise where a check failed.
+    """Raise if a check failed.
 
     Raises:
-        VerifyError: one did; names all of them.
+        VerifyError: a check failed; names all failed checks.
     """
     failed = [f"{check.name}: {check.summary}" for check in checks if not check.ok]
     if failed:
         raise VerifyError(
-            f"{wheel.name} is not what it says. {'; '.join(failed)}",
-            remedy="do not install it; take it anew from where it was built",
+            f"{wheel.name} failed its verification. {'; '.join(failed)}",
+            remedy="do not install it; download it again from its index",
             repeat=f"builder verify {wheel}",
         )
 
@@ -78,7 +78,7 @@ def _check(name: str, judge: Callable[[], str]) -> WheelCheck:
         return WheelCheck(name=name, ok=True, summary=judge())
     except VerifyError as error:
         return WheelCheck(name=name, ok=False, summary=error.cause)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # of JSON that somebody else wrote
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON from elsewhere
         return WheelCheck(name=name, ok=False, summary=f"it cannot be read: {error!r}")
 
 
@@ -86,14 +86,14 @@ def read(wheel: Path) -> Inside:
     """The deterministic part of the record and the SBOM inside a wheel.
 
     Raises:
-        VerifyError: it has none.
+        VerifyError: the wheel does not have them.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = archive.namelist()
             place = next((name for name in names if name.endswith(".dist-info/gracefarm.json")), None)
             if place is None:
-                raise VerifyError(f"{wheel.name} was not built by a farm of this kind: it carries no gracefarm.json")
+                raise VerifyError(f"{wheel.name} was not built by gracefarm: it has no gracefarm.json")
             content = json.loads(archive.read(place))
             document = f"{place.rpartition('/')[0]}/sboms/{sbom.FILENAME}"
             text = archive.read(document).decode() if document in names else None
@@ -107,13 +107,13 @@ def _record(wheel: Path) -> str:
         wrong = complaints(plain)
     if wrong:
         raise VerifyError("; ".join(wrong[:5]))
-    return "every file is what RECORD says"
+    return "every file matches RECORD"
 
 
 def _build_id(wheel: Path, inside: Inside) -> str:
-    """The id is a hash of the inputs, and the inputs are those of this wheel."""
+    """Check that the id is the hash of the inputs, and that the inputs are those of this wheel."""
     if id_of(inside.inputs) != inside.build_id:
-        raise VerifyError(f"the inputs in it hash to {id_of(inside.inputs)[:16]}, not to its build id {inside.build_id[:16]}")
+        raise VerifyError(f"its inputs hash to {id_of(inside.inputs)[:16]}, not to its build id {inside.build_id[:16]}")
     name, version, _, _ = parse_wheel_filename(split_label(wheel.name)[0])
     recipe, stack = inside.inputs["recipe"], inside.inputs["stack"]
     known = local_version.could_be(version, recipe["version"], stack["cuda"], stack["torch"])
@@ -123,17 +123,17 @@ def _build_id(wheel: Path, inside: Inside) -> str:
 
 
 def _sbom(inside: Inside) -> str:
-    """What the SBOM says follows from the inputs; what it adds to them, the environment, has the digest that they name."""
+    """Check that the SBOM follows from the inputs, and that its list of the environment has the digest in the inputs."""
     if inside.sbom is None:
-        raise VerifyError(f"it carries no SBOM (.dist-info/sboms/{sbom.FILENAME})")
+        raise VerifyError(f"it has no SBOM (.dist-info/sboms/{sbom.FILENAME})")
     try:
         build_id, besides = sbom.read(inside.sbom)
     except ValueError as error:
         raise VerifyError(str(error)) from error
     if build_id != inside.build_id:
-        raise VerifyError(f"the SBOM is of build {build_id[:16]}, the wheel of {inside.build_id[:16]}")
+        raise VerifyError(f"the SBOM belongs to build {build_id[:16]}, but the wheel to {inside.build_id[:16]}")
     if sbom.render(inside.inputs, besides) != inside.sbom:
-        raise VerifyError("the SBOM says other sources than the wheel's inputs, or was changed")
+        raise VerifyError("the SBOM has other sources than the wheel's inputs, or was changed")
     wanted = inside.inputs["stack"]["environment"]
     installed = [
         LockedWheel(name=material.what, version=material.version or "", sha256=material.digest or "")
@@ -142,32 +142,32 @@ def _sbom(inside: Inside) -> str:
     if wanted is not None:
         digest = pins.digest_of("environment", inside.inputs["stack"]["python"], Arch(inside.inputs["target"]), installed)
         if digest != wanted:
-            raise VerifyError("the SBOM's list of the environment is not the one that the wheel's inputs name by digest")
+            raise VerifyError("the SBOM's list of the environment does not have the digest in the wheel's inputs")
     return f"{len(besides.installed)} distributions of the environment, sources as in the inputs"
 
 
 def _provenance(wheel: Path, inside: Inside, place: Path, key: Ed25519PublicKey | None) -> str:
     if key is None:
-        raise VerifyError("there is no key to hold it against: name one with --key, or have the farm's own")
+        raise VerifyError("there is no key to check it with: name one with --key, or create the farm's key")
     try:
         envelope = json.loads(place.read_text())
     except OSError as error:
         raise VerifyError(f"there is no provenance at {place}: {error.strerror}") from error
     except ValueError as error:
-        raise VerifyError(f"{place} is no JSON: {error}") from error
+        raise VerifyError(f"{place} is not JSON: {error}") from error
     if isinstance(envelope, dict) and isinstance(envelope.get("provenance"), dict):
-        envelope = envelope["provenance"]  # a whole record, as an index has it
+        envelope = envelope["provenance"]  # a complete record from an index
     signed = signing.opened(envelope, provenance.PAYLOAD, key)
     sha256 = sha256_file(wheel)
     subjects = {subject["name"]: subject["digest"].get("sha256") for subject in signed["subject"]}
-    name = build_tag.split(wheel.name)[0]  # an index may have it under a build tag
+    name = build_tag.split(wheel.name)[0]  # an index may have added a build tag
     if subjects.get(name) != sha256:
         raise VerifyError(
-            f"the wheel has sha256 {sha256[:16]}, signed was {str(subjects.get(name))[:16]}"
+            f"the wheel has sha256 {sha256[:16]}, but {str(subjects.get(name))[:16]} was signed"
             if name in subjects
             else f"it is about {', '.join(subjects)}, not about {wheel.name}"
         )
     inner = signed["predicate"]["buildDefinition"]["internalParameters"]
     if inner["buildId"] != inside.build_id or inner["inputs"] != json.loads(json.dumps(inside.inputs)):
-        raise VerifyError(f"it is about build {str(inner['buildId'])[:16]}, the wheel says {inside.build_id[:16]}")
+        raise VerifyError(f"it is about build {str(inner['buildId'])[:16]}, but the wheel has {inside.build_id[:16]}")
     return f"signed by key {signing.key_id(key)[:16]}, sha256 {sha256[:16]}"

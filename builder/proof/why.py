@@ -1,4 +1,4 @@
-"""Why a build id is another one: the inputs that changed, what else they rebuild, and how long that takes."""
+"""Why a build id has changed: the changed inputs, the other recipes that they rebuild, and the time of these builds."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from builder.proof.record import Likeness, Record
 from gracefarm.errors import ConfigError
 
 _OWN = "recipe."
-"Inputs of one recipe alone; every other input is shared by all that are built against the same stack."
+"Prefix of inputs of one recipe; all other inputs are shared by the recipes of a stack."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One input that differs; None where it is absent."""
+    """One input that differs; None: it does not exist."""
 
     path: str
     before: object
@@ -25,7 +25,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Rebuild:
-    """A recipe that a change rebuilds, with the seconds that its last success took."""
+    """A recipe that a change rebuilds, with the seconds of its last successful build."""
 
     recipe: str
     build_id: str
@@ -34,26 +34,26 @@ class Rebuild:
 
 @dataclass(frozen=True, kw_only=True)
 class CellChange:
-    """What becomes of a cell that was built, with this program, recipe and stack as they are now."""
+    """The effect of the current program, recipe and stack on a cell that was built before."""
 
     build: Record
-    "Its newest success."
+    "Its newest successful build."
     build_id: str | None
-    "Of now; None: it cannot be planned any more."
+    "The current build id; None: the cell cannot be planned any more."
     changes: tuple[Change, ...] = ()
     judged_again: bool = False
-    "The wheel stays, and other gates and smoke tests judge it."
+    "The wheel is kept, and the new gates and smoke tests judge it."
     reason: str = ""
     "Why it cannot be planned."
 
     @property
     def rebuilt(self) -> bool:
-        """A build now makes another wheel."""
+        """Whether a build would make another wheel."""
         return self.build_id not in (None, self.build.build_id)
 
 
 def cells(records: Sequence[Record]) -> list[Record]:
-    """The newest success of each cell; `records` newest first."""
+    """The newest successful build of each cell; `records` newest first."""
     newest: dict[tuple[object, ...], Record] = {}
     for build in records:
         cell = (build.recipe, build.stack, build.toolchain, build.interpreter, build.inputs.get("target"))
@@ -63,7 +63,7 @@ def cells(records: Sequence[Record]) -> list[Record]:
 
 
 def changes(before: object, after: object, path: str = "") -> Iterator[Change]:
-    """The leaves in which two inputs differ, in the order of their paths."""
+    """The leaves in which two inputs differ, sorted by path."""
     if before == after:
         return
     left, right = _children(before), _children(after)
@@ -75,7 +75,7 @@ def changes(before: object, after: object, path: str = "") -> Iterator[Change]:
 
 
 def _children(value: object) -> Mapping[str, object] | None:
-    """A table by its keys, a list of named tables by their names; anything else is one value."""
+    """The children of a table by key, of a list of named tables by name; None for other values."""
     if isinstance(value, dict):
         return value
     if isinstance(value, list) and value and all(isinstance(row, dict) and "name" in row for row in value):
@@ -84,7 +84,7 @@ def _children(value: object) -> Mapping[str, object] | None:
 
 
 def others(records: Sequence[Record], key: str, old: Record, changed: Sequence[Change]) -> list[Rebuild]:
-    """Other recipes whose last success stands on the old value of a shared input; `records` newest first."""
+    """Other recipes whose last successful build used the old value of a shared input; `records` newest first."""
     shared = [change for change in changed if not change.path.startswith(_OWN)]
     seen: set[str] = set()
     rebuilt = []
@@ -98,7 +98,7 @@ def others(records: Sequence[Record], key: str, old: Record, changed: Sequence[C
 
 
 def _beside(build: Record, old: Record) -> bool:
-    """Built against the same stack for the same target: a digest may be the same by chance of being absent."""
+    """Whether both are for the same stack and target, since absent digests are equal too."""
     return build.stack == old.stack and build.inputs.get("target") == old.inputs.get("target")
 
 
@@ -111,12 +111,12 @@ def value_at(inputs: Mapping[str, object], path: str) -> object:
 
 
 def seconds(records: Sequence[Record], like: Record) -> float | None:
-    """Wall seconds of the last success of a recipe, of the same stack, target and architectures; None: there was none."""
+    """Wall seconds of the last successful build of a recipe with the same stack, target and architectures, or None."""
     return last_seconds(records, like.recipe, like.like)
 
 
 def last_seconds(records: Sequence[Record], recipe: str, like: Likeness) -> float | None:
-    """As `seconds`, of what was not built yet; `records` newest first."""
+    """As `seconds`, for a cell that was not built yet; `records` newest first."""
     for build in records:
         if (build.recipe, build.like, build.outcome) == (recipe, like, "built"):
             return round(sum(stage.wall_s for stage in build.stages), 1)

@@ -1,1 +1,1 @@
-"""Sets: wheels that are tested together and published together, with their lock."""
+"""Sets: wheels that are tested and published together, with their lock."""

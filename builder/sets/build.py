@@ -1,4 +1,4 @@
-"""A set from its recipes to its locks, and to an index: what is there already is not done again."""
+"""Build a set, write its locks and stage it at an index; finished steps are not repeated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gracefarm.files import atomic_write, lock, remove_tree, sha256_file
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltSet:
-    """A set that was built and tested, and where its files are."""
+    """A set that was built and tested, with the paths of its files."""
 
     plan: SetPlan
     record: SetRecord
@@ -36,33 +36,33 @@ class BuiltSet:
 
     @property
     def lock(self) -> Path:
-        """Every wheel by sha256, for pip, uv and `index mirror`."""
+        """The lock with every wheel by sha256, for pip, uv and `index mirror`."""
         return self.folder / "requirements.lock"
 
     @property
     def own_locks(self) -> dict[str, Path]:
-        """Locks of what is on an index of its own, as torch for one CUDA is: `index mirror` is told one index at a time."""
+        """Locks of wheels on other indexes, such as torch's, since `index mirror` reads one index at a time."""
         indexes = sorted({wheel.index for wheel in self.record.wheels if wheel.index})
         return {index: self.folder / f"own-index-{number}.lock" for number, index in enumerate(indexes, 1)}
 
 
 def build_set(plan: SetPlan, jobs: int | None, settings: Settings, console: Console) -> BuiltSet:
-    """Build what is not built, try all of it together, write the lock.
+    """Build missing wheels, test all wheels together, write the lock.
 
     Raises:
-        SeveralError: wheels that could not be built, each reported on its own; all of them were tried.
-        SmokeError, InstallError: they do not work together; or what they run with requires what the set has not.
+        SeveralError: some wheels could not be built; each failure was reported, and all were tried.
+        SmokeError, InstallError: the wheels do not work together; or a requirement of another wheel is missing in the set.
         ConfigError, FetchError, ...: see `locks.collect` and `environment.ensure`.
     """
     name, place = plan.set.data.name, set_record.folder(settings, plan.set_id)
-    console.step(
-        "set", f"{name}: set id {plan.set_id[:16]}, {len(plan.builds)} wheels of ours, {len(plan.wheels)} beside them"
-    )
+    console.step("set", f"{name}: set id {plan.set_id[:16]}, {len(plan.builds)} own wheels, {len(plan.wheels)} others")
     if set_record.read(settings, plan.set_id) is None:
-        # Before hours of compiling.
+        # Checked before hours of compiling.
         together.require_others(plan, _ground(plan, settings, console)[1])
     records = _build_all(plan, jobs, settings, console)
-    with lock(settings.home / "locks" / f"set-{plan.set_id}", lambda: console.step("wait", f"another process tests {name}")):
+    with lock(
+        settings.home / "locks" / f"set-{plan.set_id}", lambda: console.step("wait", f"another process is testing {name}")
+    ):
         wheels = tuple(path for built in records if (path := record.wheel_path(settings, built)) is not None)
         tested = set_record.read(settings, plan.set_id)
         ours = {built.wheel.sha256 for built in records if built.wheel}
@@ -70,17 +70,17 @@ def build_set(plan: SetPlan, jobs: int | None, settings: Settings, console: Cons
             tested = _tested(plan, records, wheels, place, settings, console)
         else:
             console.step("together", f"tested already, {tested.finished}")
-    title = f"Set {name}, id {plan.set_id}: our wheels and what they were tested with."
+    title = f"Set {name}, id {plan.set_id}: own wheels, and the wheels that they were tested with."
     atomic_write(place / "requirements.lock", locks.requirements(title, tested.wheels))
     built = BuiltSet(plan=plan, record=tested, folder=place, wheels=wheels)
     for index, own in built.own_locks.items():
         of_it = [wheel for wheel in tested.wheels if wheel.index == index]
-        atomic_write(own, locks.requirements(f"Of set {name}, what is on {index}", of_it))
+        atomic_write(own, locks.requirements(f"Wheels of set {name} on {index}", of_it))
     return built
 
 
 def _build_all(plan: SetPlan, jobs: int | None, settings: Settings, console: Console) -> list[Record]:
-    """The records of our wheels; a failure is reported and the next one is tried."""
+    """The records of our wheels; a failure is reported, and the next wheel is tried."""
     records: list[Record] = []
     failed = 0
     for wanted in plan.builds:
@@ -92,7 +92,7 @@ def _build_all(plan: SetPlan, jobs: int | None, settings: Settings, console: Con
     if failed:
         raise SeveralError(
             f"{failed} of {len(plan.builds)} wheels of set {plan.set.data.name} could not be built; each is described above",
-            remedy="mend them; what was built is kept",
+            remedy="fix them; finished builds are kept",
             repeat=f"builder set build {plan.set.data.name}",
         )
     return records
@@ -107,7 +107,7 @@ def _build(plan: Plan, jobs: int | None, settings: Settings, console: Console) -
 
 
 def _ground(plan: SetPlan, settings: Settings, console: Console) -> tuple[Path, Path]:
-    """The root, and the environment of all that our wheels run with."""
+    """The root, and the environment in which our wheels run."""
     of, target = plan.set, plan.set.data.target
     with console.progress("root") as tick:
         base = root.ensure(of.stack, stack.host_arch(), target, settings, tick)
@@ -126,7 +126,7 @@ def _tested(
     tested = together.test(plan, wheels, site, base, scratch, pep517.bound(settings))
     console.step("together", f"imported {', '.join(tested.smoke.modules)} in {tested.wall_s:.0f} s")
     for command in tested.commands:
-        console.step("together", f"`{' '.join(command.command)}` ended well in {command.wall_s:.0f} s")
+        console.step("together", f"`{' '.join(command.command)}` succeeded in {command.wall_s:.0f} s")
     remove_tree(scratch / "files")
     document = SetRecord(
         set_id=plan.set_id,
@@ -150,11 +150,11 @@ def render(built: BuiltSet, at: SetAddress, wheels: Sequence[Locked] = ()) -> Pa
 
 
 def stage(built: BuiltSet, at: SetAddress, settings: Settings, console: Console) -> tuple[Locked, ...]:
-    """Stage the set and publish it, as soon as the index has all of it; its wheels, by the names that they have there.
+    """Stage the set, and publish it when the index has all of its wheels; return its wheels by their names there.
 
     Raises:
-        PublishError: the index refuses.
-        IncompleteError: the set lacks third-party wheels, which the index's own machine has to mirror.
+        PublishError: the index refuses the set.
+        IncompleteError: third-party wheels are missing at the index, and must be mirrored on its machine.
     """
     name = built.plan.set.data.name
     address = f"{at.base}/stage/{at.name}/legacy/"
@@ -177,11 +177,11 @@ def stage(built: BuiltSet, at: SetAddress, settings: Settings, console: Console)
 
 
 def _upload(built: BuiltSet, have: set[str], address: str, at: SetAddress, settings: Settings, console: Console) -> None:
-    """Our wheels to the staged set, of which it has those digests."""
+    """Upload our wheels to the staged set, except those with digests that it has."""
     builds = [record.read(settings, build_id) for build_id in built.record.builds.values()]
     records = {build.wheel.sha256: build for build in builds if build is not None and build.wheel is not None}
     for wheel in built.wheels:
-        # The source goes first: no moment in which the wheel is there without it.
+        # The source goes first, so that the wheel is never there without it.
         for archive in sorted(wheel.parent.glob("*.tar.gz")):
             if sha256_file(archive) not in have:
                 publish.upload(archive, address, at.login)
@@ -192,7 +192,7 @@ def _upload(built: BuiltSet, have: set[str], address: str, at: SetAddress, setti
 
 
 def _as_named(built: BuiltSet, files: Mapping[str, str]) -> tuple[Locked, ...]:
-    """The set's wheels, each by the name that the index has it under: with a build tag where other bytes have its own."""
+    """The set's wheels with their names at the index, which have a build tag if other bytes have the same name."""
     names = {sha256: name for name, sha256 in files.items()}
     return tuple(
         wheel.model_copy(update={"filename": names.get(wheel.sha256, wheel.filename)}) for wheel in built.record.wheels
@@ -200,10 +200,10 @@ def _as_named(built: BuiltSet, files: Mapping[str, str]) -> tuple[Locked, ...]:
 
 
 def _require_same(built: BuiltSet, at: SetAddress, files: Mapping[str, str]) -> None:
-    """A matrix speaks of versions; what was tested are bytes.
+    """Require the tested bytes at the index, since a matrix lists only versions.
 
     Raises:
-        PublishError: the set at the index holds a file of the lock with other bytes, or one that is not of the lock.
+        PublishError: the set at the index has a file of the lock with other bytes, or a file that is not in the lock.
     """
     wanted = {(wheel.filename, wheel.sha256) for wheel in built.record.wheels}
     beside = {archive.name for wheel in built.wheels for archive in wheel.parent.glob("*.tar.gz")}
@@ -212,14 +212,14 @@ def _require_same(built: BuiltSet, at: SetAddress, files: Mapping[str, str]) -> 
     )
     if wrong:
         raise PublishError(
-            f"{at.name} at {at.base} holds what was not tested: {', '.join(wrong[:3])}{', …' if len(wrong) > 3 else ''}",
-            remedy="stage the set under another name (--as); what was published never changes",
+            f"{at.name} at {at.base} has files that were not tested: {', '.join(wrong[:3])}{', …' if len(wrong) > 3 else ''}",
+            remedy="stage the set under another name (--as), since a published set never changes",
             repeat=f"builder set build {built.plan.set.data.name} --stage {at.base} --as NAME",
         )
 
 
 class IncompleteError(PublishError):
-    """The index lacks wheels that are not ours."""
+    """Third-party wheels are missing at the index."""
 
 
 def _incomplete(built: BuiltSet, at: SetAddress, missing: Sequence[str]) -> IncompleteError:
@@ -228,7 +228,7 @@ def _incomplete(built: BuiltSet, at: SetAddress, missing: Sequence[str]) -> Inco
     name = built.plan.set.data.name
     shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
     return IncompleteError(
-        f"{at.name} is staged at {at.base} and not published yet: it lacks {len(missing)} wheels ({shown})",
-        remedy=f"on the index's machine: {'; '.join(commands)}; then the same command publishes it",
+        f"{at.name} is staged at {at.base}, but not published: {len(missing)} wheels are missing ({shown})",
+        remedy=f"run on the index's machine: {'; '.join(commands)}; then repeat the command to publish it",
         repeat=f"builder set build {name} --stage {at.base}" + (f" --as {at.name}" if at.name != name else ""),
     )

@@ -1,4 +1,4 @@
-"""A set as data: sets/NAME/set.toml, with requirements.lock where what it runs with is not just the stack's environment."""
+"""The definition of a set: sets/NAME/set.toml, with requirements.lock if it does not run in the stack's environment."""
 
 from __future__ import annotations
 
@@ -22,42 +22,45 @@ from gracefarm.tables import Table
 
 
 class Together(Table):
-    """What must work with all wheels of the set in one clean environment; smoke.py beside set.toml runs after the imports."""
+    """The test of all wheels of the set in one clean environment; smoke.py next to set.toml runs after the imports."""
 
-    imports: tuple[str, ...] = Field(min_length=1, description="Modules imported by name, extensions included")
+    imports: tuple[str, ...] = Field(min_length=1, description="Modules to import, extensions included")
     commands: tuple[tuple[str, ...], ...] = Field(
-        default=(), description="Programs of the environment that must end well, as [['aphrodite', 'run', '--help']]"
+        default=(), description="Commands that must succeed in the environment, as [['aphrodite', 'run', '--help']]"
     )
 
 
 class WheelSet(Table):
     """set.toml."""
 
-    name: str = Field(description="The folder's name, and the set's at the index")
-    summary: str = Field(default="", description="One line for lists")
+    name: str = Field(description="Name of the set and of its folder")
+    summary: str = Field(default="", description="Description in one line")
     stack: str = Field(description="Stack that the recipes are built against")
     target: Arch = Field(default=Arch.AARCH64, description="Architecture of the wheels")
-    recipes: tuple[str, ...] = Field(min_length=1, description="Our own wheels; a wheel that another requires is built first")
+    recipes: tuple[str, ...] = Field(
+        min_length=1, description="Recipes of the wheels to build; a wheel that another requires is built first"
+    )
     requirements: tuple[RequirementText, ...] = Field(
-        default=(), description="What the set's own lock is resolved from; none: the set runs in the stack's environment"
+        default=(),
+        description="Requirements that are resolved into the set's lock; empty: the set runs in the stack's environment",
     )
     resolved_before: str | None = Field(
-        default=None, description="The lock takes no file that was uploaded later (RFC 3339 date)"
+        default=None, description="Ignore files that were uploaded later (RFC 3339 date), so that the lock can be reproduced"
     )
-    left_out: tuple[str, ...] = Field(default=(), description="Distributions that the lock does without")
+    left_out: tuple[str, ...] = Field(default=(), description="Required distributions that the lock omits")
     together: Together = Field(description="Common test of all wheels")
 
     @model_validator(mode="after")
     def _dated(self) -> Self:
         if bool(self.requirements) != bool(self.resolved_before):
-            msg = "requirements need the date resolved_before, so that the lock can be made again, and the date needs them"
+            msg = "give both requirements and resolved_before, or neither: the date makes the lock reproducible"
             raise ValueError(msg)
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedSet:
-    """A set with its stack and its recipes, these in the order in which they are built."""
+    """A set with its stack and its recipes, in the order in which they are built."""
 
     folder: Path
     data: WheelSet
@@ -66,7 +69,7 @@ class LoadedSet:
 
     @cached_property
     def runtime(self) -> LoadedStack:
-        """What the set runs with, in the form of a stack: the stack's own environment, or the set's lock in its place."""
+        """The environment of the set as a stack: the stack itself, or the stack with the set's lock."""
         if not self.data.requirements:
             return self.stack
         of = self.stack.data
@@ -89,13 +92,13 @@ class LoadedSet:
 
     @property
     def smoke_script(self) -> Path | None:
-        """smoke.py, where the set has one."""
+        """smoke.py, if the set has one."""
         place = self.folder / "smoke.py"
         return place if place.is_file() else None
 
 
 def folder(settings: Settings) -> Path:
-    """Where sets are."""
+    """The folder of sets."""
     return settings.project / "sets"
 
 
@@ -105,27 +108,29 @@ def names(settings: Settings) -> list[str]:
 
 
 def load(name: str, settings: Settings) -> LoadedSet:
-    """The set called `name`.
+    """The set `name`.
 
     Raises:
-        ConfigError: there is none (names the nearest), its file does not fit the schema, it names a recipe or stack that is
-            not there, or its recipes require each other.
+        ConfigError: it does not exist (names the nearest), its file does not fit the schema, it names a recipe or stack that
+            does not exist, or its recipes require each other.
     """
     place = folder(settings) / name
     if not (place / "set.toml").is_file():
         raise stack.unknown("set", name, folder(settings), names(settings))
     data = tables.read(place / "set.toml", WheelSet, docs="docs/reference/sets.md")
     if data.name != name:
-        raise ConfigError(f"{place / 'set.toml'}:1: the set calls itself {data.name!r}", remedy="name it as its folder")
+        raise ConfigError(
+            f"{place / 'set.toml'}:1: the set has the name {data.name!r}", remedy="change it to the name of its folder"
+        )
     base = stack.load(settings.project / "stacks", data.stack)
     if data.target not in base.data.glibc:
-        raise ConfigError(f"stack {data.stack} has no target {data.target.value}", remedy="mend target in set.toml")
+        raise ConfigError(f"stack {data.stack} has no target {data.target.value}", remedy="correct `target` in set.toml")
     own = [recipe.load(settings.project / "recipes", key).against(base) for key in data.recipes]
     return LoadedSet(folder=place, data=data, stack=base, recipes=tuple(_in_order(own, name)))
 
 
 def _in_order(own: Iterable[LoadedRecipe], name: str) -> list[LoadedRecipe]:
-    """What another one requires comes first; else as the set lists them."""
+    """The recipes in the set's order, but requirements of others first."""
     by_name = {canonicalize_name(loaded.data.name): loaded for loaded in own}
     graph = {
         key: [
@@ -137,4 +142,6 @@ def _in_order(own: Iterable[LoadedRecipe], name: str) -> list[LoadedRecipe]:
         return [by_name[key] for key in TopologicalSorter(graph).static_order()]
     except CycleError as error:
         circle = " > ".join(map(str, error.args[1]))
-        raise ConfigError(f"recipes of set {name} require each other: {circle}", remedy="mend [wheel] requires") from error
+        raise ConfigError(
+            f"recipes of set {name} require each other: {circle}", remedy="correct `requires` of [wheel]"
+        ) from error

@@ -1,4 +1,4 @@
-"""A built set's lock, for pip and uv (requirements.lock) and as PEP 751 has it (pylock.toml): every wheel by sha256."""
+"""The locks of a built set, with every wheel by sha256: requirements.lock for pip and uv, and pylock.toml (PEP 751)."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ from gracefarm.files import sha256_file
 
 @dataclass(frozen=True, kw_only=True)
 class SetAddress:
-    """Where a set will be served: an index's address, and the set's name there."""
+    """Where a set will be served: the URL of an index, and the set's name there."""
 
     base: str
-    "Without a slash at the end."
+    "URL without a trailing slash."
     name: str
     login: Login | None = field(default=None, repr=False)
-    "To stage it with; None: what `publish.credentials` finds."
+    "Login for staging; None: from `publish.credentials`."
 
     @property
     def simple(self) -> str:
-        """The simple API that has this set's wheels and no other."""
+        """The simple API with only the wheels of this set."""
         return f"{self.base}/{self.name}/simple/"
 
     def file(self, wheel: Locked) -> str:
-        """The address of a file, as docs/reference/index.md has it."""
+        """The URL of a file (docs/reference/index.md)."""
         return f"{self.base}/files/{wheel.sha256}/{quote(wheel.filename, safe='')}"
 
 
 def served(url: str, name: str, login: Login | None = None) -> SetAddress:
-    """From any address of that index that people have at hand: its root, its simple API, the set's, the upload address."""
+    """The address from any URL of the index: its root, its simple API, the set's simple API, or the upload URL."""
     base = re.sub(rf"(/{re.escape(name)})?/simple/?$|/(stage/[^/]+/)?legacy/?$", "", url.rstrip("/"))
     return SetAddress(base=base.rstrip("/"), name=name, login=login)
 
 
 def collect(of: LoadedSet, own: Sequence[Path], settings: Settings) -> list[Locked]:
-    """Every wheel of the set, sorted by name.
+    """All wheels of the set, sorted by name.
 
     Raises:
-        ConfigError: the lock says no file name for one of them.
-        FetchError, DigestError: a wheel of an index of its own cannot be had there.
+        ConfigError: the lock does not name the file of a wheel.
+        FetchError, DigestError: a wheel of another index cannot be fetched.
     """
     locked = []
     for wheel in pins.wheels(of.runtime, of.data.target):
@@ -66,8 +66,8 @@ def collect(of: LoadedSet, own: Sequence[Path], settings: Settings) -> list[Lock
             filename = own_index.fetch_wheel(wheel, settings)[1]
         if not filename:
             raise ConfigError(
-                f"{of.runtime.requirements_lock} does not say the file name of {wheel.name} {wheel.version}",
-                remedy="make the lock again",
+                f"{of.runtime.requirements_lock} does not have the file name of {wheel.name} {wheel.version}",
+                remedy="write the lock again",
                 repeat=of.runtime.lock_command,
             )
         locked.append(
@@ -80,7 +80,7 @@ def collect(of: LoadedSet, own: Sequence[Path], settings: Settings) -> list[Lock
 
 
 def requirements(title: str, wheels: Sequence[Locked]) -> str:
-    """The text of requirements.lock: pip and uv read it with --require-hashes, `index mirror` takes its files."""
+    """The text of requirements.lock, which pip and uv read with --require-hashes, and `index mirror` reads too."""
     lines = [f"# {title}"]
     for wheel in wheels:
         lines += [f"# {wheel.filename}", f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}"]
@@ -88,7 +88,7 @@ def requirements(title: str, wheels: Sequence[Locked]) -> str:
 
 
 def pylock(of: LoadedSet, wheels: Sequence[Locked], at: SetAddress) -> str:
-    """The text of pylock.toml: every file by the address that the index will serve it at, and by sha256."""
+    """The text of pylock.toml: every file by its URL at the index, and by sha256."""
     python = of.stack.python
     document = Pylock(
         lock_version=Version("1.0"),

@@ -1,4 +1,4 @@
-"""What a set will be, as one hash: the build ids of its own wheels, what they run with, and what must work together."""
+"""The plan of a set and its set id: the hash of the build ids of its wheels, the other wheels, and its test."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class SetPlan:
-    """A set, with the plans of its own wheels in the order in which they are built."""
+    """A set with the plans of its recipes, in the order in which they are built."""
 
     set: LoadedSet
     builds: tuple[Plan, ...]
     wheels: tuple[LockedWheel, ...]
-    "What they run with."
+    "The other wheels of the environment."
 
     @cached_property
     def set_id(self) -> str:
-        """Hex sha256 of everything that can change the set's locks or what is tested."""
+        """Hex sha256 of everything that can change the set's locks or its test."""
         data = self.set.data
         content = {
             "format": FORMAT,
@@ -46,7 +46,7 @@ class SetPlan:
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def gaps(self) -> list[Gap]:
-        """Digests that are not known yet, of recipes and stack, each once."""
+        """Unknown digests of recipes and stack, without duplicates."""
         return [*(gap for plan in self.builds for gap in gaps.of_recipe(plan.recipe)), *gaps.of_stack(self.set.stack)]
 
 
@@ -54,15 +54,15 @@ def plan_set(loaded: LoadedSet, host: Arch) -> SetPlan:
     """The plan of a set.
 
     Raises:
-        PublishError: its stack has headers alone.
-        ConfigError: a lock is absent or older than its TOML file, or what the set runs with has another torch than the one
-            that its wheels are built against.
+        PublishError: its stack has only headers.
+        ConfigError: a lock is missing or does not match its TOML file, or the set's environment has another torch than its
+            wheels are built against.
     """
     if loaded.stack.data.objects_only:
-        # Headers make objects to look at: nothing of them can be loaded together.
+        # Wheels that were built with headers only cannot be loaded.
         raise PublishError(
-            f"stack {loaded.stack.data.name} has headers alone: what it builds cannot be loaded and is part of no set",
-            remedy="build against a stack that has the libraries",
+            f"stack {loaded.stack.data.name} has only headers: its wheels cannot be loaded and cannot be part of a set",
+            remedy="build against a stack with libraries",
         )
     wheels = pins.wheels(loaded.runtime, loaded.data.target)
     _check_torch(loaded, wheels)
@@ -71,21 +71,21 @@ def plan_set(loaded: LoadedSet, host: Arch) -> SetPlan:
     for wheel in wheels:
         if wheel.name in own:
             raise ConfigError(
-                f"set {loaded.data.name} builds {wheel.name} and its lock has {wheel.name} {wheel.version} too",
-                remedy="name it in left_out of set.toml, then lock again",
+                f"set {loaded.data.name} builds {wheel.name}, but its lock also has {wheel.name} {wheel.version}",
+                remedy="add it to left_out in set.toml, then lock again",
                 repeat=loaded.runtime.lock_command,
             )
     return SetPlan(set=loaded, builds=builds, wheels=wheels)
 
 
 def _check_torch(loaded: LoadedSet, wheels: tuple[LockedWheel, ...]) -> None:
-    """Extensions are bound to the very torch that they were compiled against."""
+    """Require the torch that the wheels are built against, since extensions depend on its exact build."""
     mine = next((wheel for wheel in wheels if wheel.name == "torch"), None)
     against = next((wheel for wheel in pins.wheels(loaded.stack, loaded.data.target) if wheel.name == "torch"), None)
     if against is not None and mine != against:
-        have = f"{mine.version} (sha256 {mine.sha256[:16]}…)" if mine else "none"
+        have = f"torch {mine.version} (sha256 {mine.sha256[:16]}…)" if mine else "no torch"
         raise ConfigError(
-            f"set {loaded.data.name} runs with torch {have}, its wheels are built against {against.version} "
+            f"set {loaded.data.name} has {have}, but its wheels are built against {against.version} "
             f"(sha256 {against.sha256[:16]}…) of stack {loaded.stack.data.name}",
             remedy="pin the stack's torch in requirements of set.toml, and lock both before the same date",
             repeat=loaded.runtime.lock_command,

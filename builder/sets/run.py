@@ -1,4 +1,4 @@
-"""`builder set run`: the whole way of a set on one machine, to an import of what was installed by hash from an index alone."""
+"""`builder set run`: all steps of a set on one machine, to an import of wheels that were installed by hash from an index."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from gracefarm.uv import explain
 
 @dataclass(frozen=True, kw_only=True)
 class SetRun:
-    """Where everything is, and how long it took."""
+    """The result of a run: paths and durations."""
 
     lock: str
     pylock: str
     files: int
-    "Files of the set at the index."
+    "Number of files of the set at the index."
     size: int
     "Their bytes."
     mirror_s: float
@@ -48,12 +48,12 @@ class SetRun:
 
 
 def run_set(plan: SetPlan, jobs: int | None, settings: Settings, console: Console) -> SetRun:
-    """Build and test the set, stage it, mirror what is not ours, publish; install by hash from the set's view alone; import.
+    """Build and test the set, stage it, mirror third-party wheels, publish; install by hash only from the set's view; import.
 
-    Each run shows the set under a name of its own, since a published one never changes; the index keeps files once.
+    Each run publishes the set under a new name, since a published set never changes. The index keeps each file once.
 
     Raises:
-        GracefarmError: of the step that failed.
+        GracefarmError: a step failed.
     """
     built = build.build_set(plan, jobs, settings, console)
     with lock(settings.home / "locks" / "run"), run.local_index(settings) as (url, token):
@@ -67,7 +67,7 @@ def run_set(plan: SetPlan, jobs: int | None, settings: Settings, console: Consol
         with _scratch(built, settings) as home:
             clean, base = _installed(built, _only(at, home, settings), console)
             install_s = time.monotonic() - start
-            console.step("install", f"{len(built.record.wheels)} wheels by hash from {at.simple} alone in {install_s:.0f} s")
+            console.step("install", f"{len(built.record.wheels)} wheels by hash from {at.simple} in {install_s:.0f} s")
             _dry_run(plan, pylock, home, console)
             tested = together.tried(plan.set, clean, base, home, pep517.bound(settings))
         console.step("import", f"imported {', '.join(tested.smoke.modules)} in {tested.wall_s:.0f} s")
@@ -83,7 +83,7 @@ def run_set(plan: SetPlan, jobs: int | None, settings: Settings, console: Consol
 
 
 def _published(built: BuiltSet, at: SetAddress, settings: Settings, console: Console) -> tuple[tuple[Locked, ...], float]:
-    """Stage, mirror on the index's side as its owner would, stage again; the wheels there, and the mirror's seconds."""
+    """Stage, mirror with the index's own command, stage again; return the wheels there, and the seconds of the mirror."""
     try:
         build.stage(built, at, settings, console)
     except build.IncompleteError as error:
@@ -102,7 +102,7 @@ def _published(built: BuiltSet, at: SetAddress, settings: Settings, console: Con
 
 
 def _holds(at: SetAddress) -> tuple[int, int]:
-    """Files and bytes of the published set, as its own pages say."""
+    """Number of files and bytes of the published set, from its pages."""
     with PyPISimple(at.simple) as client:
         pages = [client.get_project_page(name, timeout=60) for name in client.get_index_page(timeout=60).projects]
     sizes = [file.size or 0 for page in pages for file in page.packages]
@@ -111,9 +111,9 @@ def _holds(at: SetAddress) -> tuple[int, int]:
 
 @contextmanager
 def _scratch(built: BuiltSet, settings: Settings) -> Iterator[Path]:
-    """A home without any cache, on the file system of the real one: what is installed there can only be from the index."""
+    """A home without caches, on the file system of the real one, so that installed files can only come from the index."""
     home = built.folder / "run"
-    remove_tree(home)  # of a run that was killed
+    remove_tree(home)  # left by a killed run
     try:
         home.mkdir()
         (home / "roots").symlink_to((settings.home / "roots").resolve())
@@ -123,13 +123,13 @@ def _scratch(built: BuiltSet, settings: Settings) -> Iterator[Path]:
 
 
 def _only(at: SetAddress, home: Path, settings: Settings) -> Settings:
-    """Settings of a machine that has nothing yet and knows no other index."""
-    # No copy: that would keep the index that was asked for before.
+    """Settings of a machine without caches and other indexes."""
+    # Not `model_copy`, which would keep the cached index.
     return Settings.model_validate(settings.model_dump() | {"home": home, "python_index": at.simple})
 
 
 def _installed(built: BuiltSet, settings: Settings, console: Console) -> tuple[Path, Path]:
-    """An environment of every wheel of the set's lock, and the root to run it in."""
+    """An environment with every wheel of the set's lock, and its root."""
     plan, target = built.plan, built.plan.set.data.target
     base = root.ensure(plan.set.stack, stack.host_arch(), target, settings)
     data = plan.set.runtime.data
@@ -149,14 +149,14 @@ def _installed(built: BuiltSet, settings: Settings, console: Console) -> tuple[P
 
 
 def _dry_run(plan: SetPlan, pylock: Path, home: Path, console: Console) -> None:
-    """pylock.toml is read by uv, and what it names is there."""
+    """Check with uv that pylock.toml can be read and that its files exist."""
     of = plan.set
     command = [uv.find_uv_bin(), "pip", "install", "--dry-run", "--preview-features", "pylock", "--no-config"]
     command += ["--requirements", str(pylock), f"--target={home / 'pylock'}", f"--python={sys.executable}"]
     command += [*platform(of.stack, of.data.target), f"--cache-dir={home / 'uv'}"]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode:
-        raise InstallError(f"uv does not install from {pylock}: {explain(process.stderr)[1]}", repeat=" ".join(command))
+        raise InstallError(f"uv cannot install from {pylock}: {explain(process.stderr)[1]}", repeat=" ".join(command))
     lines = process.stderr.splitlines()
     outcome = next((line for line in lines if line.startswith("Would install")), "nothing to install")
-    console.step("pylock", f"{pylock}, as uv reads it: {outcome.lower()}")
+    console.step("pylock", f"{pylock}, read by uv: {outcome.lower()}")

@@ -1,4 +1,4 @@
-"""The document about a built set: which wheels, and what worked when they were in one environment."""
+"""The record of a built set: its wheels, and the result of their common test."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Locked(Table):
     filename: str = Field(description="File name of the wheel")
     sha256: str = Field(description="sha256 of the wheel")
     own: bool = Field(default=False, description="Built by this farm")
-    index: str = Field(default="", description="Address of the wheel's index; empty: the farm's index, or the Python index")
+    index: str = Field(default="", description="URL of the wheel's index; empty: the farm's index, or the Python index")
 
 
 class Command(Table):
-    """A program of the environment that ended well."""
+    """A command that succeeded."""
 
     command: tuple[str, ...] = Field(description="The command")
     wall_s: float = Field(description="Duration in seconds")
@@ -32,7 +32,7 @@ class Command(Table):
 
 
 class Tested(Table):
-    """What worked together."""
+    """The result of the common test."""
 
     smoke: SmokeResult = Field(description="Result of the imports and of smoke.py")
     wall_s: float = Field(description="Duration in seconds")
@@ -47,19 +47,19 @@ class SetRecord(Table):
     name: str = Field(description="Name of the set")
     stack: str = Field(description="Name of the stack")
     target: str = Field(description="Architecture of the wheels")
-    builds: dict[str, str] = Field(description="Recipe to build id")
+    builds: dict[str, str] = Field(description="Build ids by recipe")
     wheels: tuple[Locked, ...] = Field(description="All wheels of the set's environment")
     tested: Tested = Field(description="Result of the common test")
     finished: str = Field(description="UTC, ISO 8601")
 
 
 def folder(settings: Settings, set_id: str) -> Path:
-    """Everything about one set: set.json, requirements.lock, pylock.toml, together/log.txt."""
+    """Folder of one set: set.json, requirements.lock, pylock.toml, together/log.txt."""
     return settings.home / "sets" / set_id
 
 
 def read(settings: Settings, set_id: str) -> SetRecord | None:
-    """The record of a set that was built and tested here; one of another format counts as none."""
+    """The record of a set that was built and tested on this machine; records of other formats are ignored."""
     try:
         return SetRecord.model_validate_json((folder(settings, set_id) / "set.json").read_bytes())
     except (FileNotFoundError, ValidationError):

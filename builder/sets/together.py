@@ -1,4 +1,4 @@
-"""Do the set's wheels work together? One clean environment with all of them: requirements, imports by name, programs."""
+"""Test the wheels of a set together in one clean environment: requirements, imports, commands."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from gracefarm.errors import SmokeError
 from gracefarm.files import remove_tree
 
 MAX_OUTPUT = 1 << 20
-"Bytes of a program's output that are kept."
+"Number of bytes of a command's output that are kept."
 
 
 def test(plan: SetPlan, wheels: Sequence[Path], site: Path, root: Path, folder: Path, memory: int) -> Tested:
-    """Install `wheels` into a copy of the environment `site` and try it; `folder` is scratch space on its file system.
+    """Install `wheels` into a copy of the environment `site` and test it; `folder` is for temporary files on its file system.
 
     Raises:
-        SmokeError: a requirement of one of the wheels is not met in the set, an import or a program fails; with its words.
+        SmokeError: a requirement of a wheel is not met in the set, or an import or a command fails (has its message).
         InstallError: a wheel does not fit the environment.
     """
     require(plan, wheels)
@@ -48,7 +48,7 @@ def test(plan: SetPlan, wheels: Sequence[Path], site: Path, root: Path, folder: 
 
 
 def tried(of: LoadedSet, clean: Path, root: Path, folder: Path, memory: int) -> Tested:
-    """Import and run what the set names in an environment that has all of it; the output is in `folder`/log.txt.
+    """Run the imports and commands of the set in an environment with all of its wheels; the output is in `folder`/log.txt.
 
     Raises:
         SmokeError: see `test`.
@@ -69,7 +69,7 @@ def tried(of: LoadedSet, clean: Path, root: Path, folder: Path, memory: int) -> 
     if outcome.returncode != 0 or not answers:
         raise SmokeError(
             f"the wheels of {name} do not work together: {first_error(log)}",
-            remedy=f"the whole output is in {log}",
+            remedy=f"see the complete output in {log}",
             repeat=f"builder set build {name}",
         )
     result = SmokeResult.model_validate_json(answers[-1].removeprefix(smoke.MARK).strip())
@@ -79,12 +79,12 @@ def tried(of: LoadedSet, clean: Path, root: Path, folder: Path, memory: int) -> 
 
 def _run(box: Sandbox, command: tuple[str, ...], log: Path, name: str) -> Command:
     start = log.stat().st_size
-    # A script's first line names the environment's Python; through it, no kernel has to start a program of the target.
+    # Scripts are started with the environment's Python, so that the kernel does not have to run programs of the target.
     outcome = sandbox.run(box, ("/env/bin/python3", f"/env/bin/{command[0]}", *command[1:]), log=log)
     if outcome.returncode != 0:
         raise SmokeError(
-            f"`{' '.join(command)}` ends with {outcome.returncode} in the environment of {name}: {first_error(log, start)}",
-            remedy=f"the whole output is in {log}",
+            f"`{' '.join(command)}` failed in the environment of {name} ({outcome.returncode}): {first_error(log, start)}",
+            remedy=f"see the complete output in {log}",
             repeat=f"builder set build {name}",
         )
     with log.open("rb") as stream:
@@ -94,21 +94,21 @@ def _run(box: Sandbox, command: tuple[str, ...], log: Path, name: str) -> Comman
 
 
 def require(plan: SetPlan, wheels: Iterable[Path]) -> None:
-    """What our wheels require is in the set, in a version that fits: nothing resolves anything where it is installed by hash.
+    """Check that the set meets the requirements of our wheels, since an installation by hash does not resolve requirements.
 
     Raises:
-        SmokeError: it is not; names all of it.
+        SmokeError: requirements are not met; names all of them.
     """
     parsed = {wheel: parse_wheel_filename(wheel.name) for wheel in wheels}
     own = {str(name): str(version) for name, version, _, _ in parsed.values()}
     required = {str(name): _metadata_of_wheel(wheel) for wheel, (name, _, _, _) in parsed.items()}
-    _require_met(plan, own, required, remedy="name it in requirements of set.toml")
+    _require_met(plan, own, required, remedy="add it to `requirements` in set.toml")
 
 
 def require_others(plan: SetPlan, site: Path) -> None:
-    """What the other wheels require is in the set too, as torch its triton: our own versions take part, before they are built.
+    """Check the requirements of the other wheels, such as triton for torch, with our versions, before these are built.
 
-    `site`: the environment of what our wheels run with.
+    `site`: the environment in which our wheels run.
 
     Raises:
         SmokeError: see `require`.
@@ -116,11 +116,11 @@ def require_others(plan: SetPlan, site: Path) -> None:
     own = {str(canonicalize_name(build.recipe.data.name)): build.recipe.data.version for build in plan.builds}
     places = site.glob("lib/python*/site-packages/*.dist-info/METADATA")
     required = {place.parent.name.partition("-")[0]: place.read_bytes() for place in sorted(places)}
-    _require_met(plan, own, required, remedy="take versions that go together in set.toml, or another recipe")
+    _require_met(plan, own, required, remedy="choose compatible versions in set.toml, or another recipe")
 
 
 def _require_met(plan: SetPlan, own: Mapping[str, str], required: Mapping[str, bytes], *, remedy: str) -> None:
-    """`own`: the versions of our wheels by canonical name; `required`: METADATA of the wheels that are asked about.
+    """`own`: the versions of our wheels by canonical name; `required`: METADATA of the wheels to check.
 
     Raises:
         SmokeError: a requirement is not met.
@@ -128,14 +128,15 @@ def _require_met(plan: SetPlan, own: Mapping[str, str], required: Mapping[str, b
     has = {wheel.name: wheel.version for wheel in plan.wheels} | dict(own)
     left_out = {canonicalize_name(name) for name in plan.set.runtime.data.environment.left_out}
     complaints = [
-        f"{name} requires {wanted}" + (f", the set has {has[key]}" if (key := canonicalize_name(wanted.name)) in has else "")
+        f"{name} requires {wanted}"
+        + (f", but the set has {has[key]}" if (key := canonicalize_name(wanted.name)) in has else "")
         for name, metadata in required.items()
         for wanted in requirements(metadata, plan.set.stack.python, plan.set.data.target)
         if canonicalize_name(wanted.name) not in left_out and not _met(wanted, has)
     ]
     if complaints:
         raise SmokeError(
-            f"the set {plan.set.data.name} lacks what its wheels require: {'; '.join(complaints)}",
+            f"the set {plan.set.data.name} does not meet requirements of its wheels: {'; '.join(complaints)}",
             remedy=remedy,
             repeat=plan.set.runtime.lock_command,
         )
@@ -152,8 +153,8 @@ def _met(wanted: Requirement, has: Mapping[str, str]) -> bool:
 
 
 def requirements(metadata: bytes, python: str, target: Arch) -> list[Requirement]:
-    """What a wheel with that METADATA requires there, extras apart."""
+    """The requirements of a wheel with that METADATA for that target, without extras."""
     required = Metadata.from_email(metadata, validate=False).requires_dist or []
-    # All else is as on the host: CPython on Linux.
+    # Other markers are the same as on the host: CPython on Linux.
     there = {"platform_machine": target.value, "python_version": python, "python_full_version": f"{python}.0", "extra": ""}
     return [requirement for requirement in required if requirement.marker is None or requirement.marker.evaluate(there)]

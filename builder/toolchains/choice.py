@@ -1,4 +1,4 @@
-"""Where the plan of a build is made, with the toolchain that was chosen for it."""
+"""Create the plan of a build with the chosen toolchain."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from gracefarm.errors import ConfigError
 
 
 def make_plan(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch, toolchain: Toolchain | None = None) -> Plan:
-    """The plan of a build; None: in the sandbox.
+    """The plan of a build; without `toolchain`: in the sandbox.
 
     Raises:
-        ConfigError: the recipe refuses the toolchain, the stack has no such target or not what the toolchain needs, or this
-            host cannot build for the target.
+        ConfigError: the recipe refuses the toolchain, the stack does not have the target or does not meet the toolchain's
+            requirements, or this host cannot build for the target.
     """
     toolchain = toolchain or SandboxToolchain()
     reason = recipe.data.refuses.get(toolchain.kind)
     if reason is not None:
         raise ConfigError(
-            f"{recipe.key} is not built with --toolchain {toolchain.kind}: {reason}",
-            remedy=f"take another: {', '.join(kind for kind in KINDS if kind not in recipe.data.refuses)}",
+            f"{recipe.key} cannot be built with --toolchain {toolchain.kind}: {reason}",
+            remedy=f"choose another: {', '.join(kind for kind in KINDS if kind not in recipe.data.refuses)}",
         )
     stack = recipe.on(toolchain.facts(stack))
     if target not in stack.data.glibc:
         known = ", ".join(arch.value for arch in stack.data.glibc)
         raise ConfigError(f"stack {stack.data.name} has no target {target.value}", remedy=f"targets: {known}")
     if host is Arch.AARCH64 and target is Arch.X86_64:
-        raise ConfigError("an aarch64 host builds for aarch64 alone", remedy="build x86_64 wheels on an x86_64 machine")
+        raise ConfigError("an aarch64 host can build only for aarch64", remedy="build x86_64 wheels on an x86_64 machine")
     recipe = recipe.for_host(host).against(stack)
     trees = tuple(_tree_plan(tree, recipe, stack, host, target, toolchain) for tree in recipe.data.trees)
     plan = Plan(recipe=recipe, stack=stack, host=host, target=target, toolchain=toolchain, trees=trees)
@@ -47,41 +47,41 @@ def make_plan(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch
 def _tree_plan(
     tree: TakenTree, taker: LoadedRecipe, base: LoadedStack, host: Arch, target: Arch, toolchain: Toolchain
 ) -> Plan:
-    """The plan of a tree that a recipe takes: by its own recipe beside that one, against its own stack.
+    """The plan of a tree that a recipe uses: with the tree's recipe and the stack of that recipe.
 
     Raises:
-        ConfigError: there is no such recipe, it makes no tree, or see `make_plan`; or the toolchain is not the sandbox, whose
-            compilers made the tree.
+        ConfigError: there is no such recipe, it does not build a tree, or the toolchain is not the sandbox, whose compilers
+            build the tree; or see `make_plan`.
     """
     if toolchain.kind != "sandbox":
         raise ConfigError(
-            f"{taker.key} takes the tree of {tree.recipe}, and --toolchain {toolchain.kind} has other compilers than made it",
-            remedy="leave --toolchain out",
+            f"{taker.key} uses the tree of {tree.recipe}, whose compilers differ from those of --toolchain {toolchain.kind}",
+            remedy="remove --toolchain",
         )
     source = recipe.load(taker.folder.parent, tree.recipe)
     if source.data.tree is None:
-        raise ConfigError(f"{taker.key} takes the tree of {source.key}, which makes a wheel", remedy="correct [[trees]]")
+        raise ConfigError(f"{taker.key} uses the tree of {source.key}, which builds a wheel", remedy="correct [[trees]]")
     return make_plan(source, stack.load(base.folder.parent, source.data.stack), host, target)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToolchainChoice:
-    """The toolchain that a user asked for."""
+    """The user's choice of toolchain and cell."""
 
     kind: ToolchainKind = "sandbox"
     wanted: Wanted = field(default_factory=Wanted)
     interpreter: str | None = None
-    "Name of the target's Python; None: the root's own, or this machine's."
+    "Name of the target's Python; None: that of the root, or of this machine."
     sm: tuple[str, ...] | None = None
-    "Architectures of the device code; None: the stack's."
+    "Architectures of the device code; None: those of the stack."
     ptx: str | None = None
-    "Architecture of its PTX, or `none`; None: the recipe's, else the stack's."
+    "Architecture of its PTX, or `none`; None: that of the recipe, else of the stack."
     from_source: tuple[str, ...] = ()
-    "Recipes whose trees are built in place of downloads."
+    "Recipes whose trees are built instead of downloads."
     variant: bool = False
     "The wheel gets the label of a variant (PEP 825, a draft)."
     hosts: Mapping[Arch, Arch] = field(default_factory=dict)
-    "By target: the architecture of the machine that builds, where that is not this one."
+    "By target: the architecture of the build machine, if it is not this machine."
 
     @property
     def type(self) -> type[Toolchain]:
@@ -89,10 +89,10 @@ class ToolchainChoice:
         return KINDS[self.kind]
 
     def plan(self, recipe: LoadedRecipe, stack: LoadedStack, target: Arch) -> Plan:
-        """The plan of a build with it, as this machine has it.
+        """The plan of a build with this toolchain on this machine.
 
         Raises:
-            HostError: the machine lacks a part of it.
+            HostError: a part of the toolchain is missing on this machine.
             ConfigError: see `make_plan`.
         """
         host, recipe = self.hosts.get(target, host_arch()), recipe.with_trees(self.from_source)

@@ -1,7 +1,7 @@
-"""A build by cibuildwheel in a container that is laid out as manylinux is: `--toolchain container`, for CI runners.
+"""Build with cibuildwheel in a container with the layout of manylinux: `--toolchain container`, for CI runners.
 
-The image, named by digest, brings compilers, CUDA and Python. Sources and the stack's packages come from the same store and
-lock as in a sandbox, and what comes out goes through the same gates, smoke test and record. The container has no network.
+The image, pinned by digest, has compilers, CUDA and Python. Sources and the stack's packages come from the same store and lock
+as in a sandbox, and the wheel goes through the same gates, smoke test and record. The container has no network.
 """
 
 from __future__ import annotations
@@ -39,32 +39,32 @@ from gracefarm.files import atomic_write, remove_tree
 from gracefarm.process import last_line
 
 ENGINES = {"podman": "{{.Host.CgroupControllers}}", "docker": "{{.MemoryLimit}}"}
-"And what of `info` says whether memory can be bounded, which needs a controller that not every user is given."
+"Engines, with the field of `info` that tells whether memory can be limited: not every user has the required controller."
 PROJECT = "/project"
-"In the container: where cibuildwheel copies the source to."
+"The folder in the container to which cibuildwheel copies the source."
 _LABEL = "gracefarm.build"
 _FILES = "/gracefarm"
 _KILLED = re.compile(r"\bsignal 9\b|\bSIGKILL\b|\bKilled(?: signal|$)|failed with code (?:137|-9)\b", re.MULTILINE)
-"As nvcc, Python, gcc and make, and cibuildwheel say of a command that the kernel killed."
+"Messages of nvcc, Python, gcc, make and cibuildwheel about a command that the kernel killed."
 _KEPT = ("PATH", "XDG_RUNTIME_DIR", "CONTAINERS_CONF", "CONTAINERS_STORAGE_CONF", "DOCKER_HOST", "DOCKER_CONFIG", "HOME")
-"What an engine and its client need of this machine's environment."
+"Variables of this machine that an engine and its client need."
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContainerToolchain(SandboxToolchain):
-    """cibuildwheel and the stack's image compile; the sandbox's root and environment judge what comes out."""
+    """cibuildwheel compiles in the stack's image; the sandbox's root and environment are used to judge the wheel."""
 
     kind: ClassVar[ToolchainKind] = "container"
-    measured: ClassVar[bool] = False  # its record has cibuildwheel's own figures
-    closed: ClassVar[str | None] = "ran in a container, which is gone"
-    unsealed: ClassVar[str | None] = "in a container, whose compilers are the image's and whose network was not watched"
+    measured: ClassVar[bool] = False  # its record has the figures of cibuildwheel
+    closed: ClassVar[str | None] = "ran in a container, which was removed"
+    unsealed: ClassVar[str | None] = "in a container, with the image's compilers and without a watched network"
 
     engine: str
-    "podman or docker; no byte depends on it."
+    "podman or docker; the wheel's bytes do not depend on it."
     cibuildwheel: str
     "Its version."
     bounds_memory: bool = False
-    "The engine can hold a container to a bound here; no byte depends on it."
+    "The engine can limit memory on this machine; the wheel's bytes do not depend on it."
 
     @classmethod
     def find(cls, stack: LoadedStack, wanted: Wanted, *, cuda: bool) -> Self:
@@ -75,38 +75,38 @@ class ContainerToolchain(SandboxToolchain):
         """
         engine = next((name for name in ENGINES if shutil.which(name) and _info(name) is not None), None)
         if engine is None:
-            raise HostError("no container engine answers: neither podman nor docker", remedy="install podman, or start docker")
+            raise HostError("neither podman nor docker is running", remedy="install podman, or start docker")
         try:
-            # An engine that is too old to be asked bounds nothing, and builds all the same.
+            # An old engine without this field cannot limit memory, but it can build.
             bounds = re.search(r"\b(?:memory|true)\b", _info(engine, "--format", ENGINES[engine]) or "")
             return cls(engine=engine, cibuildwheel=version("cibuildwheel"), bounds_memory=bounds is not None)
         except PackageNotFoundError:
             raise HostError(
-                "cibuildwheel is not installed, which builds in containers", remedy="pip install 'gracefarm[container]'"
+                "cibuildwheel is not installed; builds in containers require it", remedy="pip install 'gracefarm[container]'"
             ) from None
 
     @classmethod
     def gaps(cls, stack: LoadedStack, target: Arch | None = None) -> list[Gap]:
-        """See Toolchain: those of the images."""
+        """See Toolchain: the digests of the images."""
         return gaps.of_images(stack, target)
 
     def require(self, plan: Plan) -> None:
-        """The stack names an image for the target, and the CUDA in it where the recipe needs that.
+        """See Toolchain: the stack must name an image for the target, and its CUDA if the recipe requires CUDA.
 
         Raises:
-            ConfigError: it does not.
+            ConfigError: the stack does not.
         """
         if plan.stack.interpreter is not None:
             raise ConfigError(
-                f"an image brings its own Python: --python {plan.stack.interpreter.name} is of the sandbox",
-                remedy="leave --toolchain container out",
+                f"an image has its own Python: --python {plan.stack.interpreter.name} is only for the sandbox",
+                remedy="remove --toolchain container",
             )
         image = plan.stack.data.container.get(plan.target)
         if image is None or (plan.recipe.data.build.cuda and image.cuda is None):
             lacks = "names no container image" if image is None else "names no CUDA in its container image"
             raise ConfigError(
                 f"stack {plan.stack.data.name} {lacks} for {plan.target.value}",
-                remedy=f"complete [container.{plan.target.value}] in its stack.toml, or leave --toolchain container out",
+                remedy=f"complete [container.{plan.target.value}] in its stack.toml, or remove --toolchain container",
             )
 
     def inputs(self, plan: Plan) -> Inputs:
@@ -119,10 +119,10 @@ class ContainerToolchain(SandboxToolchain):
         return f"{super().arguments(plan)} --toolchain container"
 
     def fetch(self, plan: Plan) -> None:
-        """The image; the only step of a container build that has the network beside the fetch of its sources.
+        """Fetch the image. Besides the fetch of sources, this is the only step of a container build that uses the network.
 
         Raises:
-            FetchError: the engine could not get it.
+            FetchError: the engine cannot fetch it.
         """
         reference, engine = image(plan).reference, self.engine
         if subprocess.run([engine, "image", "inspect", reference], capture_output=True, check=False).returncode == 0:
@@ -133,13 +133,13 @@ class ContainerToolchain(SandboxToolchain):
         if process.returncode:
             reason = last_line(process.stderr)
             raise FetchError(
-                f"{engine} does not get {reference}: {reason}",
-                remedy=f"run `{engine} pull {reference}` by hand",
+                f"{engine} cannot fetch {reference}: {reason}",
+                remedy=f"run `{engine} pull {reference}` and fix its error",
                 repeat=plan.repeat,
             )
 
     def command(self, plan: Plan, settings: Settings, folder: Path) -> tuple[str, ...]:
-        """What runs on this machine; the source folder is its working directory."""
+        """The command on this machine; the source folder is its working directory."""
         wheel = f"cp{plan.stack.data.python.replace('.', '')}-manylinux_{plan.target.value}"
         options = ("--only", wheel, "--config-file", f"{folder}/cibuildwheel.toml", "--output-dir", f"{folder}/out")
         return (sys.executable, "-m", "cibuildwheel", *options, str(folder / "source" / plan.recipe.data.build.subdirectory))
@@ -156,7 +156,7 @@ class ContainerToolchain(SandboxToolchain):
         memory: int,
         caches: Caches,
     ) -> Place:
-        """Where cibuildwheel itself runs: this machine, which has its network; the container has none."""
+        """The place of cibuildwheel: this machine, with its network. Only the container has no network."""
         remove_tree(folder / "gracefarm")
         (folder / "gracefarm" / "bin").mkdir(parents=True)
         places = {"toolchain/nvcc": "nvcc", "host/host.cmake": "host.cmake", "toolchain/ninja": "bin/ninja"}
@@ -179,7 +179,7 @@ class ContainerToolchain(SandboxToolchain):
 
     @contextmanager
     def swept(self, plan: Plan) -> Iterator[None]:
-        """See Toolchain: an engine keeps containers whose client was killed, ours or an earlier run's."""
+        """See Toolchain: remove containers whose client was killed, in this run or an earlier one."""
         _remove(self.engine, plan.build_id)
         try:
             yield
@@ -187,20 +187,20 @@ class ContainerToolchain(SandboxToolchain):
             _remove(self.engine, plan.build_id)
 
     def understood(self, outcome: Outcome, log: Path, start: int) -> Outcome:
-        """See Toolchain: what the build could not reach and whether its bound killed it, as far as its output says so."""
+        """See Toolchain: find in the output which hosts the build tried to reach, and whether it was killed for memory."""
         text = log.read_bytes()[start:].decode(errors="replace")
         hosts = dict.fromkeys(host for line in text.splitlines() if (host := sandbox.reached_in(line)))
         outcome = replace(outcome, reached=tuple(hosts), network_by="log")
         if not self.bounds_memory:
             return outcome
-        # Nobody else kills in there: the kernel takes the largest process, and who started that says so.
+        # In the container only the kernel kills processes: the largest one, and its parent reports it.
         killed = outcome.killed_by_memory or (outcome.returncode != 0 and _KILLED.search(text) is not None)
         return replace(outcome, memory_by=self.engine, killed_by_memory=killed)
 
     @property
     def note(self) -> str:
         """See Toolchain."""
-        bound = f"{self.engine} {'holds its memory to the bound' if self.bounds_memory else 'cannot bound its memory here'}"
+        bound = f"{self.engine} {'limits its memory' if self.bounds_memory else 'cannot limit its memory here'}"
         return f"container without network; {bound}; CPU and peak are those of cibuildwheel, not of the container"
 
     def build_paths(self, folder: Path) -> tuple[str, ...]:
@@ -214,19 +214,19 @@ def _info(engine: str, *options: str) -> str | None:
 
 
 def image(plan: Plan) -> Image:
-    """The stack's image for the target, which `choice.make_plan` has found."""
+    """The stack's image for the target; `choice.make_plan` has checked that it exists."""
     return plan.stack.data.container[plan.target]
 
 
 def configuration(
     toolchain: ContainerToolchain, plan: Plan, ground: Ground, folder: Path, *, jobs: int, epoch: int, memory: int
 ) -> str:
-    """cibuildwheel's settings, in a file of our own: what the package says to cibuildwheel does not count."""
+    """Our settings for cibuildwheel, which replace those of the package."""
     volumes = {ground.environment: "/env", folder / "gracefarm": _FILES} | (
         {ground.compiler: wrappers.NVCC} if ground.compiler else {}
     )
     mounts = [f"--volume={source}:{target}:ro" for source, target in volumes.items()]
-    # No swap either, as in a sandbox: a build that passes its bound would crawl through it.
+    # Without swap, as in a sandbox: a build above its limit would become very slow.
     bound = [f"--memory={memory}", f"--memory-swap={memory}"] if toolchain.bounds_memory else []
     created = ["--network=none", f"--label={_LABEL}={plan.build_id}", *bound, *mounts]
     options: dict[str, object] = {
@@ -243,7 +243,7 @@ def configuration(
 
 
 def before_all(plan: Plan) -> str:
-    """A CUDA_HOME over the image's own, with our nvcc in front; nothing without CUDA."""
+    """Commands for a CUDA_HOME with links to the image's CUDA and our nvcc wrapper; empty without CUDA."""
     top = image(plan).cuda
     if not plan.recipe.data.build.cuda or top is None:
         return ""
@@ -253,7 +253,7 @@ def before_all(plan: Plan) -> str:
 
 
 def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
-    """The build's environment, as in a sandbox, with the container's places in it; PATH and compilers are the image's."""
+    """The variables of the build, as in a sandbox, with the container's paths; PATH and compilers are the image's."""
     ours = wrappers.variables(plan, jobs=jobs, epoch=epoch)
     left_out = {
         "PATH",
@@ -269,7 +269,7 @@ def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
         "CC": "gcc",
         "CXX": "g++",
         "GRACEFARM_FRONT": "",
-        # Nothing is measured, but it says where the source is: schedule.py names units by that.
+        # Nothing is measured, but schedule.py derives the names of units from the source folder in it.
         "GRACEFARM_UNITS": f"{PROJECT}/{wrappers.UNITS}",
         "GRACEFARM_SCHEDULER": f"{interpreter} -I -S {_FILES}/schedule.py",
         "GRACEFARM_SCHEDULE": f"{_FILES}/{wrappers.SCHEDULE}",
@@ -284,12 +284,12 @@ def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
 
 
 def _inside(value: str) -> str:
-    """A recipe's value, with the container's place for the source where it names the sandbox's."""
+    """A recipe's value, with the sandbox's source folder replaced by the container's."""
     return re.sub(r"/build/source(?![^/;:\s])", PROJECT, value)
 
 
 def _search_path(plan: Plan) -> Iterator[str]:
-    """Our ninja, the stack's own tools, the image's with its Python first, our nvcc, and the environment's ninja."""
+    """Our ninja, the stack's tools, the image's with its Python first, our nvcc, and the environment's ninja."""
     yield f"{_FILES}/bin"
     if plan.recipe.data.build.cuda:
         yield from (f"{wrappers.NVCC}/{folder}" for folder in plan.stack.data.toolchain.path)

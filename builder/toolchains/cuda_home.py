@@ -1,4 +1,4 @@
-"""CUDA_HOME of a sandbox: links to the target's wheels and to the host's compiler, with our nvcc in front."""
+"""CUDA_HOME of a sandbox: links to the target's wheels and to the host's compiler, with our nvcc wrapper."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from gracefarm.process import tail
 
 
 def lay_out(plan: Plan, environment: Path, compiler: Path, root: Path, settings: Settings) -> Path:
-    """A CUDA_HOME for the target: our nvcc in front, headers and libraries of the target's wheels under their usual names.
+    """A CUDA_HOME for the target: our nvcc wrapper, headers and libraries of the target's wheels under their usual names.
 
-    Links point to places inside the sandbox (/env, /toolchain), so the folder is small and depends on digests alone.
+    Links point to paths in the sandbox (/env, /toolchain), so the folder is small and depends only on digests.
     """
     stack = plan.inputs["stack"]
     assert isinstance(stack, dict)
@@ -34,7 +34,7 @@ def lay_out(plan: Plan, environment: Path, compiler: Path, root: Path, settings:
             (folder / "bin" / "nvcc").symlink_to(f"{INSIDE}/bin/nvcc")
             (folder / "include").mkdir()
             (folder / "lib64").mkdir()
-            # One folder of the 13 series, nvidia/cu13; one per library, nvidia/cublas and so on, before it.
+            # CUDA 13 has one folder, nvidia/cu13; earlier releases have one for each library, such as nvidia/cublas.
             for part in sorted(packages.glob("nvidia/*/")):
                 _link_part(folder, part, inside / "nvidia" / part.name)
             (folder / "lib").symlink_to("lib64")
@@ -48,8 +48,8 @@ def lay_out(plan: Plan, environment: Path, compiler: Path, root: Path, settings:
 
 
 def _passes(folder: Path, programs: Path, inside: Path) -> None:
-    """nvcc's programs, by links, with ours in place of its device passes. nvcc takes the folder of the link for its own, and
-    reads there in nvcc.profile where the passes are."""
+    """Link nvcc's programs, and replace its device passes by ours. nvcc reads nvcc.profile, which names the folder of the
+    passes, in the folder of the link."""
     folder.mkdir()
     for program in sorted(programs.iterdir()):
         if program.name not in (*DEVICE_PASSES, "nvcc.profile"):
@@ -62,10 +62,10 @@ def _passes(folder: Path, programs: Path, inside: Path) -> None:
 
 
 def _static_runtime(libraries: Path) -> None:
-    """nvcc links programs with these two, and CMake tries that before anything else; the wheels of the 12 series lack them.
+    """Add the two libraries that nvcc links into programs (CMake tests this first); wheels of CUDA 12 do not have them.
 
-    The static runtime then is the shared one, by a linker script, and the device runtime is empty: who really launches
-    kernels from kernels gets an undefined symbol.
+    The static runtime is a linker script for the shared one. The device runtime is empty: code that launches kernels from
+    kernels gets an undefined symbol.
     """
     static, device = libraries / "libcudart_static.a", libraries / "libcudadevrt.a"
     shared = next(iter(sorted(libraries.glob("libcudart.so.*"))), None)
@@ -76,7 +76,7 @@ def _static_runtime(libraries: Path) -> None:
 
 
 def _driver_stub(folder: Path, root: Path, packages: Path) -> None:
-    """A libcuda.so to link with, as the toolkit has one: the driver's names and nothing behind them.
+    """Compile a stub of libcuda.so to link with, as the toolkit has one: only the driver's symbols.
 
     Raises:
         RootError: the root's compiler failed.
@@ -97,12 +97,14 @@ def _driver_stub(folder: Path, root: Path, packages: Path) -> None:
     command = ["gcc", "-shared", "-fPIC", "-O1", "-nostdlib", f"-Wl,-soname,{driver.SONAME}", "-o", "libcuda.so", "stub.c"]
     process = subprocess.run(box.command(command), capture_output=True, text=True, check=False)
     if process.returncode:
-        raise RootError(f"the driver's stand-in cannot be compiled: {tail(process.stderr)}", remedy="run `builder doctor`")
+        raise RootError(
+            f"the stub of the driver's library cannot be compiled: {tail(process.stderr)}", remedy="run `builder doctor`"
+        )
     (folder / "stub.c").unlink()
 
 
 def _link_part(folder: Path, part: Path, inside: Path) -> None:
-    """Headers and libraries of one NVIDIA wheel, by links to where the sandbox has them."""
+    """Link headers and libraries of one NVIDIA wheel to their paths in the sandbox."""
     for header in sorted((part / "include").glob("*")):
         place = folder / "include" / header.name
         if header.name not in ("__init__.py", "__pycache__") and not place.is_symlink():
@@ -114,5 +116,5 @@ def _link_part(folder: Path, part: Path, inside: Path) -> None:
 
 
 def link_name(library: str) -> str:
-    """The name by which a linker finds a library, as libcudart.so for libcudart.so.13."""
+    """The name under which a linker finds a library, as libcudart.so for libcudart.so.13."""
     return library.partition(".so.")[0] + ".so" if ".so." in library else library

@@ -1,6 +1,6 @@
-"""The store of device code: one folder for each recipe, which the builds of all its cells use.
+"""The store of device code: a folder for each recipe, which the builds of all its cells use.
 
-builder/data/toolchain/device.py reads and writes it while a build runs.
+builder/data/toolchain/device.py reads and writes it during a build.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from gracefarm.files import sha256_file
 from gracefarm.tables import parse_size
 
 STORE = "/device"
-"In a sandbox."
+"Path in a sandbox."
 _COMPILERS = ("nvvm/bin/cicc", "bin/ptxas")
 _LIBRARIES = ("libc.so.6", "libm.so.6")
-"Of the root: cicc computes constants with them."
+"Libraries of the root with which cicc computes constants."
 
 
 def enabled(settings: Settings) -> bool:
-    """Whether the setting does not say off."""
+    """Whether the setting is not `off`."""
     return settings.device_store.lower() not in OFF
 
 
 def folder(settings: Settings, recipe: str) -> Path:
-    """Where a recipe's device code is kept. What one package writes there, no other package's build reads."""
+    """The folder of a recipe's device code. Builds of other packages cannot read it."""
     return settings.home / "device" / recipe
 
 
 def mounts(plan: Plan, settings: Settings) -> tuple[BindMount, ...]:
-    """The recipe's own folder, writable.
+    """The mount of the recipe's folder, which is writable.
 
     Raises:
         ConfigError: see `limit`.
@@ -50,13 +50,13 @@ def mounts(plan: Plan, settings: Settings) -> tuple[BindMount, ...]:
 
 
 def variables(ground: Ground) -> dict[str, str]:
-    """What device.py is told; none of it enters the build id."""
+    """Variables for device.py; they do not enter the build id."""
     return {"GRACEFARM_DEVICE_STORE": STORE, "GRACEFARM_DEVICE_COMPILERS": compilers_digest(ground)}
 
 
 def compilers_digest(ground: Ground) -> str:
-    """All that decides what the passes make of their input, beside their options: the compilers, the libraries that they use,
-    and device.py."""
+    """Digest of everything, besides the options, that determines the output of the passes: the compilers, the libraries that
+    they use, and device.py."""
     assert ground.compiler is not None
     programs = [path for name in _COMPILERS for path in sorted(ground.compiler.glob(f"nvidia/*/{name}"))]
     libraries = [ground.root / "lib" / host_arch().triplet / name for name in _LIBRARIES]
@@ -65,7 +65,7 @@ def compilers_digest(ground: Ground) -> str:
 
 
 def limit(settings: Settings) -> int:
-    """The bytes that the store of a recipe may have.
+    """The size limit of a recipe's store, in bytes.
 
     Raises:
         ConfigError: the setting is not a size.
@@ -74,13 +74,14 @@ def limit(settings: Settings) -> int:
         return parse_size(settings.device_store)
     except ValueError as error:
         raise ConfigError(
-            f"setting 'device_store': {settings.device_store!r} is not a size", remedy="say 5GiB, or off"
+            f"setting 'device_store': {settings.device_store!r} is not a size",
+            remedy="set it to a size such as 5GiB, or to off",
         ) from error
 
 
 def trim(settings: Settings, recipe: str) -> None:
-    """Remove what was not used for the longest time, until the store of a recipe keeps to its limit, and what killed builds
-    left half written. A build that reads such a file at this moment reads it to its end, or compiles."""
+    """Remove the least recently used entries until the store of a recipe is within its limit, and incomplete files of killed
+    builds. A build that is reading a removed file can read it to its end, or compiles."""
     if not enabled(settings):
         return
     bound, total = limit(settings), 0
@@ -99,4 +100,4 @@ def trim(settings: Settings, recipe: str) -> None:
 
 
 _STALE_S = 3600.0
-"After so long a half-written entry belongs to no process that runs."
+"An incomplete entry of this age does not belong to a running process."

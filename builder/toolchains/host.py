@@ -1,4 +1,4 @@
-"""A build with the machine's own compilers in a clean virtual environment: `--toolchain host`."""
+"""Build with the machine's compilers in a clean virtual environment: `--toolchain host`."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class HostToolchain(Toolchain):
 
     kind: ClassVar[ToolchainKind] = "host"
     native: ClassVar[bool] = True
-    closed: ClassVar[str | None] = "had this machine's own tools and no sandbox"
+    closed: ClassVar[str | None] = "used this machine's tools without a sandbox"
     unsealed: ClassVar[str | None] = (
-        "with a machine's own tools: the path of its build folder stands in its objects (debug lines, __FILE__)"
+        "with a machine's tools: its objects contain the path of the build folder (debug lines, __FILE__)"
     )
 
     tools: HostTools
@@ -80,7 +80,7 @@ class HostToolchain(Toolchain):
     def lay(
         self, stack: LoadedStack, host: Arch, target: Arch, settings: Settings, tick: Tick = no_tick, *, cuda: bool
     ) -> Ground:
-        """See Toolchain: a clean environment is all."""
+        """See Toolchain: only a clean environment."""
         site = host_environment.ensure(self.tools, settings, tick)
         own = wrappers.site_packages(site, self.tools.interpreter.minor)
         packages = own if self.tools.locked else self.tools.site_packages
@@ -97,7 +97,7 @@ class HostToolchain(Toolchain):
         )
 
     def resumes(self, tree: Path, epoch: int) -> bool:
-        """See Toolchain: ninja goes on with the objects that are whole."""
+        """See Toolchain: ninja continues with the complete objects."""
         clear_products(tree, epoch)
         return tree.is_dir()
 
@@ -117,7 +117,7 @@ class HostToolchain(Toolchain):
         memory: int,
         caches: Caches,
     ) -> Place:
-        """See Toolchain: the folder itself, without network where that can be had."""
+        """See Toolchain: the folder itself, without network if the machine allows it."""
         (folder / "home").mkdir(parents=True, exist_ok=True)
         _ninja(folder / "bin", settings)
         wrappers.lay_plugin(folder)
@@ -131,10 +131,10 @@ class HostToolchain(Toolchain):
     @property
     def note(self) -> str:
         """See Toolchain."""
-        return "without network" if self.tools.uncut is None else f"the network was not cut off: {self.tools.uncut}"
+        return "without network" if self.tools.uncut is None else f"with network: {self.tools.uncut}"
 
     def build_paths(self, folder: Path) -> tuple[str, ...]:
-        """See Toolchain: the path of the folder itself stands in what is compiled."""
+        """See Toolchain: objects contain the path of the folder."""
         return (*super().build_paths(folder), str(folder))
 
     def trial_environment(self, ground: Ground, *, emulated: bool) -> TrialEnvironment:
@@ -147,7 +147,7 @@ class HostToolchain(Toolchain):
 
 
 def _cuda_home(tools: HostTools, settings: Settings) -> Path | None:
-    """A CUDA_HOME of links into the machine's toolkit with our nvcc in front, whatever its layout; None without CUDA."""
+    """A CUDA_HOME with links to the machine's toolkit, of any layout, and our nvcc wrapper; None without CUDA."""
     top = tools.cuda_home
     if top is None:
         return None
@@ -171,7 +171,7 @@ def _link_toolkit(top: Path, folder: Path) -> None:
         (folder / "bin" / "nvcc").write_bytes(wrapper.read_bytes())
     (folder / "bin" / "nvcc").chmod(0o755)
     for entry in sorted(library for part in ("lib64", "lib") for library in (top / part).glob("*")):
-        # A toolkit out of wheels has libcudart.so.13 and no name to link with.
+        # A toolkit from wheels has libcudart.so.13, but no libcudart.so.
         for name in {entry.name, cuda_home.link_name(entry.name)}:
             if not (folder / "lib64" / name).is_symlink() and not ((top / "lib64" / name).exists() and name != entry.name):
                 (folder / "lib64" / name).symlink_to(entry)
@@ -184,7 +184,7 @@ def _link_toolkit(top: Path, folder: Path) -> None:
 def _variables(
     plan: Plan, tools: HostTools, site: Path, settings: Settings, folder: Path, *, jobs: int, epoch: int
 ) -> dict[str, str]:
-    """The environment of a build: a sandbox's, with this machine's places in it; and the loader's path, where one is set."""
+    """The variables of a build: those of a sandbox with this machine's paths, and LD_LIBRARY_PATH if it is set."""
     values = wrappers.variables(plan, jobs=jobs, epoch=epoch)
     values = {name: value.replace("/build/", f"{folder}/") for name, value in values.items()}
     home = _cuda_home(tools, settings)
@@ -207,14 +207,14 @@ def _variables(
         values |= {"CUDA_HOME": str(home), "CUDA_PATH": str(home), "CUDACXX": str(home / "bin" / "nvcc")}
         values |= {"GRACEFARM_NVCC": str(tools.cuda_home / "bin" / "nvcc"), "GRACEFARM_CCBIN": ""}
     if tools.cxx_runtime is not None:
-        # Before the objects: what is found in it is not looked for in libstdc++.a, which the compiler adds at the end.
+        # Before the objects: then the linker does not search its symbols in libstdc++.a, which the compiler adds at the end.
         shared = f"-Wl,--push-state,--no-as-needed,{tools.cxx_runtime},--pop-state"
         values["LDFLAGS"] = f"{values.get('LDFLAGS', '')} {shared}".strip()
     return values | library_path()
 
 
 def _ninja(folder: Path, settings: Settings) -> None:
-    """A folder for the front of PATH with our ninja alone, under each name that CMake finds the machine's by."""
+    """Create a folder for the front of PATH that has only our ninja, under all names that CMake searches."""
     remove_tree(folder)
     folder.mkdir()
     for name in ("ninja", *(["ninja-build"] if shutil.which("ninja-build") else [])):
@@ -222,7 +222,7 @@ def _ninja(folder: Path, settings: Settings) -> None:
 
 
 def _cuobjdump(tools: HostTools, packages: Path) -> Path | None:
-    """NVIDIA's reader of device code: the toolkit's, one of the environment's wheels, or one on PATH."""
+    """NVIDIA's cuobjdump: from the toolkit, the environment's wheels, or PATH."""
     sites = [packages] if tools.locked else tools.interpreter.sites
     readers = [tools.cuda_home / "bin" / "cuobjdump"] if tools.cuda_home else []
     readers += [reader for site in sites for reader in sorted(site.glob("nvidia/*/bin/cuobjdump"))]
@@ -231,9 +231,9 @@ def _cuobjdump(tools: HostTools, packages: Path) -> Path | None:
 
 
 def clear_products(tree: Path, epoch: int) -> Sequence[Path]:
-    """Remove what a cut-off build may have left half written and would take for whole: libraries. Objects are ninja's affair.
+    """Remove libraries, which an interrupted build may have left incomplete; ninja checks the objects.
 
-    The files of the source all have the time `epoch`.
+    All files of the source have the time `epoch`.
     """
     stale = [library for library in tree.rglob("*.so") if library.is_file() and int(library.stat().st_mtime) != epoch]
     for library in stale:

@@ -1,4 +1,4 @@
-"""Clean virtual environments over this machine's own Python."""
+"""Clean virtual environments with this machine's Python."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from gracefarm.files import atomic_write, lock, remove_tree
 from gracefarm.process import tail
 
 _WHOLE = "complete"
-"File of an environment that was assembled to its end."
+"File that marks a complete environment."
 
 
 def ensure(tools: HostTools, settings: Settings, tick: Tick = no_tick) -> Path:
-    """The clean virtual environment of a build: from the stack's lock, or over the environment that was named.
+    """The clean virtual environment of a build: from the stack's lock, or on top of the named environment.
 
     Raises:
-        HostError: the interpreter cannot make one.
-        ConfigError, FetchError, DigestError, RootError, DiskFullError: as `environment.ensure`.
+        HostError: the interpreter cannot create it.
+        ConfigError, FetchError, DigestError, RootError, DiskFullError: as in `environment.ensure`.
     """
     final = folder(tools, settings)
-    with lock(final.with_name(f"{final.name}.lock"), lambda: tick(0, None, "another process assembles this")):
+    with lock(final.with_name(f"{final.name}.lock"), lambda: tick(0, None, "another process is assembling this")):
         if not (final / _WHOLE).is_file():
             remove_tree(final)
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -40,13 +40,13 @@ def ensure(tools: HostTools, settings: Settings, tick: Tick = no_tick) -> Path:
                 where = ["--python", str(final / "bin" / "python3")]
                 wheels.install(locked, where, tools.base.data.name, settings, tick)
             atomic_write(final / _WHOLE, "")
-        if tools.locked:  # as environment.ensure does: another stack may have assembled the same wheels
+        if tools.locked:  # as in environment.ensure: another stack may have assembled the same wheels
             torch_facts.check(tools.base, site_packages(final, tools.interpreter.minor))
     return final
 
 
 def folder(tools: HostTools, settings: Settings) -> Path:
-    """Where `ensure` puts it."""
+    """The folder that `ensure` creates."""
     name = hashlib.sha256(f"{_kind(tools)} {tools.interpreter.executable} {tools.interpreter.version}".encode()).hexdigest()
     return settings.home / "host" / "environments" / name[:32]
 
@@ -56,13 +56,13 @@ def _kind(tools: HostTools) -> str:
 
 
 def _venv(tools: HostTools, into: Path, *besides: Path) -> None:
-    """An empty virtual environment of the machine's Python, which also sees `besides` and a named environment's packages."""
+    """Create an empty virtual environment of the machine's Python, with access to `besides` and to a named environment."""
     command = [str(tools.interpreter.executable), "-m", "venv", "--without-pip", str(into)]
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     process = subprocess.run(command, capture_output=True, text=True, check=False, env=kept, cwd="/")
     if process.returncode:
         raise HostError(
-            f"{tools.interpreter.executable} makes no virtual environment: {tail(process.stdout + process.stderr)}",
+            f"{tools.interpreter.executable} cannot create a virtual environment: {tail(process.stdout + process.stderr)}",
             remedy="install its module venv, or name another Python",
         )
     others = [*besides, *(() if tools.locked else tools.interpreter.sites)]
@@ -72,7 +72,7 @@ def _venv(tools: HostTools, into: Path, *besides: Path) -> None:
 
 
 def fresh(tools: HostTools, base: Path, into: Path, wheel: Path) -> Path:
-    """Another clean environment, over that of the build, with `wheel` in it alone.
+    """Another clean environment on top of that of the build, which contains only `wheel`.
 
     Raises:
         InstallError: the wheel does not fit this Python, or is damaged.

@@ -1,7 +1,7 @@
-"""This machine's own compilers, CUDA and Python, for `--toolchain host`: what is there, named so that it can enter a build id.
+"""This machine's compilers, CUDA and Python for `--toolchain host`, described so that they can enter a build id.
 
-Nothing is taken silently: what differs from the stack is a fact of a stack of its own, `NAME@host`, which the build id and the
-record hold and the console says. What must not differ (torch and its CUDA, the compiler's CUDA) is an error.
+Differences from the stack are never silent: they are facts of another stack, `NAME@host`, enter build id and record, and are
+printed. If torch, its CUDA or the compiler's CUDA differs, this is an error.
 """
 
 from __future__ import annotations
@@ -71,36 +71,36 @@ class HostPython(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class HostTools:
-    """What a host build stands on."""
+    """The tools of a host build."""
 
     base: LoadedStack
-    "The stack that was asked for."
+    "The stack that the user named."
     wanted: Wanted
     arch: Arch
     interpreter: HostPython
     glibc: str
     "As 2_39."
     compilers: Mapping[str, str]
-    "What each program says of itself, and its sha256."
+    "Version line and sha256 of each program."
     cuda_home: Path | None
     uncut: str | None = None
-    "Why a build has this machine's network; None: it has none."
+    "Why a build has this machine's network; None: it has no network."
     cxx_runtime: Path | None = None
-    "The shared libstdc++ to link with by name, where the compiler would link a static one; None: it takes the shared one."
+    "The shared libstdc++ to link explicitly, if the compiler would link a static one; None: it links the shared one."
 
     @property
     def locked(self) -> bool:
-        """Packages come from the stack's lock, not from what is installed."""
+        """Whether packages come from the stack's lock, not from an installed environment."""
         return self.wanted.environment is None
 
     @property
     def site_packages(self) -> Path:
-        """The folder of the own environment that has torch, else its first."""
+        """The folder of the named environment with torch, else its first folder."""
         return next((site for site in self.interpreter.sites if (site / "torch").is_dir()), self.interpreter.sites[0])
 
     @cached_property
     def stack(self) -> LoadedStack:
-        """The stack with this machine's facts in place of its own."""
+        """The stack with its facts replaced by those of this machine."""
         data = self.base.data
         torch = self.base.torch
         if torch is not None and not self.locked:
@@ -110,22 +110,22 @@ class HostTools:
         return replace(self.base, data=data.model_copy(update=update))
 
     def differences(self) -> Iterator[str]:
-        """Sentences about what is not as the stack has it."""
+        """Sentences about differences from the stack."""
         data, glibc = self.base.data, self.glibc.replace("_", ".")
-        yield f"compilers are this machine's, not those of {self.base.root.suite} that the stack locks"
+        yield f"compilers are those of this machine, not those of {self.base.root.suite} in the stack's lock"
         if self.interpreter.minor != data.python:
-            yield f"Python is {self.interpreter.minor}, the stack's is {data.python}"
+            yield f"Python is {self.interpreter.minor}, but the stack has {data.python}"
         floor = data.glibc.get(self.arch)
         if floor != self.glibc:
-            allowed = f"{floor.replace('_', '.')} at most" if floor else "none"
-            yield f"glibc is {glibc}, the stack allows {allowed} on {self.arch.value}: the wheel may need this one"
+            allowed = f"at most {floor.replace('_', '.')}" if floor else "no glibc"
+            yield f"glibc is {glibc}, but the stack allows {allowed} on {self.arch.value}: the wheel may require {glibc}"
         if not self.locked:
-            yield "packages are those installed in the environment that was named, not those of the stack's lock"
+            yield "packages are those of the named environment, not those of the stack's lock"
         if self.cxx_runtime is not None:
-            yield "g++ links libstdc++ statically here; it is told to take the shared one, as torch does"
+            yield "g++ links libstdc++ statically by default; it is made to link the shared one, as torch does"
 
     def inputs(self) -> dict[str, object]:
-        """What enters the build id beside the stack's own facts; no path among it."""
+        """Inputs of the build id in addition to the stack's facts; without paths."""
         own = {} if self.locked else {"distributions": dict(sorted(self.interpreter.distributions.items()))}
         return {
             "kind": "host",
@@ -141,10 +141,10 @@ class HostTools:
 
 
 def find(base: LoadedStack, wanted: Wanted, *, cuda: bool) -> HostTools:
-    """This machine's toolchain for a stack; `cuda`: the CUDA compiler and torch are needed.
+    """This machine's toolchain for a stack; `cuda`: the CUDA compiler and torch are required.
 
     Raises:
-        HostError: something is missing, or torch or CUDA is not what the stack has; says which and how to mend it.
+        HostError: a tool is missing, or torch or CUDA differs from the stack; names the tool and the remedy.
     """
     arch = host_arch()
     interpreter = _interpreter(base, wanted)
@@ -179,34 +179,34 @@ def _interpreter(base: LoadedStack, wanted: Wanted) -> HostPython:
     place = wanted.environment or wanted.python or (Path(on_path) if on_path else None)
     if place is None:
         raise HostError(
-            f"there is no python{python} on PATH, which the lock of stack {base.data.name} is for",
-            remedy="install it, name it with --python PATH, or take a Python with its own torch: --environment PATH",
+            f"python{python}, which the lock of stack {base.data.name} requires, is not on PATH",
+            remedy="install it, name it with --python PATH, or name a Python with its own torch: --environment PATH",
         )
     if place.is_dir():
         place = place / "bin" / "python3"
     interpreter = probe(place)
     if wanted.environment is None and interpreter.minor != python:
         raise HostError(
-            f"{place} is Python {interpreter.minor}, the lock of stack {base.data.name} is for {python}",
-            remedy=f"name a Python {python} with --python PATH, or take one with its own torch: --environment PATH",
+            f"{place} is Python {interpreter.minor}, but the lock of stack {base.data.name} is for {python}",
+            remedy=f"name a Python {python} with --python PATH, or use one with its own torch: --environment PATH",
         )
     if not interpreter.header.is_file():
-        raise HostError(f"{place} has no {interpreter.header}", remedy=f"install python{interpreter.minor}-dev")
+        raise HostError(f"{interpreter.header} of {place} is missing", remedy=f"install python{interpreter.minor}-dev")
     if wanted.environment is not None:
         missing = [name for name in ("build", "setuptools") if name not in interpreter.distributions]
         if missing:
             raise HostError(
-                f"the environment of {place} lacks {' and '.join(missing)}",
+                f"{' and '.join(missing)} are missing in the environment of {place}",
                 remedy=f"{place} -m pip install {' '.join(missing)} wheel ninja packaging",
             )
     return interpreter
 
 
 def probe(executable: Path) -> HostPython:
-    """Ask an interpreter about itself, with nothing of our own environment in its way.
+    """Run a Python interpreter to read its facts, isolated from our environment.
 
     Raises:
-        HostError: it does not run, or is no CPython.
+        HostError: it does not run, or is not CPython.
     """
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     try:
@@ -214,22 +214,22 @@ def probe(executable: Path) -> HostPython:
             [executable, "-c", _PROBE], capture_output=True, text=True, check=False, env=kept, cwd="/", timeout=120
         )
     except OSError as error:
-        raise HostError(f"{executable} does not run: {error.strerror}", remedy="name a Python that does") from error
+        raise HostError(f"{executable} does not run: {error.strerror}", remedy="name a working Python interpreter") from error
     if process.returncode:
         answer = last_line(process.stderr)
-        raise HostError(f"{executable} is no Python that can build: {answer}", remedy="name one that does")
+        raise HostError(f"{executable} cannot be used to build: {answer}", remedy="name another Python interpreter")
     try:
         answer = json.loads(process.stdout)
     except ValueError as error:
-        raise HostError(f"{executable} is no Python: it does not answer as one", remedy="name one that does") from error
+        raise HostError(f"{executable} is not a working Python interpreter", remedy="name another one") from error
     if answer["implementation"] != "cpython":
-        raise HostError(f"{executable} is {answer['implementation']}", remedy="name a CPython")
+        raise HostError(f"{executable} is {answer['implementation']}", remedy="name a CPython interpreter")
     versions = {canonicalize_name(name): version for name, version in answer["distributions"].items() if name}
     return HostPython.model_validate(answer | {"executable": executable.absolute(), "distributions": versions})
 
 
 def _check_torch(base: LoadedStack, wanted: Wanted, interpreter: HostPython) -> None:
-    """torch is what the wheel links with: another one would be another stack."""
+    """Refuse another torch or CUDA than the stack's, since the wheel links with torch."""
     stack = base.data
     if wanted.environment is None or base.torch is None or stack.torch is None:
         return
@@ -242,8 +242,8 @@ def _check_torch(base: LoadedStack, wanted: Wanted, interpreter: HostPython) -> 
     cuda = torch_facts.read(site).get("cuda") if site else None
     if Version(version).public != Version(stack.torch.version).public or cuda != stack.torch.cuda:
         raise HostError(
-            f"torch there is {version} for CUDA {cuda}, stack {stack.name} has {stack.torch.version} for {stack.torch.cuda}",
-            remedy="name the stack that has this torch (--stack), or an environment that has that one",
+            f"its torch is {version} for CUDA {cuda}, but stack {stack.name} has {stack.torch.version} for {stack.torch.cuda}",
+            remedy="name the stack with this torch (--stack), or an environment with the stack's torch",
         )
 
 
@@ -255,7 +255,7 @@ def _gcc() -> Iterator[tuple[str, str]]:
         program = shutil.which(os.environ.get(variable) or name)
         if program is None:
             raise HostError(
-                f"there is no {os.environ.get(variable) or name} on PATH",
+                f"{os.environ.get(variable) or name} is not on PATH",
                 remedy="install gcc and g++ (Debian: build-essential)",
             )
         yield name, f"{_said([program, '--version']).splitlines()[0]} sha256:{sha256_file(Path(program).resolve())}"
@@ -266,7 +266,7 @@ def _gcc() -> Iterator[tuple[str, str]]:
 
 
 def _links_cxx_statically() -> bool:
-    """Whether a shared object that throws gets a C++ runtime of its own: then no exception could pass from it to torch."""
+    """Whether the compiler links the C++ runtime statically. Then exceptions could not pass from the object to torch."""
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "throws.cpp"), Path(folder, "throws.so")
         source.write_text('#include <stdexcept>\nvoid fail() { throw std::runtime_error(""); }\n')
@@ -276,24 +276,24 @@ def _links_cxx_statically() -> bool:
         )
         if process.returncode:
             raise HostError(
-                f"{compiler} does not compile C++: {tail(process.stderr)}",
+                f"{compiler} cannot compile C++: {tail(process.stderr)}",
                 remedy="install g++ and its libstdc++ (Debian: build-essential)",
             )
         return "libstdc++.so.6" not in elf.read(library).needed
 
 
 def _shared_cxx_runtime(interpreter: HostPython) -> Path:
-    """The libstdc++ that this Python loads: the one that its torch uses."""
+    """The libstdc++ that this Python, and so its torch, loads."""
     program = "import ctypes; ctypes.CDLL('libstdc++.so.6'); print(open('/proc/self/maps').read())"
     process = subprocess.run([interpreter.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     library = next((line.split()[-1] for line in process.stdout.splitlines() if "/libstdc++.so.6" in line), None)
     if library is None:
-        raise HostError("g++ links libstdc++ statically, and there is no shared one", remedy="install libstdc++6")
+        raise HostError("g++ links libstdc++ statically, and a shared libstdc++ is not installed", remedy="install libstdc++6")
     return Path(library)
 
 
 def _toolkit(base: LoadedStack, wanted: Wanted) -> Path:
-    """The CUDA toolkit: the named one, else the first place that has the stack's release."""
+    """The CUDA toolkit: the named one, else the first that has the stack's release."""
     release = base.data.cuda
     places = [wanted.cuda] if wanted.cuda else _usual_places(release)
     seen = []
@@ -306,25 +306,25 @@ def _toolkit(base: LoadedStack, wanted: Wanted) -> Path:
         seen.append(f"{place} has {have}")
     if seen:
         raise HostError(
-            f"stack {base.data.name} compiles with CUDA {release}: {', '.join(seen)}",
-            remedy=f"name a toolkit {release} with --cuda PATH, or the stack of this one with --stack",
+            f"stack {base.data.name} requires CUDA {release}, but {', '.join(seen)}",
+            remedy=f"name a toolkit {release} with --cuda PATH, or a stack for this toolkit with --stack",
         )
     where = str(wanted.cuda) if wanted.cuda else "CUDA_HOME, /usr/local/cuda and the folders of PATH"
     raise HostError(
-        f"there is no CUDA compiler (nvcc): looked in {where}", remedy=f"install CUDA {release}, or say --cuda PATH"
+        f"no CUDA compiler (nvcc) was found in {where}", remedy=f"install CUDA {release}, or name it with --cuda PATH"
     )
 
 
 def check_headers(arch: Arch, cuda: str, glibc: str) -> None:
-    """CUDA's compiler reads the headers of this machine.
+    """Require that the CUDA compiler can read the headers of this machine.
 
     Raises:
-        HostError: it is known not to.
+        HostError: it is known that it cannot.
     """
     if problem := unread_headers(arch, cuda, glibc):
         raise HostError(
             problem,
-            remedy="leave --toolchain host out: the sandbox has older ones; or build on Ubuntu 22.04, Debian 12 or Rocky 9",
+            remedy="remove --toolchain host: the sandbox has older headers; or build on Ubuntu 22.04, Debian 12 or Rocky 9",
         )
 
 
@@ -349,7 +349,7 @@ def _nvcc(cuda_home: Path) -> Iterator[tuple[str, str]]:
         (line for line in _said([str(cuda_home / "bin" / "nvcc"), "--version"]).splitlines() if "release" in line), ""
     )
     yield "cuda", version.strip()
-    # By name and size: thousands of files, each build anew.
+    # By name and size, since each build would have to read thousands of files.
     headers = hashlib.sha256()
     top = (cuda_home / "include").resolve()
     for folder, folders, files in os.walk(top):
@@ -364,14 +364,14 @@ def _said(command: list[str]) -> str:
     try:
         process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     except OSError as error:
-        raise HostError(f"{command[0]} does not run: {error.strerror}", remedy="mend or replace it") from error
+        raise HostError(f"{command[0]} does not run: {error.strerror}", remedy="install it again") from error
     if process.returncode or not process.stdout.strip():
-        raise HostError(f"{' '.join(command)} fails: {tail(process.stderr)}", remedy="mend or replace it")
+        raise HostError(f"{' '.join(command)} fails: {tail(process.stderr)}", remedy="install the program again")
     return process.stdout.strip()
 
 
 def library_folders(tools: HostTools) -> tuple[str, ...]:
-    """Folders that this machine's loader searches beside Debian's own, relative to /: from its cache, and Python's."""
+    """Folders that this machine's loader searches besides Debian's, relative to /: from its cache, and Python's."""
     ldconfig = shutil.which("ldconfig", path=f"{os.environ.get('PATH', os.defpath)}:/sbin:/usr/sbin")
     lines = subprocess.run([ldconfig, "-p"], capture_output=True, text=True, check=False).stdout if ldconfig else ""
     places = [line.rpartition(" => ")[2].rpartition("/")[0] for line in lines.splitlines() if " => " in line]

@@ -1,4 +1,4 @@
-"""Clean environments on this machine itself, where finished wheels are tried."""
+"""Clean environments on this machine, in which finished wheels are tested."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gracefarm.files import remove_tree
 
 @dataclass(frozen=True, kw_only=True)
 class HostTrialEnvironment:
-    """A virtual environment over that of the build, on the machine itself."""
+    """A virtual environment on top of that of the build, on this machine."""
 
     tools: HostTools
     ground: Ground
@@ -23,7 +23,7 @@ class HostTrialEnvironment:
     overlaid = True
 
     def clean(self, wheel: Path, scratch: Path, files: Path, *, memory: int, with_gpu: bool) -> CleanEnvironment:
-        """See `builder.planning.ground.TrialEnvironment`; a GPU of the machine is there anyway."""
+        """See `builder.planning.ground.TrialEnvironment`; the machine's GPU is always visible."""
         prefix = host_environment.fresh(self.tools, self.ground.environment, scratch / "env", wheel)
         for name in ("home", "tmp"):
             remove_tree(scratch / name)
@@ -39,12 +39,12 @@ class HostTrialEnvironment:
 
 
 def search_path(tools: HostTools, site: Path, home: Path | None = None) -> str:
-    """PATH: our nvcc, the clean environment, the scripts of the named one, this machine's programs."""
+    """PATH: our nvcc, the clean environment, the scripts of the named environment, this machine's programs."""
     places = [*([home / "bin"] if home else []), site / "bin", tools.interpreter.scripts]
     return ":".join([*map(str, places), *dict.fromkeys([*os.environ.get("PATH", os.defpath).split(":"), "/usr/bin", "/bin"])])
 
 
 def library_path() -> dict[str, str]:
-    """LD_LIBRARY_PATH, without which the torch of some machines does not load."""
+    """LD_LIBRARY_PATH, which the torch of some machines requires."""
     value = os.environ.get("LD_LIBRARY_PATH")
     return {"LD_LIBRARY_PATH": value} if value else {}

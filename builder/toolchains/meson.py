@@ -1,4 +1,4 @@
-"""Meson's cross file: the target's machine, and our launcher for the target's programs, so that Meson runs none directly."""
+"""Meson's cross file: the target's machine, and our launcher for the target's programs, so that Meson does not run them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from builder.planning.plan import Plan
 from builder.toolchains import wrappers
 
 FILE = "cross.ini"
-"In a build's working folder."
+"File in a build's work folder."
 _BACKEND = "meson-python"
 
 
 def needed(plan: Plan) -> bool:
-    """Meson builds the package, and for another machine than this one."""
+    """Whether Meson builds the package for another architecture."""
     names = {canonicalize_name(Requirement(text).name) for text in plan.recipe.data.build.requires}
     return _BACKEND in names and plan.host is not plan.target
 
 
 def text(plan: Plan) -> str:
-    """The cross file (mesonbuild.com, "Cross compilation"). Its `python` is what `find_installation()` asks."""
+    """The cross file (mesonbuild.com, "Cross compilation"). `find_installation()` uses its `python`."""
     prefix = f"{plan.target.triplet}-"
     programs = {
         "c": f"{prefix}gcc",
@@ -50,5 +50,5 @@ def digest(plan: Plan) -> str:
 
 
 def options(folder: str) -> tuple[str, ...]:
-    """How meson-python is told of it; `folder` is the working folder as the build sees it."""
+    """The options of meson-python for the cross file; `folder` is the path of the work folder for the build."""
     return (f"-Csetup-args=--cross-file={folder}/{FILE}",)

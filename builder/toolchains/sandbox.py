@@ -1,4 +1,4 @@
-"""A build with the stack's locked compilers in the sandbox: `--toolchain sandbox`, the default."""
+"""Build with the stack's locked compilers in the sandbox: `--toolchain sandbox`, the default."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from gracefarm.errors import ConfigError, HostError
 
 @dataclass(frozen=True, kw_only=True)
 class SandboxToolchain(Toolchain):
-    """The stack's own compilers, environment and root."""
+    """The stack's compilers, environment and root."""
 
     kind: ClassVar[ToolchainKind] = "sandbox"
 
@@ -38,10 +38,10 @@ class SandboxToolchain(Toolchain):
         return cls()
 
     def require(self, plan: Plan) -> None:
-        """The stack's CUDA reads the headers of its root.
+        """See Toolchain: the stack's CUDA must be able to read the headers of its root.
 
         Raises:
-            ConfigError: it is known not to.
+            ConfigError: it is known that it cannot.
         """
         if not plan.recipe.data.build.cuda:
             return
@@ -53,8 +53,8 @@ class SandboxToolchain(Toolchain):
                 continue
             if problem := unread_headers(plan.target, stack.data.cuda, version[0]):
                 raise ConfigError(
-                    f"stack {stack.data.name}: {problem}, and its root has {package.title}",
-                    remedy="take an older suite under [root] in its stack.toml, as bookworm, and lock it",
+                    f"stack {stack.data.name}: {problem}; its root has {package.title}",
+                    remedy="use an older suite, such as bookworm, in [root] of its stack.toml, and lock it",
                     repeat=f"builder lock {stack.data.name}",
                 )
 
@@ -75,7 +75,7 @@ class SandboxToolchain(Toolchain):
         }
 
     def inputs(self, plan: Plan) -> Inputs:
-        """See Toolchain: what some builds alone take."""
+        """See Toolchain: parts that only some builds use."""
         tools = pins.tool_wheels(plan.stack, plan.host)
         own: Inputs = {"tools": pins.digest_of("tools", plan.stack.python, plan.host, tools)} if tools else {}
         return own | ({"meson": meson.digest(plan)} if meson.needed(plan) else {})

@@ -1,4 +1,4 @@
-"""Clean environments in a sandbox, where finished wheels are tried."""
+"""Clean environments in a sandbox, in which finished wheels are tested."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from builder.ground import environment
 from builder.planning.ground import CleanEnvironment, Ground
 
 WORKDIR = "/smoke"
-"Also the driver's folder, so that a Python that looks in either finds the decoys first."
+"Also the folder of the driver script, so that a Python that searches either of them finds the decoys first."
 
 
 def variables(ground: Ground | None = None) -> dict[str, str]:
-    """The environment of a smoke test; on a ground with the architectures, and with what runs programs of the target."""
+    """The variables of a smoke test; with a ground also those for architectures and emulator."""
     own = {"GRACEFARM_SM": " ".join(ground.sm), "GRACEFARM_EMULATOR": ground.emulator or ""} if ground is not None else {}
     return own | {
         "PATH": "/env/bin:/opt/gracefarm/bin:/usr/bin:/bin",

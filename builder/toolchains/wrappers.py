@@ -1,4 +1,4 @@
-"""Our compiler wrappers, and the variables and the command by which a package's build script meets them."""
+"""Our compiler wrappers, and the variables and the command with which a package's build script uses them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from builder.planning.stack import Arch
 from gracefarm.files import atomic_directory, lock
 
 UNITS, SCHEDULE = "units.jsonl", "schedule.json"
-"In a build's working folder: what front.py writes, what schedule.py reads."
+"Files in a build's work folder: front.py writes the first, schedule.py reads the second."
 PLUGIN = "setuptools"
-"There as well: what lets setuptools compile several objects at the same time."
+"Folder in a build's work folder, with the plugin that makes setuptools compile objects in parallel."
 CUDA = "/cuda"
-"In a sandbox or a container: CUDA_HOME, links to the compiler and the libraries with our nvcc in front."
+"CUDA_HOME in a sandbox or container: links to the compiler and the libraries, with our nvcc wrapper."
 NVCC = "/toolchain"
 PASSES = f"{CUDA}/passes"
-"In a sandbox: nvcc, by a link, with ours in place of its device passes."
+"Folder in a sandbox with a link to nvcc and our replacements of its device passes."
 TOOLS = "/tools"
-"In a sandbox: programs of this machine that the recipe requires to build, as CMake."
+"Folder in a sandbox with programs for this machine that the recipe requires to build, such as CMake."
 INSIDE = "/gracefarm"
 FRONT, SCHEDULER = (f"{NATIVE_PYTHON} -I -S {INSIDE}/lib/{name}.py" for name in ("front", "schedule"))
-"How the wrappers start a compilation that is cached and measured, and ninja with a schedule."
+"Commands with which the wrappers start a cached and measured compilation, and ninja with a schedule."
 DEVICE = f"{NATIVE_PYTHON} -I -S {INSIDE}/lib/device"
-"How they start a device pass."
+"Command with which they start a device pass."
 DEVICE_PASSES = ("cicc", "ptxas", "fatbinary")
 _COMPILERS = [prefix + name for prefix in ("", *(f"{arch.triplet}-" for arch in Arch)) for name in ("gcc", "g++", "cc", "c++")]
 PATH = f"{INSIDE}/bin:/opt/gracefarm/bin:{CUDA}/bin:/usr/bin:/bin:/env/bin"
@@ -42,14 +42,14 @@ def site_packages(environment: Path, python: str) -> Path:
 
 
 def folder(settings: Settings) -> Path:
-    """The folder of wrappers, copied once per content so that a sandbox can mount it from any installation of ours."""
+    """The folder of wrappers, copied once for each content, so that a sandbox can mount it from every installation."""
     final = settings.home / "wrappers" / wrappers_digest()[:16]
     with lock(settings.home / "locks" / f"wrappers-{final.name}"):
         if not final.is_dir():
             with atomic_directory(final) as copy, as_file(files("builder") / "data" / "toolchain") as source:
                 (copy / "bin").mkdir()
                 (copy / "lib").mkdir()
-                # Copies: torch believes that a compiler is GNU's when the file that the name leads to says so.
+                # Copies, not links: torch decides by the name of the link's target whether a compiler is GNU's.
                 names = dict.fromkeys(_COMPILERS, "compiler") | {name: name for name in ("emulate", "ninja", "nvcc", "python")}
                 for name, script in names.items():
                     shutil.copy(source / script, copy / "bin" / name)
@@ -64,7 +64,7 @@ def folder(settings: Settings) -> Path:
 
 
 def _device(source: Path, copy: Path) -> None:
-    """device.py as a program that finds its modules by their names, and the scripts that start it."""
+    """Create device.py as a program that can import its modules by name, and the scripts that start it."""
     modules = copy / "lib" / "device" / "builder" / "data" / "toolchain"
     modules.mkdir(parents=True)
     for name in ("bitcode.py", "device_store.py"):
@@ -77,13 +77,13 @@ def _device(source: Path, copy: Path) -> None:
 
 
 def lay_plugin(work: Path) -> None:
-    """Put the plugin of setuptools into a working folder."""
+    """Copy the plugin of setuptools into a work folder."""
     with as_file(files("builder") / "data" / PLUGIN) as source:
         shutil.copytree(source, work / PLUGIN, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def variables(plan: Plan, *, jobs: int, epoch: int, tools: Sequence[str] = ()) -> dict[str, str]:
-    """The whole environment of a build; nothing of the machine's own gets in. `tools`: folders of a recipe's programs."""
+    """All variables of a build; none come from the machine. `tools`: folders of a recipe's programs."""
     data, recipe = plan.stack.data, plan.recipe.data
     cross = plan.host is not plan.target
     python = "/usr" if plan.stack.interpreter is None else tree.PREFIX
@@ -142,7 +142,7 @@ def variables(plan: Plan, *, jobs: int, epoch: int, tools: Sequence[str] = ()) -
 
 
 def _path(of_stack: Sequence[str], tools: Sequence[str]) -> Iterator[str]:
-    """The recipe's programs come before the stack's and the root's, but our ninja starts theirs."""
+    """PATH: the recipe's programs come before those of stack and root, but our ninja starts first."""
     if tools:
         yield f"{INSIDE}/bin"
     yield from tools
@@ -151,14 +151,14 @@ def _path(of_stack: Sequence[str], tools: Sequence[str]) -> Iterator[str]:
 
 
 def command(plan: Plan, environment: str = "/env", folder: str = "/build", further: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """What runs in the sandbox; a person can type it in `builder shell`. `further`: options for the backend."""
+    """The command in the sandbox, which can also be typed in `builder shell`. `further`: options for the backend."""
     build, tree = plan.build, plan.recipe.data.tree
     if tree is not None:
         return ("sh", "-euxc", "\n".join((f"cd {folder}/source/{build.subdirectory}", *tree.commands)))
     options = {key: value.replace("/build/", f"{folder}/") for key, value in build.config_settings.items()}
     settings = tuple(f"-C{key}={value}" for key, value in sorted(options.items()))
     place = str(PurePosixPath(folder) / "source" / build.subdirectory)
-    # --skip-dependency-check: check_requirements did it; build would start the emulated setup.py, and torch, once more.
+    # --skip-dependency-check: check_requirements did it; build would start the emulated setup.py, and torch, again.
     return (
         f"{environment}/bin/python3",
         "-m",

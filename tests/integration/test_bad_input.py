@@ -123,7 +123,7 @@ def test_a_glibc_that_is_written_in_another_way(farm: Farm) -> None:
 def test_a_python_that_is_none(farm: Farm, program: str) -> None:
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
     done = farm.run("plan", "tiny", "--toolchain", "host", "--python", f"/bin/{program}")
-    refused(done, ExitCode.HOST, f"/bin/{program} is no Python")
+    refused(done, ExitCode.HOST, f"/bin/{program} is not a working Python interpreter")
 
 
 def test_a_substitution_in_a_file_that_is_not_utf_8(farm: Farm) -> None:
@@ -258,7 +258,7 @@ def test_out_of_memory_is_retried_once_with_fewer_jobs_and_named(
     settings = farm.settings.model_copy(update={"memory": "400MiB"})
     with pytest.raises(MemoryBoundError, match=r"killed at its bound of 0\.4 GiB"):
         build.build(plan_of("tiny", None, NATIVE, settings), BuildOptions(), settings, Console(as_json=True))
-    assert "trying once more with 1 jobs" in capsys.readouterr().out
+    assert "trying again with 1 jobs" in capsys.readouterr().out
     (log,) = (settings.home / "builds").glob("*/log.txt")
     assert [line for line in log.read_text().splitlines() if line.startswith("JOBS")] == ["JOBS 2", "JOBS 1"]
 
@@ -381,7 +381,7 @@ def test_unreachable_index_keeps_the_wheel(farm: Farm) -> None:
 def test_an_address_without_a_path_does_not_hide_why_a_build_failed(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("raise RuntimeError('on purpose')"))
     done = build_tiny(farm, "--publish", "http://127.0.0.1:9", TWINE_USERNAME="a", TWINE_PASSWORD="b")
-    refused(done, ExitCode.COMPILE, "RuntimeError: on purpose", "the index keeps no record: http://127.0.0.1:9: ")
+    refused(done, ExitCode.COMPILE, "RuntimeError: on purpose", "the index refused the record: http://127.0.0.1:9: ")
 
 
 @pytest.mark.skipif(NATIVE == "aarch64", reason="an aarch64 host emulates nothing")
@@ -412,7 +412,7 @@ def test_programs_of_the_target_need_binfmt(farm: Farm) -> None:
     if binfmt.registration(Arch.AARCH64) is None:
         assert done.code == 0, done.said
     else:
-        refused(done, ExitCode.HOST, "this kernel does not start", "builder doctor --fix")
+        refused(done, ExitCode.HOST, "this kernel cannot run", "builder doctor --fix")
 
 
 def test_a_home_that_cannot_be_written_is_one_sentence(farm: Farm) -> None:

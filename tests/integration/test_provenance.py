@@ -90,7 +90,7 @@ def test_the_command_line_says_the_same(signed: Signed, farm: Farm) -> None:
     assert "ok provenance signed by key" in done.said
     bad = farm.run("verify", str(signed.wheel))
     assert bad.code == 32
-    assert "there is no key to hold it against" in bad.said
+    assert "there is no key to check it with" in bad.said
 
 
 def test_spdx_tools_find_the_sbom_valid(signed: Signed, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_the_sbom_is_the_same_in_every_build(farm: Farm, signed: Signed, own_set
     for _ in range(2):
         done = farm.run("build", "tiny_c", "--target", NATIVE)
         assert done.code == 0, done.said
-        assert "not signed: `builder key create`" in done.said
+        assert "not signed: run `builder key create`" in done.said
         wheel = Path(done.out.strip())
         assert not provenance.path(wheel).exists()
         texts.append(verify.read(wheel).sbom)
@@ -193,12 +193,12 @@ def _other_namespace(value: Any) -> None:
 TAMPERING: dict[str, tuple[Callable[[dict[str, bytes]], None], str, str]] = {
     "another file, RECORD corrected": (
         lambda content: content.update({"tiny_c/__init__.py": b"evil = 1\n"}), "provenance", "the wheel has sha256"),
-    "inputs": (in_json(f"{INFO}/gracefarm.json", _other_source), "build-id", "the inputs in it hash to"),
-    "the SBOM's source": (in_json(f"{INFO}/sboms/{sbom.FILENAME}", _other_package), "sbom", "says other sources"),
+    "inputs": (in_json(f"{INFO}/gracefarm.json", _other_source), "build-id", "its inputs hash to"),
+    "the SBOM's source": (in_json(f"{INFO}/sboms/{sbom.FILENAME}", _other_package), "sbom", "has other sources"),
     "the SBOM's environment": (
-        in_json(f"{INFO}/sboms/{sbom.FILENAME}", _other_environment), "sbom", "list of the environment is not the one"),
-    "the SBOM's build": (in_json(f"{INFO}/sboms/{sbom.FILENAME}", _other_namespace), "sbom", "the SBOM is of build 0000"),
-    "no SBOM": (lambda content: content.pop(f"{INFO}/sboms/{sbom.FILENAME}"), "sbom", "it carries no SBOM"),
+        in_json(f"{INFO}/sboms/{sbom.FILENAME}", _other_environment), "sbom", "does not have the digest"),
+    "the SBOM's build": (in_json(f"{INFO}/sboms/{sbom.FILENAME}", _other_namespace), "sbom", "the SBOM belongs to build 0000"),
+    "no SBOM": (lambda content: content.pop(f"{INFO}/sboms/{sbom.FILENAME}"), "sbom", "it has no SBOM"),
     "an SBOM from elsewhere": (
         lambda content: content.update({f"{INFO}/sboms/{sbom.FILENAME}": b"{}"}), "sbom", "not an SBOM that this"),
     "inputs that are not inputs": (
@@ -238,11 +238,11 @@ def test_another_key_a_changed_statement_and_another_type_are_refused(signed: Si
     envelope = envelope_of(signed)
     body = base64.b64decode(envelope["payload"]).replace(b'"recipe":"tiny_c"', b'"recipe":"tiny_d"')
     place.write_text(json.dumps(envelope | {"payload": base64.b64encode(body).decode()}))
-    assert "or was changed since" in checks(signed.wheel, signed.key, place)["provenance"].summary
+    assert "or was changed" in checks(signed.wheel, signed.key, place)["provenance"].summary
 
     place.write_text(json.dumps(envelope | {"payloadType": "text/plain"}))
-    assert "is of type text/plain" in checks(signed.wheel, signed.key, place)["provenance"].summary
-    for text, words in (("{}", "no DSSE envelope"), ("no json", "is no JSON"), ("[]", "no DSSE envelope")):
+    assert "has the type text/plain" in checks(signed.wheel, signed.key, place)["provenance"].summary
+    for text, words in (("{}", "not a DSSE envelope"), ("no json", "is not JSON"), ("[]", "not a DSSE envelope")):
         place.write_text(text)
         assert words in checks(signed.wheel, signed.key, place)["provenance"].summary
     place.unlink()
@@ -286,7 +286,7 @@ def test_a_wheel_of_somebody_else_is_no_wheel_of_a_farm(farm: Farm, tmp_path: Pa
         archive.writestr("other.py", "")
     done = farm.run("verify", str(place))
     assert done.code == 32
-    assert "carries no gracefarm.json" in done.said
+    assert "has no gracefarm.json" in done.said
     place.write_bytes(b"not a zip")
     assert farm.run("verify", str(place)).code == 32
 
@@ -305,7 +305,7 @@ def test_the_key_is_its_owners_alone_and_made_once(own_settings: Path) -> None:
     with pytest.raises(UsageError, match="is there already"):
         signing.create()
     path.chmod(0o640)
-    with pytest.raises(ConfigError, match="can be read by others"):
+    with pytest.raises(ConfigError, match="can be read by other users"):
         signing.private()
 
 
@@ -325,7 +325,7 @@ def test_the_key_may_come_by_the_environment_and_is_never_printed(
     broken = farm.run("key", "show", **{signing.VARIABLE: secret.replace(body, body[:-4])})
     assert broken.code == 3, broken.said
     assert body[:-4] not in broken.said
-    assert "holds no ed25519 key" in broken.said
+    assert "has no ed25519 key" in broken.said
 
 
 def test_builds_from_before_the_key_are_signed_by_name_and_the_index_gets_it(

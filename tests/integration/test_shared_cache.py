@@ -94,7 +94,7 @@ def test_a_second_machine_compiles_nothing(filled: dict[str, Any], reader: Farm,
     assert found["wheel"] == filled["wheel"]
     use = found["shared_cache"]
     assert (use["url"], use["mode"], use["hits"], use["misses"], use["refused"]) == (server.url, "read", 4, 0, [])
-    assert f"shared cache {server.url}: 4 entries taken, 0 not there, 0 written" in said
+    assert f"shared cache {server.url}: 4 entries used, 0 missing, 0 written" in said
     cold(reader)
     found, _ = built(reader, "tiny", "--shared-cache", "off")
     assert counts(found) == (0, 4, 0)
@@ -143,7 +143,7 @@ def claimed(path: Path, builder: Builder, _: Path) -> bytes:
     ("poison", "words"),
     [
         (strange, "this machine does not trust its writer, key "),
-        (changed, "its bytes are not those that were signed"),
+        (changed, "its bytes differ from the signed ones"),
         (moved, "the signature of key"),
         (claimed, "the signature of key"),
     ],
@@ -177,9 +177,9 @@ def test_who_has_no_token_writes_nothing(writer: Builder, server: Server) -> Non
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("GRACEFARM_SHARED_CACHE", "--shared-cache write needs the address of an index"),
-        ("GRACEFARM_SIGNING_KEY", "--shared-cache write needs the farm's key, which signs the entries"),
-        ("GRACEFARM_CACHE_TOKEN", "--shared-cache write needs a token of the index in GRACEFARM_CACHE_TOKEN"),
+        ("GRACEFARM_SHARED_CACHE", "--shared-cache write requires the URL of an index"),
+        ("GRACEFARM_SIGNING_KEY", "--shared-cache write requires the farm's key, which signs the entries"),
+        ("GRACEFARM_CACHE_TOKEN", "--shared-cache write requires a token of the index in GRACEFARM_CACHE_TOKEN"),
     ],
 )
 def test_what_writing_needs_is_asked_for_first(writer: Builder, name: str, words: str) -> None:

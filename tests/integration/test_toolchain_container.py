@@ -270,7 +270,7 @@ def test_a_container_is_held_to_the_bound_where_its_engine_can(
     assert "the build of tiny was killed at its bound of 1.0 GiB (podman)" in done.said
     (compiled,) = [stage for stage in record_of(farm, "tiny")["stages"] if stage["name"] == "compile"]  # type: ignore[attr-defined]
     assert (compiled["memory_bound"], compiled["memory_by"]) == (1 << 30, "podman")
-    assert "podman holds its memory to the bound" in compiled["note"]
+    assert "podman limits its memory" in compiled["note"]
     assert depot.podman("ps", "--all", "--quiet").stdout == ""
 
 
@@ -330,7 +330,7 @@ def test_an_image_that_cannot_be_had_is_the_fetch_that_failed(farm: Farm, depot:
     with_image(farm, "0" * 64)
     done = farm.run("build", "tiny", *AIM, **depot.variables)
     assert done.code == 10, done.said
-    assert f"podman does not get localhost/farm@sha256:{'0' * 64}" in done.said
+    assert f"podman cannot fetch localhost/farm@sha256:{'0' * 64}" in done.said
 
 
 # --- without an engine -------------------------------------------------------------------------------------------------------
@@ -393,12 +393,12 @@ def test_config_settings_name_the_source_where_it_is(farm: Farm, tmp_path: Path)
 
 def test_no_engine_is_said_before_anything_else(farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(HostError, match="no container engine answers"):
+    with pytest.raises(HostError, match="neither podman nor docker is running"):
         find()
     broken = tmp_path / "docker"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    with pytest.raises(HostError, match="no container engine answers"):
+    with pytest.raises(HostError, match="neither podman nor docker is running"):
         find()
     broken.write_text("#!/bin/sh\nexit 0\n")
     assert find().engine == "docker"

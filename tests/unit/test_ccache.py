@@ -57,7 +57,7 @@ def test_a_recipe_has_a_folder_of_its_own_and_a_bound(project: Path, tmp_path: P
     assert store.source == tmp_path / "home" / "ccache" / NAME
     assert (binary.writable, store.writable) == (False, True)
     assert ccache.variables(made(project), settings)["CCACHE_MAXSIZE"] == "3072MiB"
-    with pytest.raises(ConfigError, match="is no size"):
+    with pytest.raises(ConfigError, match="is not a size"):
         ccache.variables(made(project), settings.model_copy(update={"compiler_cache": "much"}))
 
 

@@ -94,7 +94,7 @@ def test_a_changed_rule_judges_anew(code: Path, name: str, old: str, new: str) -
         ("audit/verdict.py", "Raise if a gate refused the wheel.", "Another sentence."),
         ("audit/policy.py", "Highest manylinux level accepted", "Another sentence"),
         ("smoke.py", "Import the wheel in a clean environment.", "Another sentence."),
-        ("flow/judge.py", "one refuses", "Another sentence"),
+        ("flow/judge.py", "a gate refuses the wheel", "Another sentence"),
     ],
 )
 def test_a_comment_does_not(code: Path, name: str, old: str, new: str) -> None:

@@ -39,10 +39,6 @@ TO_DO = frozenset(
     {
         "builder/compiling/",
         "builder/data/",
-        "builder/flow/",
-        "builder/proof/",
-        "builder/sets/",
-        "builder/toolchains/",
         "builder/upkeep/",
         "docs/explanation/benchmarks.md",
         "docs/explanation/building.md",
