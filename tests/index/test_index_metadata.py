@@ -119,7 +119,7 @@ def test_a_mirror_refuses_what_breaks_a_project_and_marks_the_rest(shared: Serve
     [item] = shared.page(name.replace("_", "-"), prefix=f"/set-{how}-0").json()["files"]
     assert "'9.9' is not a valid metadata version" in item["_defects"][0]
     page = shared.client.get("/sets/").text
-    assert f"{files[0][0]}</code> <span" in page
+    assert f'{files[0][0]}</code> <span class="tag warn">may not install</span> <span' in page
     assert escape("'9.9' is not a valid metadata version") in page, "mirrored files have no other page"
 
 
