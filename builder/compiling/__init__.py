@@ -1,1 +1,1 @@
-"""From a source tree to a wheel by PEP 517: the run, the number of jobs, the translation units."""
+"""Build a wheel from a source tree with PEP 517: the run, the number of jobs, the translation units."""

@@ -1,4 +1,4 @@
-"""What a package's build script reads and does: environment variables, downloads, extension modules. It is read, never run."""
+"""Analyse a package's build script without running it: environment variables, downloads, extension modules."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _FETCHES = re.compile(
     r"|(?:requests|httpx)\.(?:get|post|request|head)|requests\.Session\.get|wget\.download"
     r"|torch\.hub\.(?:download_url_to_file|load_state_dict_from_url)|huggingface_hub\.\w+"
 )
-"Functions that reach the network."
+"Functions that access the network."
 _RUNS = re.compile(r"(?:subprocess\.(?:run|call|check_call|check_output|Popen|getoutput)|os\.(?:system|popen))")
 _PROGRAMS = re.compile(
     r"\bgit\b.*\b(?:clone|fetch|pull|submodule\s+(?:update|init))\b|\b(?:curl|wget)\b|\bpip3?\b.*\b(?:install|download)\b"
 )
-"Commands that do."
+"Commands that access the network."
 _VALUES = ("TRUE", "1", "True", "true", "ON", "YES", "0", "FALSE", "OFF")
-"What a switch is tried with, after the values that the script itself compares it with."
+"Values to try for a switch, after the values that the script compares it with."
 _SWITCH = re.compile(r"FORCE_BUILD|(?:SKIP|NO|DISABLE)_\w*(?:DOWNLOAD|FETCH|WHEEL)|OFFLINE|FORCE_CUDA|USE_SYSTEM")
 _DEEPEST = 4
-"Callers that are followed from a download."
+"Number of callers to follow from a download."
 CUDA = re.compile(r"\.cu$")
 
 
@@ -59,24 +59,24 @@ class Variable:
     name: str
     place: Position
     default: object = None
-    "UNKNOWN where it is only known when the script runs."
+    "UNKNOWN if it depends on running the script."
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkCall:
-    """A call that reaches the network."""
+    """A call that accesses the network."""
 
     what: str
-    "The address, the command or the function, as far as the script says it."
+    "URL, command or function, as far as it is known."
     place: Position
     reached: bool
-    "Not switched off where no variable is set."
+    "Whether it is executed if no variable is set."
     avoided_by: Mapping[str, str]
-    "Variables, each with the value that keeps the script from this call; first those whose name says so."
+    "Variables with the value that avoids the call; variables with a fitting name come first."
 
     @property
     def switch(self) -> tuple[str, str] | None:
-        """The variable, with its value, whose name says that it is there to avoid downloads."""
+        """The variable, with its value, whose name indicates that it avoids downloads."""
         return next(((name, value) for name, value in self.avoided_by.items() if _SWITCH.search(name)), None)
 
 
@@ -85,25 +85,25 @@ class Extension:
     """An extension module that the script declares."""
 
     name: str
-    "Empty where it is only known when the script runs."
+    "Empty if it depends on running the script."
     kind: str
-    "The class, as CUDAExtension."
+    "Name of the class, as CUDAExtension."
     place: Position
     sources: tuple[str, ...]
-    "Those that are known, relative to the source tree."
+    "Known sources, relative to the source tree."
     includes: tuple[str, ...]
-    "Folders of headers, likewise."
+    "Known folders of headers, relative to the source tree."
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildScript:
-    """setup.py, or a backend of the package's own, with the local modules that it imports."""
+    """setup.py, or a build backend in the package, with the local modules that it imports."""
 
     scripts: tuple[Script, ...]
 
     @property
     def texts(self) -> Iterator[tuple[str, Position]]:
-        """Every text in the scripts."""
+        """All texts in the scripts."""
         for script in self.scripts:
             for node in ast.walk(script.tree):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -111,7 +111,7 @@ class BuildScript:
 
     @property
     def modules(self) -> dict[str, Position]:
-        """Modules that are imported while the script begins, by their first name."""
+        """Modules that the script imports unconditionally, by their first name."""
         names: dict[str, Position] = {}
         for script in self.scripts:
             for statement in _at_once(script.tree.body):
@@ -124,7 +124,7 @@ class BuildScript:
         return names
 
     def variables(self) -> list[Variable]:
-        """Environment variables that are read, each once, in the order of the scripts."""
+        """Environment variables that are read, without duplicates, in the order of the scripts."""
         seen: dict[str, Variable] = {}
         for script in self.scripts:
             for node, reading, names in _reads(script):
@@ -135,7 +135,7 @@ class BuildScript:
         return list(seen.values())
 
     def downloads(self, variables: Mapping[str, str] | None = None) -> list[NetworkCall]:
-        """Calls that reach the network if these variables are set, with what else avoids them."""
+        """Calls that access the network if these variables are set, with other variables that avoid them."""
         given = variables or {}
         return [_download(node, what, script, given) for script in self.scripts for node, what in _network_calls(script)]
 
@@ -169,7 +169,7 @@ def _place(node: ast.AST, script: Script) -> Position:
 
 
 def _at_once(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements that run when a module is imported, but what a `try` or an `if` may leave out."""
+    """Statements that always run when a module is imported, without those in `try` and `if`."""
     for statement in body:
         if isinstance(statement, ast.With):
             yield from _at_once(statement.body)
@@ -178,7 +178,7 @@ def _at_once(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _reads(script: Script) -> Iterator[tuple[ast.AST, Read, dict[str, object]]]:
-    """Reads of the environment, also those of a function of the script's own that is given the name."""
+    """Reads of the environment, also by functions of the script that get the name as an argument."""
     for node in ast.walk(script.tree):
         reading = environment_read(node, script)
         if reading is None:
@@ -223,7 +223,7 @@ def _network_calls(script: Script) -> Iterator[tuple[ast.Call, str]]:
 
 
 def _text(node: ast.expr | None, script: Script) -> str:
-    """As much of a text, or of a command's words, as the script says; '…' for the rest."""
+    """The known part of a text or command; '…' for the rest."""
     match node:
         case None:
             return ""
@@ -242,13 +242,13 @@ def _text(node: ast.expr | None, script: Script) -> str:
 
 
 def _inside_itself(name: ast.Name, value: ast.expr) -> bool:
-    """A name that is set by means of itself would be followed for ever."""
+    """Whether a name is assigned from itself, which would be an endless loop."""
     return any(isinstance(node, ast.Name) for node in ast.walk(value)) or name in ast.walk(value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Guard:
-    """A condition on the way to a call, and what it must be to go on."""
+    """A condition before a call, and the value that it must have for the call to be reached."""
 
     test: ast.expr
     needed: bool
@@ -269,7 +269,7 @@ def _download(call: ast.Call, what: str, script: Script, given: Mapping[str, str
 
 
 def _ways(node: ast.AST, script: Script, depth: int) -> Iterator[list[_Guard]]:
-    """The conditions of each way to a node: in its function, and in those that call it."""
+    """The conditions on each path to a node: in its function, and in the callers."""
     own = list(_guards(node, script))
     function = _function(node, script)
     callers = (
@@ -310,7 +310,7 @@ def _leaves(body: Sequence[ast.stmt]) -> bool:
 
 
 def _closed(way: Sequence[_Guard], script: Script, variables: Mapping[str, str]) -> bool:
-    """Whether these variables certainly keep the script off this way."""
+    """Whether these variables certainly block this path."""
     for guard in way:
         value = value_of(guard.test, script, variables)
         if value is not UNKNOWN and bool(value) is not guard.needed:
@@ -319,7 +319,7 @@ def _closed(way: Sequence[_Guard], script: Script, variables: Mapping[str, str])
 
 
 def _expressions(test: ast.expr, script: Script, depth: int = 0) -> Iterator[ast.AST]:
-    """The nodes of an expression, of what its names are set to, and of the functions that it calls."""
+    """The nodes of an expression, of the values of its names, and of the functions that it calls."""
     for node in ast.walk(test):
         yield node
         if isinstance(node, ast.Name) and depth < _DEEPEST:
@@ -364,7 +364,7 @@ def _extension(call: ast.Call, script: Script) -> Extension:
 
 
 def _paths(node: ast.expr | None, script: Script, depth: int = 0) -> Iterator[str]:
-    """The paths of a list that are known, below the source tree."""
+    """The known paths of a list, relative to the source tree."""
     match node:
         case ast.List(elts=elements) | ast.Tuple(elts=elements):
             for element in elements:
@@ -379,7 +379,7 @@ def _paths(node: ast.expr | None, script: Script, depth: int = 0) -> Iterator[st
 
 
 def _path(node: ast.expr, script: Script) -> Any:
-    """A path below the source tree, as `os.path.join(here, 'csrc', 'a.cu')` is; UNKNOWN if more than its folder is unknown."""
+    """A path in the source tree, as of `os.path.join(here, 'csrc', 'a.cu')`; UNKNOWN if more than its folder is unknown."""
     match node:
         case ast.Call(func=function, args=[first, *rest]) if dotted(function, script) == "os.path.join" and rest:
             parts = [value_of(part, script, {}) for part in rest]

@@ -1,7 +1,7 @@
-"""A Unix socket in a build's folder at which ccache asks for remote entries, since a build has no network.
+"""A Unix socket in a build's folder, through which ccache requests remote entries, since a build has no network.
 
-The protocol is that of ccache's storage helpers, version 1 (doc/remote_storage_helper_spec.md of ccache's source).
-ccache's keys are binary; others may use the socket with a key that begins with their kind and a slash.
+The protocol is that of ccache's storage helpers, version 1 (doc/remote_storage_helper_spec.md in ccache's source).
+ccache's keys are binary. Other users of the socket begin their keys with their kind and a slash.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ GREETING = b"\x01\x01\x00"
 GET, PUT, REMOVE, STOP = b"\x00", b"\x01", b"\x02", b"\x03"
 OK, NOTHING = b"\x00", b"\x01"
 LARGEST = 64 << 20
-"Bytes of an entry."
+"Largest entry, in bytes."
 _SIZE = struct.Struct("=Q")
 
 
 class Entries(Protocol):
-    """Where entries come from and go to."""
+    """A store of entries."""
 
     def get(self, kind: str, key: str) -> bytes | None:
-        """The bytes of an entry; None: there is none."""
+        """The bytes of an entry; None: it does not exist."""
 
     def put(self, kind: str, key: str, content: bytes) -> bool:
-        """Keep an entry; False: it is not kept."""
+        """Store an entry; False: it was not stored."""
 
 
 @contextmanager
 def serving(folder: Path, entries: Entries) -> Iterator[None]:
-    """Answer at the socket in `folder` as long as the block lasts."""
+    """Serve the socket in `folder` during the `with` block."""
 
     class CcacheConnection(socketserver.StreamRequestHandler):
         def handle(self) -> None:
-            """Answer one ccache until it has gone."""
+            """Serve one ccache until it closes the connection."""
             with _closed_connections():
                 self.wfile.write(GREETING)
                 while answer(self, entries):
@@ -50,7 +50,7 @@ def serving(folder: Path, entries: Entries) -> Iterator[None]:
 
     place = folder / SOCKET
     place.unlink(missing_ok=True)
-    # A socket's path has at most 107 bytes, a build's folder has more.
+    # The path of a socket may have at most 107 bytes, and a build's folder has a longer path.
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         server = socketserver.ThreadingUnixStreamServer(f"/proc/self/fd/{descriptor}/{SOCKET}", CcacheConnection)
@@ -69,7 +69,7 @@ def serving(folder: Path, entries: Entries) -> Iterator[None]:
 
 @contextmanager
 def _closed_connections() -> Iterator[None]:
-    """A compiler that is killed closes its connection anywhere."""
+    """Ignore closed connections: a killed compiler closes its connection at any point."""
     try:
         yield
     except (ConnectionError, EOFError):
@@ -77,7 +77,7 @@ def _closed_connections() -> Iterator[None]:
 
 
 def answer(connection: socketserver.StreamRequestHandler, entries: Entries) -> bool:
-    """Answer one request; False: there is no more."""
+    """Answer one request; False: the connection was closed."""
     operation = connection.rfile.read(1)
     if operation not in (GET, PUT, REMOVE):
         if operation == STOP:
@@ -100,16 +100,16 @@ def answer(connection: socketserver.StreamRequestHandler, entries: Entries) -> b
 
 
 def _name(key: bytes) -> tuple[str, str]:
-    """Kind and key in hex: `device/…` of the store of device code, else ccache's."""
+    """Kind and key in hex: `device/…` for the store of device code, else ccache's."""
     kind, slash, rest = key.partition(b"/")
     return ("device", rest.hex()) if slash and kind == b"device" else ("ccache", key.hex())
 
 
 def _exactly(connection: socketserver.StreamRequestHandler, size: int) -> bytes:
-    """That many bytes.
+    """Read exactly `size` bytes.
 
     Raises:
-        EOFError: the connection ends before.
+        EOFError: the connection was closed before.
     """
     content = connection.rfile.read(size)
     if len(content) < size:

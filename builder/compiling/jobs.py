@@ -1,4 +1,4 @@
-"""How many compilations run beside each other: from cores, memory, and what earlier builds of the recipe needed."""
+"""The number of parallel compilations, from cores, memory and earlier builds of the recipe."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from builder.data.toolchain import schedule
 from gracefarm.tables import Table, parse_size
 
 OTHERS = 512 << 20
-"Bytes beside the compilers: Python, with torch in it, and the build tools."
+"Memory of other processes than compilers, in bytes: Python with torch, and the build tools."
 
 
 class Jobs(Table):
-    """How many compilations ran beside each other, and why."""
+    """The number of parallel compilations, and its reason."""
 
     count: int = Field(description="Number of parallel compilations")
     reason: str = Field(description="Why this number was chosen")
@@ -26,18 +26,18 @@ class Jobs(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class Learned:
-    """What the last success of a recipe showed."""
+    """Facts from the last successful build of a recipe."""
 
     count: int
-    "Jobs that it ran."
+    "Number of its jobs."
     peak: int
-    "Bytes, of the whole tree."
+    "Peak memory of the process tree, in bytes."
     killed_at: int | None
-    "Bytes: the bound at which more jobs than `count` were killed before, or None."
+    "The memory limit, in bytes, at which a build with more jobs than `count` was killed, or None."
 
 
 def cores() -> int:
-    """Processors this process may use: its affinity, or a cgroup's CPU quota where that is less, rounded up."""
+    """Number of processors that this process may use: its affinity, or a smaller CPU quota of a cgroup, rounded up."""
     affinity, quota = len(os.sched_getaffinity(0)), meter.cpu_quota()
     return affinity if quota is None else max(1, min(affinity, math.ceil(quota)))
 
@@ -51,14 +51,14 @@ def plan(
     declared: Sequence[int] = (),
     peaks: Sequence[int] = (),
 ) -> Jobs:
-    """The smaller of cores and what fits in `memory` bytes, at least one; `wanted` is an upper bound of the user's.
+    """The smaller of the cores and the jobs that fit into `memory` bytes, at least one; `wanted` is the user's limit.
 
-    `declared` are the bytes of the recipe's large units, which schedule.py keeps apart. What was seen corrects the recipe in
-    both directions: where the `peaks` of all its units are known, as many jobs as they leave room for; else a count whose
-    peak fits is allowed. More jobs than were killed in no less memory are not.
+    `declared` is the memory of the recipe's large units, which schedule.py does not run together. Measurements replace the
+    recipe's values: with the `peaks` of all units the number of jobs that fit is known; otherwise a count whose peak fits is
+    allowed. A count that was killed with the same or more memory is not allowed.
     """
     per_job = parse_size(memory_per_job)
-    # The declared are few among the others.
+    # There are few declared units.
     kinds = [*declared, *[per_job] * (len(declared) + 1)]
     by_memory = _by_units(memory, kinds) if declared else max(1, memory // per_job)
     apart = " and larger units kept apart" if declared else ""
@@ -66,7 +66,7 @@ def plan(
     if peaks:
         # A unit may have grown by a tenth.
         by_memory = _by_units(memory - OTHERS, [peak * 11 // 10 for peak in peaks])
-        reason += f"; the {len(peaks)} translation units of the last build leave room for {by_memory}"
+        reason += f"; the {len(peaks)} translation units of the last build allow {by_memory}"
         if past is not None and past.killed_at is not None and memory <= past.killed_at and past.count < by_memory:
             by_memory = past.count
             reason += f", more than {by_memory} were killed"
@@ -82,7 +82,7 @@ def plan(
 
 
 def _by_units(memory: int, peaks: Sequence[int]) -> int:
-    """The most jobs, up to the cores, that schedule.py can keep within `memory`, and that most units can be had for."""
+    """The largest number of jobs, at most that of cores, with which schedule.py can run most units within `memory`."""
     fitting = [
         count
         for count in range(1, cores() + 1)
@@ -97,5 +97,5 @@ def _corrected(by_memory: int, memory: int, past: Learned) -> int:
         return min(by_memory, past.count)
     if past.peak <= memory:
         return max(by_memory, past.count)
-    # The last peak does not fit: as many jobs as do at its mean, though the declaration allows more.
+    # The last peak does not fit: use the number of jobs that fits at its mean, even if the declaration allows more.
     return max(1, min(by_memory, memory * past.count // past.peak))

@@ -1,4 +1,4 @@
-"""From a source tree to a wheel, by PEP 517, in its place; and what a failed build's log really says."""
+"""Build a wheel from a source tree with PEP 517; find the cause in the log of a failed build."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ FIRST_ERROR = (
     ),
     re.compile(r"^(?:make(?:\[\d+\])?: \*\*\*|ninja: error|FAILED: )"),
 )
-"In the order in which they name the cause: a compiler's word, a Python exception, CMake's or Meson's word, a build tool's."
+"From most to least specific: messages of compilers, Python exceptions, messages of CMake and Meson, of build tools."
 CMAKE = re.compile(r"^(?P<indent>\s*)CMake Error(?: \(\w+\))?(?:: (?P<reason>.+)| (?P<place>(?:at|in) .+):)\s*$")
-"The first line of CMake's message. With a place, the reason follows in paragraphs that are indented."
+"The first line of CMake's message. If it has a place, the reason follows in indented paragraphs."
 LONGEST_REASON = 300
-"Characters of CMake's reason, which may list every place that it searched."
+"Length limit of CMake's reason, which may list every folder that it searched."
 DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded")
 
 
@@ -42,7 +42,7 @@ def check_requirements(plan: Plan, source: Path) -> None:
     """Compare the package's build requirements with the stack, on the host, so that no emulated Python starts for it.
 
     Raises:
-        CompileError: one is missing from the stack's lock or has another version there.
+        CompileError: a requirement is missing in the stack's lock or has another version there.
     """
     pyproject = source / plan.recipe.data.build.subdirectory / "pyproject.toml"
     if not pyproject.is_file():
@@ -58,31 +58,31 @@ def check_requirements(plan: Plan, source: Path) -> None:
         version = locked.get(canonicalize_name(requirement.name))
         applies = requirement.marker is None or requirement.marker.evaluate(marker)
         if applies and (version is None or not requirement.specifier.contains(version, prereleases=True)):
-            unmet.append(f"{str(requirement)!r} (stack {plan.stack.data.name} has {version or 'none'})")
+            unmet.append(f"{str(requirement)!r} (stack {plan.stack.data.name} has {version or 'no such package'})")
     if unmet:
         raise CompileError(
-            f"{plan.recipe.data.name} needs to build: {', '.join(unmet)}",
-            remedy="list it in [build] requires of the recipe and lock it, or patch the requirement in the recipe",
+            f"the build of {plan.recipe.data.name} requires {', '.join(unmet)}",
+            remedy="add it to `requires` of [build] in the recipe and lock it, or patch the requirement in the recipe",
             repeat=f"builder lock {plan.recipe.key}",
         )
 
 
 def _requires(pyproject: bytes) -> list[Requirement]:
-    """build-system.requires.
+    """The requirements in build-system.requires.
 
     Raises:
-        ValueError: not TOML, or not a list of requirements.
+        ValueError: the file is not TOML, or the value is not a list of requirements.
     """
     system = tomllib.loads(pyproject.decode()).get("build-system", {})
     requires = system.get("requires", []) if isinstance(system, dict) else None
     if not isinstance(requires, list) or not all(isinstance(text, str) for text in requires):
-        msg = "build-system.requires is no list of requirements"
+        msg = "build-system.requires is not a list of requirements"
         raise ValueError(msg)
     return [Requirement(text) for text in requires]
 
 
 def run(place: Place, command: tuple[str, ...], log: Path, on_progress: Callable[[int, int], None]) -> Outcome:
-    """Compile; `on_progress` gets translation units done and in all as ninja counts them."""
+    """Compile; `on_progress` gets ninja's numbers of finished and of all translation units."""
 
     def on_line(line: str) -> None:
         if match := NINJA.match(line):
@@ -92,25 +92,26 @@ def run(place: Place, command: tuple[str, ...], log: Path, on_progress: Callable
 
 
 def judge(outcome: Outcome, plan: Plan, log: Path, start: int, source: Path) -> None:
-    """Raise what a finished compile deserves; a build that reached for the network fails even when it went on.
+    """Raise an error for a failed compile. A build that tried to access the network fails even if it continued.
 
-    Its output stands in `log` from byte `start` on; `source` is its source tree.
+    Its output begins at byte `start` of `log`; `source` is its source tree.
 
     Raises:
-        MemoryBoundError, NetworkError, DiskFullError, CompileError: each with the log's own words.
+        MemoryBoundError, NetworkError, DiskFullError, CompileError: with the cause from the log.
     """
     name = plan.recipe.key
     repeat = plan.repeat
     if outcome.killed_by_memory:
         raise MemoryBoundError(
-            f"the build of {name} was killed at its bound of {outcome.memory_bound / 2**30:.1f} GiB ({outcome.memory_by})",
-            remedy="raise memory_per_job in the recipe, name large sources in unit_memory, use fewer --jobs, or more memory",
+            f"the build of {name} was killed at its limit of {outcome.memory_bound / 2**30:.1f} GiB of memory "
+            f"({outcome.memory_by})",
+            remedy="raise memory_per_job in the recipe, list large sources in unit_memory, or use fewer --jobs",
             repeat=f"{repeat} --jobs 1",
         )
     if outcome.reached:
         raise NetworkError(
-            f"the build of {name} reached for the network, which a build has not: {', '.join(outcome.reached)}",
-            remedy=f"{_switch(plan, source)}pin what it wants as a [[files]] entry of the recipe, or patch the download out",
+            f"the build of {name} tried to access the network ({', '.join(outcome.reached)}), which is disabled during builds",
+            remedy=f"{_switch(plan, source)}add the file to [[files]] of the recipe, or remove the download with a patch",
             repeat=repeat,
         )
     if outcome.returncode == 0:
@@ -118,31 +119,30 @@ def judge(outcome: Outcome, plan: Plan, log: Path, start: int, source: Path) -> 
     error = first_error(log, start)
     if DISK_FULL.search(error):
         raise DiskFullError(
-            f"the build of {name} filled the disk: {error}",
+            f"no space left during the build of {name}: {error}",
             remedy="free space (`builder clean`) or move GRACEFARM_HOME",
             repeat=repeat,
         )
     raise CompileError(
         f"the build of {name} failed: {error}",
-        remedy=f"read the log (`builder log {name}`) or look around in its sandbox (`builder shell {name}`)",
+        remedy=f"read the log (`builder log {name}`), or open its sandbox (`builder shell {name}`)",
         repeat=repeat,
     )
 
 
 def _switch(plan: Plan, source: Path) -> str:
-    """The beginning of a remedy: the variable by which the build script itself avoids its download, if it has one."""
+    """The beginning of a remedy: the variable with which the build script avoids its download, if there is one."""
     build = plan.recipe.data.build
     for download in build_script.read(source / build.subdirectory).downloads(build.environment):
         for name, value in download.avoided_by.items():
-            return f'set {name} = "{value}" in [build] environment, which keeps {download.place} from its download; or '
+            return f'set {name} = "{value}" in [build.environment], which avoids the download at {download.place}; or '
     return ""
 
 
 def first_error(log: Path, start: int = 0) -> str:
-    """The line of a build log, from byte `start` on, that names the cause: the first of the strongest kind, not the last
-    traceback's."""
+    """The line of a build log, from byte `start`, that names the cause: the first line of the most specific kind."""
     lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
-    # cibuildwheel's last word names its own command and no cause.
+    # The last message of cibuildwheel has its command, but no cause.
     lines = [line for line in lines if not line.startswith("cibuildwheel: error: Command [")]
     full = next((line for line in lines if DISK_FULL.search(line)), None)
     if full is not None:
@@ -155,9 +155,9 @@ def first_error(log: Path, start: int = 0) -> str:
 
 
 def _cmake_reason(lines: Sequence[str]) -> str | None:
-    """CMake's reason and where it stands, of a message that begins in the first line; None: that line is not CMake's.
+    """Reason and place of a CMake message that begins in the first line; None: it is not a message of CMake.
 
-    A sentence may be spread over paragraphs, as where a program's path stands in one of its own.
+    A sentence may span several paragraphs, for example if the path of a program is a separate paragraph.
     """
     match = CMAKE.match(lines[0])
     if match is None:
@@ -179,10 +179,10 @@ def _cmake_reason(lines: Sequence[str]) -> str | None:
 
 
 def fewer_jobs(error: GracefarmError, jobs: int) -> int | None:
-    """The job count of the one retry after a kill by memory, or None where there is nothing to lower."""
+    """The number of jobs for the retry after a kill for memory, or None if it cannot be reduced."""
     return jobs // 2 if isinstance(error, MemoryBoundError) and jobs > 1 else None
 
 
 def bound(settings: Settings) -> int:
-    """Bytes that a build may use: the setting, else nine tenths of what is free, so that the machine stays usable."""
+    """Memory that a build may use, in bytes: the setting, else nine tenths of the free memory."""
     return parse_size(settings.memory) if settings.memory else meter.available_memory() * 9 // 10

@@ -1,6 +1,6 @@
-"""A Python script by its syntax tree: what its names stand for, and what an expression is for given environment variables.
+"""A Python script as syntax tree: the meaning of its names, and the value of an expression with given environment variables.
 
-Nothing is run. A value that cannot be known without running the script is UNKNOWN, and so is what depends on it.
+Nothing is run. A value that depends on running the script is UNKNOWN, and so are values that depend on it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from types import MappingProxyType
 from typing import Any
 
 DEEPEST = 12
-"Names that are followed one after the other, as a variable that is set to another one."
+"Limit of names to follow, such as a variable that is set to another one."
 MOST_FILES = 40
-"Local modules of a setup.py that are read."
+"Limit of local modules to read for a setup.py."
 _COMPARISONS: Mapping[type[ast.cmpop], Callable[[Any, Any], Any]] = MappingProxyType(
     {
         ast.Eq: operator.eq,
@@ -32,7 +32,7 @@ _COMPARISONS: Mapping[type[ast.cmpop], Callable[[Any, Any], Any]] = MappingProxy
     }
 )
 _METHODS = frozenset({"lower", "upper", "strip", "startswith", "endswith", "split", "replace"})
-"Of str, without effects."
+"Methods of str without side effects."
 _BUILTINS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {"int": int, "bool": bool, "str": str, "len": len, "float": float}
 )
@@ -46,30 +46,30 @@ class _Unknown:
 
 
 UNKNOWN = _Unknown()
-"What is only known when the script runs."
+"A value that depends on running the script."
 
 Of = Callable[[ast.expr], Any]
-"What an inner expression is."
+"Returns the value of an inner expression."
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True, kw_only=True)
 class Script:
-    """One file of Python."""
+    """One Python file."""
 
     name: str
-    "Its path in the source tree."
+    "Path in the source tree."
     tree: ast.Module
     assigned: Mapping[str, ast.expr] = field(default_factory=dict)
-    "Names that are set once, and to what."
+    "Names that are assigned once, with their expressions."
     imported: Mapping[str, str] = field(default_factory=dict)
-    "Names of other modules' things, as {'environ': 'os.environ'}."
+    "Imported names, as {'environ': 'os.environ'}."
     functions: Mapping[str, FunctionNode] = field(default_factory=dict)
     parents: Mapping[ast.AST, ast.AST] = field(default_factory=dict)
 
 
 def read(place: Path, name: str) -> Script | None:
-    """The script at a place; None if it is not Python of today."""
+    """Read a script; None if it is not valid Python 3."""
     try:
         tree = ast.parse(place.read_bytes())
     except (SyntaxError, ValueError, OSError, RecursionError):
@@ -144,7 +144,7 @@ def _places(tree: Path, module: str, folders: Sequence[str]) -> Iterator[str]:
 
 
 def dotted(node: ast.expr, script: Script, depth: int = 0) -> str:
-    """What a name or an attribute stands for, as 'os.environ.get'; empty for anything else."""
+    """The full name of a name or attribute, as 'os.environ.get'; empty for other expressions."""
     match node:
         case ast.Name(id=name):
             if name in script.imported:
@@ -166,11 +166,11 @@ class Read:
     key: ast.expr
     default: ast.expr | None
     present: bool = False
-    "It asks only whether the variable is set."
+    "Whether it only tests if the variable is set."
 
 
 def environment_read(node: ast.AST, script: Script) -> Read | None:
-    """How a node reads the environment, if it does."""
+    """The read of the environment in a node, or None."""
     match node:
         case ast.Call(func=function, args=[key, *rest], keywords=keywords) if dotted(function, script) in _READS:
             default = next((keyword.value for keyword in keywords if keyword.arg == "default"), rest[0] if rest else None)
@@ -186,7 +186,7 @@ Names = Mapping[str, object]
 
 
 def value_of(node: ast.expr, script: Script, variables: Mapping[str, str], names: Names | None = None, depth: int = 0) -> Any:
-    """What an expression is if the environment has these variables; `names`: values of a function's parameters."""
+    """The value of an expression if the environment has these variables; `names`: values of a function's parameters."""
     names = names or {}
     if depth > DEEPEST:
         return UNKNOWN
@@ -256,7 +256,7 @@ def _attempt(function: Callable[..., Any], *values: Any) -> Any:
 
 
 def _bool_op(op: ast.boolop, values: Sequence[Any]) -> Any:
-    """As Python, but one operand may decide although another is unknown."""
+    """Evaluate as Python does, but one operand may decide even if another is unknown."""
     decides = (lambda value: not value) if isinstance(op, ast.And) else bool
     for value in values:
         if value is not UNKNOWN and decides(value):
@@ -286,7 +286,7 @@ def _result(
     depth: int,
     of: Of,
 ) -> Any:
-    """Of a function that consists of one `return`."""
+    """The result of a function that consists of one `return`."""
     body = [statement for statement in function.body if not _is_text(statement)]
     if len(body) != 1 or not isinstance(body[0], ast.Return) or body[0].value is None:
         return UNKNOWN

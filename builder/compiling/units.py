@@ -1,4 +1,4 @@
-"""Translation units: what front.py noted of each while a build ran, and what schedule.py goes by."""
+"""Translation units: the notes of front.py about each unit of a build, and the input of schedule.py."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from builder.toolchains.wrappers import UNITS
 from gracefarm.tables import Table, parse_size
 
 _NO_UNIT = re.compile(r"^\.\./|(?:^|/)CMakeFiles/")
-"What configure steps compile to find something out: outside the source, or in CMake's own folders."
+"Files that configure steps compile as tests: outside of the source, or in folders of CMake."
 
 
 class Unit(Table):
-    """What one translation unit costs when it is compiled."""
+    """Costs of compiling one translation unit."""
 
     wall_s: float = Field(description="Duration in seconds")
     cpu_s: float = Field(description="CPU seconds")
@@ -28,31 +28,29 @@ class Unit(Table):
 
 
 class CacheStatistics(Table):
-    """What the compiler cache did; counts are compilations."""
+    """Use of the compiler cache; the numbers count compilations."""
 
     hits: int = Field(description="Compilations taken from the cache")
     misses: int = Field(description="Compilations not in the cache")
     uncacheable: int = Field(description="Calls that cannot be cached")
-    reasons: dict[str, int] = Field(default_factory=dict, description="Of the uncacheable, in ccache's words")
-    saved_cpu_s: float = Field(
-        description="CPU seconds that the hits took when they were compiled; unknown ones count nothing"
-    )
+    reasons: dict[str, int] = Field(default_factory=dict, description="Reasons of uncacheable calls, in ccache's words")
+    saved_cpu_s: float = Field(description="CPU seconds that the hits took when they were compiled; unknown ones count as 0")
 
 
 class DeviceStatistics(Table):
-    """What nvcc's device passes took (cicc, ptxas, fatbinary), and what the store of device code gave; counts are passes."""
+    """Costs of nvcc's device passes (cicc, ptxas, fatbinary), and use of the device store; the numbers count passes."""
 
-    text: int = Field(description="cicc, found by the preprocessed text")
-    nvvm: int = Field(description="cicc's optimizer, found by the NVVM code of the front end, which ran")
-    ptx: int = Field(description="ptxas, found by the PTX")
-    misses: int = Field(description="cicc and ptxas that ran, and whose results can be kept")
-    not_kept: dict[str, int] = Field(default_factory=dict, description="Other cicc and ptxas that ran, by the reason")
-    cpu_s: float = Field(description="CPU seconds of all device passes, the store's own among them")
-    saved_cpu_s: float = Field(description="CPU seconds that the results took that were found, when they were made")
+    text: int = Field(description="cicc passes that were found by the preprocessed text")
+    nvvm: int = Field(description="Optimizer passes of cicc that were found by the front end's NVVM code")
+    ptx: int = Field(description="ptxas passes that were found by the PTX")
+    misses: int = Field(description="Passes of cicc and ptxas that ran and whose results can be kept")
+    not_kept: dict[str, int] = Field(default_factory=dict, description="Other passes of cicc and ptxas that ran, by reason")
+    cpu_s: float = Field(description="CPU seconds of all device passes, including the store")
+    saved_cpu_s: float = Field(description="CPU seconds that the found results took when they were compiled")
 
     @property
     def taken(self) -> int:
-        """Passes out of the store."""
+        """Passes that were found in the store."""
         return self.text + self.nvvm + self.ptx
 
 
@@ -61,7 +59,7 @@ class DeviceNote(Table):
 
     name: str = Field(alias="pass")
     outcome: str = Field(
-        description="`text`, `nvvm` or `ptx`, by which it was found; `miss`; `always runs`; or why its result is not kept"
+        description="How it was found: `text`, `nvvm` or `ptx`; `miss`; `always runs`; or why its result is not kept"
     )
     cpu_s: float
     wall_s: float
@@ -69,10 +67,10 @@ class DeviceNote(Table):
 
 
 class Note(Table):
-    """A line of front.py's."""
+    """A note of front.py."""
 
     unit: str
-    outcome: str = Field(description="`hit`, `miss`, `off`, or why the cache only passed the call on")
+    outcome: str = Field(description="`hit`, `miss`, `off`, or why the call could not be cached")
     wall_s: float
     cpu_s: float
     peak_memory: int
@@ -83,7 +81,7 @@ class Note(Table):
 
 
 def read(folder: Path) -> list[Note]:
-    """The notes in a working folder; of a build that was cut off, the last may be half a line."""
+    """The notes in a work folder. After an interrupted build the last line may be incomplete."""
     try:
         lines = (folder / UNITS).read_bytes().splitlines()
     except OSError:
@@ -100,7 +98,7 @@ def read(folder: Path) -> list[Note]:
 
 
 def costs(notes: Iterable[Note], known: Mapping[str, Unit]) -> dict[str, Unit]:
-    """What each unit costs when it is compiled: as noted, and for what came from the cache as it was known before."""
+    """Costs of compiling each unit: from the notes; for units from the cache, the known costs."""
     units: dict[str, Unit] = {}
     for note in notes:
         if note.outcome == "hit":
@@ -114,7 +112,7 @@ def costs(notes: Iterable[Note], known: Mapping[str, Unit]) -> dict[str, Unit]:
 
 
 def statistics(notes: Sequence[Note], known: Mapping[str, Unit]) -> CacheStatistics | None:
-    """What the cache did; None where it was off."""
+    """Use of the cache; None if it was off."""
     outcomes = Counter(note.outcome for note in notes)
     if not outcomes or set(outcomes) == {"off"}:
         return None
@@ -131,7 +129,7 @@ def statistics(notes: Sequence[Note], known: Mapping[str, Unit]) -> CacheStatist
 
 
 def title(cache: CacheStatistics) -> str:
-    """One line for console and log."""
+    """The statistics in one line, for console and log."""
     reasons = "".join(f"; {count} x {reason}" for reason, count in cache.reasons.items())
     return (
         f"compiler cache: {cache.hits} hits, {cache.misses} misses, {cache.uncacheable} not cacheable{reasons}; "
@@ -140,7 +138,7 @@ def title(cache: CacheStatistics) -> str:
 
 
 def device_statistics(notes: Iterable[Note]) -> DeviceStatistics | None:
-    """What the device passes did; None where there were none."""
+    """Statistics of the device passes; None if there were none."""
     passes = [each for note in notes for each in note.device]
     if not passes:
         return None
@@ -158,7 +156,7 @@ def device_statistics(notes: Iterable[Note]) -> DeviceStatistics | None:
 
 
 def device_title(device: DeviceStatistics) -> str:
-    """One line for console and log."""
+    """The statistics in one line, for console and log."""
     reasons = "".join(f"; {count} x {reason}" for reason, count in device.not_kept.items())
     return (
         f"device code: {device.taken} passes from the store ({device.text} by text, {device.nvvm} by NVVM "
@@ -168,12 +166,12 @@ def device_title(device: DeviceStatistics) -> str:
 
 
 _UNKNOWN_S = 1e9
-"What schedule.py takes a unit for of which it knows no seconds: for longer than any that it knows."
+"Seconds that schedule.py assumes for a unit without measurement: more than for every known unit."
 
 
 def schedule(known: Mapping[str, Unit], build: Build, tree: Path, *, memory: int, jobs: int) -> str:
-    """What schedule.py goes by, as JSON; `tree` is the source."""
-    # Before all of which nothing is known, whatever that takes: a long pole is declared because it is the longest.
+    """The input of schedule.py as JSON; `tree` is the source."""
+    # Declared units start before unknown ones: they are declared because they take longest.
     declared = {name: _UNKNOWN_S + seconds for name, seconds in _declared_seconds(build, tree) if name not in known}
     return json.dumps(
         {
@@ -188,7 +186,7 @@ def schedule(known: Mapping[str, Unit], build: Build, tree: Path, *, memory: int
 
 
 def _declared_seconds(build: Build, tree: Path) -> Iterator[tuple[str, float]]:
-    """Seconds of the sources that the recipe's globs name, by the unit's name."""
+    """Seconds of the sources that match the recipe's globs, by name of the unit."""
     for glob, seconds in build.unit_seconds.items():
         for place in tree.rglob("*"):
             name = str(place.relative_to(tree))

@@ -1,11 +1,11 @@
-"""Runs inside the clean environment: what GPU torch sees. Prints one JSON line that starts with GRACEFARM."""
+"""Runs in the clean environment: facts about the GPU that torch finds. Prints one JSON line that starts with GRACEFARM."""
 
 import ctypes
 import json
 
 
 def driver() -> str:
-    """The version of NVIDIA's driver, as 580.82.07; empty where its library does not say."""
+    """The version of NVIDIA's driver, as 580.82.07; empty if its library does not tell."""
     version = ctypes.create_string_buffer(96)
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")

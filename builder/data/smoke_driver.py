@@ -1,9 +1,9 @@
-"""Runs inside the clean environment: import each module by name, see that it came from there, then run smoke.py.
+"""Runs in the clean environment: import each module by name, check that it is from there, then run smoke.py.
 
-argv: modules, comma separated; path of smoke.py or '-'; those of the modules that may come from elsewhere, or '-'. A script
-that loads further modules leaves them in sys.modules and names them in LOADED: the same is asked of them. A script for a GPU
-leaves what it compared in COMPARISONS, a list of {"name", "error", "tolerance"}, and in NEGATIVE_CONTROL, a sentence, what its
-comparison refused. Prints one JSON line that starts with GRACEFARM.
+argv: modules, comma separated; path of smoke.py or '-'; modules that may come from elsewhere, or '-'. A script that loads
+other modules lists them in LOADED; they are in sys.modules and are checked too. A script for a GPU sets COMPARISONS, a list of
+{"name", "error", "tolerance"}, and NEGATIVE_CONTROL, a sentence about a wrong result that its comparison refused. Prints one
+JSON line that starts with GRACEFARM.
 """
 
 import contextlib

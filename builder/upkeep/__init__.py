@@ -1,1 +1,1 @@
-"""Keeping a machine ready to build: `builder doctor` and `builder clean`."""
+"""Keep a machine ready to build: `builder doctor`, `builder clean`, `builder updates`."""

@@ -1,6 +1,6 @@
-"""What `builder clean` removes: what can be made again, each under the lock of those who make and use it.
+"""`builder clean`: remove files that can be made again, each under the lock that protects it.
 
-Locks are never removed: who holds a lock file that is gone, and who makes it anew, would both be alone.
+Lock files are never removed: a holder of a removed file and a process that creates it again would both have the lock.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from builder.proof import record
 from gracefarm.files import lock, remove_tree
 
 FETCHED = "fetched"
-"Where `builder fetch` makes its source trees, which it removes itself unless it is killed."
+"Folder of the source trees of `builder fetch`, which removes them unless it is killed."
 BESIDE = ("roots", "environments", "toolchains", "git", "host/environments", "host/cuda")
-"Folders of the home whose entries have their lock beside them, as NAME.lock."
+"Folders of the home whose entries have their lock next to them, as NAME.lock."
 IN_LOCKS = ("cuda", "wrappers")
-"Folders whose entries have it in locks/, as FOLDER-NAME."
+"Folders whose entries have their lock in locks/, as FOLDER-NAME."
 
 
 def working_folders(settings: Settings, on_wait: Callable[[], None]) -> None:
-    """Remove what finished builds need no more, and what failed ones left to look at."""
+    """Remove the work files of finished and failed builds."""
     for folder in sorted((settings.home / "builds").glob("*")):
         with lock(_of_build(settings, folder), on_wait):
             for name in record.SCRATCH:
@@ -45,7 +45,7 @@ def working_folders(settings: Settings, on_wait: Callable[[], None]) -> None:
 
 
 def everything(settings: Settings, on_wait: Callable[[], None]) -> None:
-    """Remove the builds, and all that builds stand on: while all of them are held, so that none stands on it."""
+    """Remove all builds and their grounds. All locks of builds are held meanwhile, so that no build uses them."""
     with ExitStack() as held:
         for folder in sorted((settings.home / "builds").glob("*")):
             held.enter_context(lock(_of_build(settings, folder), on_wait))
@@ -67,7 +67,7 @@ def _of_build(settings: Settings, folder: Path) -> Path:
 
 
 def _grounds(settings: Settings) -> Iterator[tuple[Path, Path]]:
-    """Places to remove, each with its lock; of a folder that is a link to another home's, the link."""
+    """Paths to remove, each with its lock; for a folder that is a link to another home, the link."""
     home = settings.home
     for name in (*BESIDE, *IN_LOCKS, "store"):
         if (home / name).is_symlink():
@@ -90,12 +90,12 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _final(place: Path) -> str:
-    """The name that an entry has, or would have got (atomic_directory)."""
+    """The final name of an entry, also of an incomplete one (atomic_directory)."""
     return place.name.removeprefix(".").removesuffix(".partial") if place.name.startswith(".") else place.name
 
 
 def _uv_cache(cache: Path) -> None:
-    """By uv itself, which knows its own locks."""
+    """Let uv clean its cache, since it knows its locks."""
     if cache.is_symlink():
         cache.unlink()
     elif cache.is_dir():

@@ -1,7 +1,7 @@
-"""What this machine lacks for building, tried for real, and how to mend it.
+"""`builder doctor`: test what builds require on this machine, and fix it.
 
-The list of system packages is builder/data/system-packages.txt, a plain file, so that bootstrap reads it before any Python
-package is there.
+The list of system packages is a text file, builder/data/system-packages.txt, so that bootstrap can read it before any Python
+package is installed.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ PYTHON = (3, 11)
 GIT = Version("2.25")
 BWRAP = Version("0.5")
 DISK = 25 << 30
-"Bytes: an environment (5 GB) with its cache, a root, a build."
+"In bytes: an environment (5 GB) with its cache, a root, a build."
 MEMORY = 4 << 30
-"Bytes: one compile job of a recipe that says nothing else."
+"In bytes: the default of a compile job."
 TIMEOUT = 10.0
 APPARMOR = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
 CLONE = Path("/proc/sys/kernel/unprivileged_userns_clone")
@@ -51,24 +51,24 @@ PROFILE = Path("/etc/apparmor.d/gracefarm-bwrap")
 
 @dataclass(frozen=True)
 class HostCheck:
-    """One thing looked at."""
+    """One check."""
 
     name: str
     ok: bool
     found: str
     remedy: str = ""
     packages: tuple[str, ...] = ()
-    "Debian packages that would mend it."
+    "Debian packages that fix it."
 
 
 def system_packages() -> tuple[str, ...]:
-    """The Debian packages that a machine needs."""
+    """The Debian packages that a machine requires."""
     text = (files("builder") / "data" / "system-packages.txt").read_text()
     return tuple(word for line in text.splitlines() if (word := line.partition("#")[0].strip()))
 
 
 def checks(settings: Settings) -> list[HostCheck]:
-    """Everything a build needs, each tried; about a second, or as long as the network takes to fail."""
+    """Test everything that a build requires. This takes about a second, or until the network times out."""
     return [
         python(),
         _venv(),
@@ -86,11 +86,11 @@ def checks(settings: Settings) -> list[HostCheck]:
 
 
 def fix(checks: Sequence[HostCheck], settings: Settings) -> None:
-    """Mend what root can mend: install packages, allow bubblewrap its namespaces, register binfmt where a recipe needs it;
-    and remove roots that were damaged.
+    """Fix what root can fix: install packages, allow user namespaces for bubblewrap, register binfmt if a recipe requires it,
+    and remove damaged roots.
 
     Raises:
-        HostError: neither root nor sudo without a password, or a command failed; names the command.
+        HostError: this user is not root and sudo asks for a password, or a command failed; names the command.
     """
     bad = {check.name: check for check in checks if not check.ok}
     missing = sorted({package for check in bad.values() for package in check.packages})
@@ -106,11 +106,11 @@ def fix(checks: Sequence[HostCheck], settings: Settings) -> None:
             register(Arch(match[1]), settings)
 
 
-# --- what is looked at -------------------------------------------------------------------------------------------------------
+# --- the checks --------------------------------------------------------------------------------------------------------------
 
 
 def python() -> HostCheck:
-    """The Python that runs this."""
+    """The Python that runs this program."""
     # Not by Version: Ubuntu 22.04's python3.11 is a release candidate, which Version puts before 3.11.
     remedy = f"use Python {'.'.join(map(str, PYTHON))} or later"
     return HostCheck("python", sys.version_info >= PYTHON, f"{platform.python_version()} ({sys.executable})", remedy)
@@ -162,7 +162,7 @@ def _sandbox() -> HostCheck:
 def _memory() -> HostCheck:
     have = psutil.virtual_memory().total
     state = f"{have / 2**30:.1f} GiB, {os.cpu_count()} cores"
-    return HostCheck("memory", have >= MEMORY, state, f"{MEMORY >> 30} GiB are needed for one compile job")
+    return HostCheck("memory", have >= MEMORY, state, f"one compile job requires {MEMORY >> 30} GiB")
 
 
 def _disk(settings: Settings) -> HostCheck:
@@ -175,7 +175,7 @@ def _disk(settings: Settings) -> HostCheck:
 
 def _settings() -> HostCheck:
     path = config_path()
-    return HostCheck("settings", True, str(path) if path.is_file() else f"none ({path} would be read)")
+    return HostCheck("settings", True, str(path) if path.is_file() else f"no file ({path})")
 
 
 def _index(settings: Settings) -> HostCheck:
@@ -184,8 +184,8 @@ def _index(settings: Settings) -> HostCheck:
 
 
 def _reach(name: str, url: str, setting: str, base: str) -> HostCheck:
-    """Ask for a page as the fetch does."""
-    remedy = f"see that this machine reaches it, or set {setting} to a mirror"
+    """Request a page as the fetch does."""
+    remedy = f"check the network to it, or set {setting} to a mirror"
     if url.startswith("file://"):
         return HostCheck(name, Path(base.removeprefix("file://")).is_dir(), shown(base), remedy)
     address, credentials = split_credentials(url)
@@ -193,12 +193,12 @@ def _reach(name: str, url: str, setting: str, base: str) -> HostCheck:
         answer = httpx.head(address, auth=credentials, timeout=TIMEOUT, follow_redirects=True)
     except httpx.HTTPError as error:
         return HostCheck(name, False, f"{shown(base)}: {shown(str(error)) or type(error).__name__}", remedy)
-    state = shown(base) + ("" if answer.is_success else f" says {answer.status_code}")
+    state = shown(base) + ("" if answer.is_success else f" returned HTTP status {answer.status_code}")
     return HostCheck(name, answer.status_code < httpx.codes.BAD_REQUEST, state, remedy)
 
 
 def _stacks(settings: Settings) -> list[HostCheck]:
-    """Per stack: its locks are whole; then the mirror, and which roots and environments are there."""
+    """For each stack: its locks, the mirror, and which roots and environments exist."""
     checks, suites, host = [], set(), stack.host_arch()
     for name in stack.names(settings.project / "stacks"):
         try:
@@ -208,12 +208,12 @@ def _stacks(settings: Settings) -> list[HostCheck]:
             checks.append(HostCheck(f"stack {name}", False, error.cause, error.remedy))
             continue
         suites.add(loaded.root.suite)
-        checks.append(HostCheck(f"stack {loaded.data.name}", True, f"locks whole; {ready}"))
+        checks.append(HostCheck(f"stack {loaded.data.name}", True, f"locks complete; {ready}"))
         for target in loaded.root.hosts.get(host, ()):
             place = _root_of(loaded, target, settings)
             if place.is_dir() and (program := root.lost(place, loaded, host, target)):
-                remedy = "`builder doctor --fix` removes that root; the next build assembles it anew from the store"
-                checks.append(HostCheck(f"root {place.name}", False, f"has lost {program}", remedy))
+                remedy = "remove the root with `builder doctor --fix`; the next build assembles it again from the store"
+                checks.append(HostCheck(f"root {place.name}", False, f"{program} is missing", remedy))
     return [*(_mirror(suite, settings) for suite in sorted(suites)), *checks]
 
 
@@ -236,38 +236,38 @@ def _ready(loaded: LoadedStack, settings: Settings) -> str:
         has_environment = (settings.home / "environments" / pins.environment_digest(loaded, target)).is_dir()
         parts = (("root", _root_of(loaded, target, settings).is_dir()), ("environment", has_environment))
         missing = " and ".join(name for name, has in parts if not has)
-        words.append(f"{target}: " + (f"{missing} made at the first build" if missing else "root and environment ready"))
-    return "; ".join(words) or f"no root for a host of {host}"
+        words.append(f"{target}: " + (f"the first build makes {missing}" if missing else "root and environment ready"))
+    return "; ".join(words) or f"no root for an {host} host"
 
 
 def _binfmt(settings: Settings) -> Iterator[HostCheck]:
-    """Only recipes that execute other programs of the target than Python need the kernel to know these."""
+    """Check binfmt_misc, which only recipes require that execute programs of the target other than Python."""
     host = stack.host_arch()
     needed: list[str] = []
     for name in recipe.names(settings.project / "recipes"):
-        with contextlib.suppress(GracefarmError):  # `builder plan NAME` says what is wrong with it
+        with contextlib.suppress(GracefarmError):  # `builder plan NAME` reports it
             needed += [name] if recipe.load(settings.project / "recipes", name).data.binfmt else []
-    who = f"needed by {', '.join(needed)}" if needed else "no recipe needs it"
-    remedy = "`builder doctor --fix` as root registers qemu until the next start of the machine"
+    who = f"required by {', '.join(needed)}" if needed else "not required by any recipe"
+    remedy = "run `builder doctor --fix` as root, which registers qemu until the next reboot"
     for target in Arch:
         if target is not host and host is not Arch.AARCH64:
             state = registration(target)
             yield HostCheck(f"binfmt {target}", state is None or not needed, f"{state or 'registered'}; {who}", remedy)
 
 
-# --- what root mends ---------------------------------------------------------------------------------------------------------
+# --- fixes as root -----------------------------------------------------------------------------------------------------------
 
 
 def _as_root(command: Sequence[str], text: str | None = None) -> None:
-    """Run as root, by sudo where we are not; what it prints goes to the terminal.
+    """Run a command as root, with sudo if necessary; its output goes to the terminal.
 
     Raises:
-        HostError: it failed, or nobody may.
+        HostError: the command failed, or sudo is not possible.
     """
     line = list(command) if os.geteuid() == 0 else ["sudo", *command]
-    by_hand = f"as root: {' '.join(command)}"
+    by_hand = f"run as root: {' '.join(command)}"
     if line[0] == "sudo" and shutil.which("sudo") is None:
-        raise HostError("this needs root, and there is no sudo", remedy=by_hand)
+        raise HostError("this requires root, and sudo is not installed", remedy=by_hand)
     sys.stderr.write(f"+ {' '.join(line)}\n")
     try:
         process = subprocess.run(line, input=text, text=True, stdout=sys.stderr, check=False)
@@ -278,24 +278,24 @@ def _as_root(command: Sequence[str], text: str | None = None) -> None:
 
 
 def _allow_namespaces(problem: str) -> None:
-    """Ubuntu 24.04's AppArmor and hardened Debian kernels keep user namespaces from programs."""
+    """Allow user namespaces, which AppArmor of Ubuntu 24.04 and hardened Debian kernels forbid."""
     if APPARMOR.exists() and APPARMOR.read_text().strip() == "1" and shutil.which("apparmor_parser"):
         _as_root(["tee", str(PROFILE)], (files("builder") / "data" / "apparmor-bwrap").read_text())
         _as_root(["apparmor_parser", "--replace", str(PROFILE)])
     elif CLONE.exists() and CLONE.read_text().strip() == "0":
         _as_root(["sysctl", "--write", "kernel.unprivileged_userns_clone=1"])
     else:
-        raise HostError(problem, remedy="in a container: allow user namespaces and mounts in it")
+        raise HostError(problem, remedy="in a container: allow user namespaces and mounts")
 
 
 def register(target: Arch, settings: Settings) -> None:
-    """Register the qemu that stands in the root, with flag F: the kernel keeps it open, whatever the sandbox sees."""
+    """Register the qemu of the root with flag F: the kernel keeps it open, so that it works in every sandbox."""
     names = stack.names(settings.project / "stacks")
     roots = (_root_of(stack.load(settings.project / "stacks", name), target, settings) for name in names)
     place = next((folder for folder in roots if folder.is_dir()), None)
     if place is None:
         raise HostError(
-            f"no root for {target} is there yet", remedy=f"run `builder build NAME --target {target}` once, then again"
+            f"there is no root for {target} yet", remedy=f"run `builder build NAME --target {target}`, then repeat the command"
         )
     if not (FOLDER / "register").exists():
         _as_root(["mount", "-t", "binfmt_misc", "binfmt_misc", str(FOLDER)])
@@ -305,9 +305,9 @@ def register(target: Arch, settings: Settings) -> None:
 
 
 def registration_line(place: Path, target: Arch) -> str:
-    """Debian's own line for qemu, its interpreter replaced by that of a root and its flags by F.
+    """Debian's line for qemu, with the interpreter of a root and the flag F.
 
-    Flags O, P and C of Debian's are left out: P changes the arguments for the qemu of that path alone.
+    Debian's flags O, P and C are left out: with P the kernel passes other arguments, which only Debian's qemu expects.
     """
     shipped = (place / f"usr/lib/binfmt.d/qemu-{target}.conf").read_text().strip()
     fields = shipped.split(":")

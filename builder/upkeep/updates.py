@@ -31,7 +31,7 @@ Kind = Literal["recipe", "torch", "python"]
 _AGE = re.compile(r"(\d+)\s*([dh])")
 _TAG = re.compile(r"refs/tags/v?(\d+(?:\.\d+)+\S*)$")
 _RELEASE = re.compile(r"/download/(\d{8})/")
-"Of python-build-standalone: the day of the release."
+"The day of a release of python-build-standalone."
 GIT_TIMEOUT = 60
 "Seconds for the list of a repository's tags."
 
@@ -47,7 +47,7 @@ class Release:
 
 @dataclass(frozen=True, kw_only=True)
 class Upstream:
-    """What the project pins, and who knows of newer releases."""
+    """A pin of the project, and where to look for newer releases."""
 
     kind: Kind
     name: str
@@ -162,7 +162,7 @@ def _of_index(project: str, settings: Settings, *, sdist: bool = False) -> Calla
     """Releases on the Python index; `sdist`: only those with one."""
 
     def ask() -> list[Release]:
-        from builder.fetch import simple  # brings requests
+        from builder.fetch import simple  # imports requests
 
         index, credentials = split_credentials(settings.index_url or simple.DEFAULT_INDEX)
         times: dict[str, list[datetime | None]] = {}

@@ -1,7 +1,7 @@
 """Forward, backward and the one-step update on the GPU against the package's plain torch references, on random inputs.
 
-Every type, every width that has a kernel of its own, both memory layouts, with and without activation. Tolerances: single
-precision with fast exponentials, and the rounding of the result for the two half types.
+Every type, every width with a separate kernel, both memory layouts, with and without activation. Tolerances: single precision
+with fast exponentials, and rounding of the result for the two half types.
 """
 
 import itertools

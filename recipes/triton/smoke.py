@@ -22,7 +22,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 for name in ("ptxas", "cuobjdump", "nvdisasm"):
     assert (TOOLS / name).is_file(), f"{name} is not in the wheel"
 head = (TOOLS / "ptxas").read_bytes()[:20]
-assert head[:4] == b"\x7fELF", "ptxas is no program"
+assert head[:4] == b"\x7fELF", "ptxas is not an ELF program"
 assert head[18:20] == b"\xb7\x00", "ptxas is not for aarch64"
 if EMULATOR:
     # Triton starts ptxas itself, and where the target is emulated no kernel does.

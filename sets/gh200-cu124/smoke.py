@@ -1,7 +1,7 @@
-"""The engine's extensions, imported by name, and its table of options, which deploy writes its command line from.
+"""Import the engine's extensions by name, and read its table of options, from which deploy writes its command line.
 
-`import aphrodite` swallows the ImportError of _C and _moe_C. _C is linked with libcuda.so.1, the driver's: where there is
-none, an empty stand-in is compiled that has the names which _C asks for, so that the loader resolves all other ones for real.
+`import aphrodite` ignores the ImportError of _C and _moe_C. _C is linked with libcuda.so.1 of the driver. Without a driver, a
+stub with the symbols that _C needs is compiled, so that the loader resolves all other symbols.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch  # noqa: F401 whose libraries the extensions need
+import torch  # noqa: F401 loads libraries that the extensions need
 
 NAMES = ("cuTensorMapEncodeTiled", "cuPointerGetAttribute", "cuGetErrorString", "cuGetErrorName", "cuDriverGetVersion")
 LOADED = ["aphrodite._core_C", "aphrodite._moe_C", "aphrodite._C"]
@@ -31,7 +31,7 @@ for name in LOADED:
     importlib.import_module(name)
     print(f"{name} loaded")
 
-from aphrodite.engine.args_tools import AsyncEngineArgs  # noqa: E402 after what it would swallow the failure of
+from aphrodite.engine.args_tools import AsyncEngineArgs  # noqa: E402 after the extensions, whose failure it would ignore
 
 parser = AsyncEngineArgs.add_cli_args(argparse.ArgumentParser(prog="aphrodite"))
 options = sorted(name for action in parser._actions for name in action.option_strings if name.startswith("--"))

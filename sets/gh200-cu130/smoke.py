@@ -1,7 +1,7 @@
-"""vllm's extensions, loaded by name, and its table of options: `import vllm` loads neither.
+"""Load vllm's extensions by name, and read its table of options, since `import vllm` loads neither.
 
-The extensions are linked with libcuda.so.1, the driver's. Where there is no driver an empty stand-in takes its place and names
-are resolved when they are called, so that what is proven is this: every other library is there, and all data and versions fit.
+The extensions are linked with libcuda.so.1 of the driver. Without a driver, an empty stub replaces it, and functions are bound
+lazily. So this proves that all other libraries exist, and that all data symbols and versions fit.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch  # noqa: F401 whose libraries the extensions need
+import torch  # noqa: F401 loads libraries that the extensions need
 
 PACKAGE = Path(site.getsitepackages()[0]) / "vllm"
 
@@ -30,11 +30,11 @@ for place in sorted(PACKAGE.rglob("*.so")):
     ctypes.CDLL(str(place), mode=os.RTLD_LAZY)
     print(f"loaded {place.relative_to(PACKAGE)}")
 
-from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: E402 after what it would swallow the failure of
+from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: E402 after the extensions, whose failure it would ignore
 from vllm.platforms import current_platform  # noqa: E402
 
 if not current_platform.device_type:
-    current_platform.device_type = "cuda"  # which it tells by a driver; the table of options needs none
+    current_platform.device_type = "cuda"  # vllm derives it from the driver, which the table of options does not need
 parser = AsyncEngineArgs.add_cli_args(argparse.ArgumentParser(prog="vllm"))
 options = sorted(name for action in parser._actions for name in action.option_strings if name.startswith("--"))
 print("options " + json.dumps(options))

@@ -183,7 +183,7 @@ def test_patch_that_does_not_apply(farm: Farm) -> None:
 def test_build_that_downloads_is_told_what_it_wanted(farm: Farm) -> None:
     body = "import urllib.request\nurllib.request.urlopen('http://wheels.example.org/x.whl', timeout=5)"
     farm.recipe("tiny", projects.backend(body))
-    refused(build_tiny(farm), ExitCode.NETWORK, "reached for the network", "wheels.example.org")
+    refused(build_tiny(farm), ExitCode.NETWORK, "tried to access the network", "wheels.example.org")
 
 
 def test_build_that_shrugs_off_a_failed_download_fails_all_the_same(farm: Farm) -> None:
@@ -256,7 +256,7 @@ def test_out_of_memory_is_retried_once_with_fewer_jobs_and_named(
     body = "print('JOBS', os.environ['MAX_JOBS'], flush=True)\nkept = bytearray(2_000_000_000)\nreturn wheel(wheel_directory)"
     farm.recipe("tiny", projects.backend(body), build={"cuda": False, "memory_per_job": "128MiB"})
     settings = farm.settings.model_copy(update={"memory": "400MiB"})
-    with pytest.raises(MemoryBoundError, match=r"killed at its bound of 0\.4 GiB"):
+    with pytest.raises(MemoryBoundError, match=r"killed at its limit of 0\.4 GiB"):
         build.build(plan_of("tiny", None, NATIVE, settings), BuildOptions(), settings, Console(as_json=True))
     assert "trying again with 1 jobs" in capsys.readouterr().out
     (log,) = (settings.home / "builds").glob("*/log.txt")
@@ -267,7 +267,7 @@ def test_missing_build_requirement_is_named_before_anything_is_compiled(farm: Fa
     files = projects.backend("return wheel(wheel_directory)")
     files["pyproject.toml"] = str(files["pyproject.toml"]).replace("requires = []", 'requires = ["meson>=1"]')
     farm.recipe("tiny", files)
-    refused(build_tiny(farm), ExitCode.COMPILE, "needs to build: 'meson>=1' (stack bare has none)")
+    refused(build_tiny(farm), ExitCode.COMPILE, "requires 'meson>=1' (stack bare has no such package)")
 
 
 @pytest.mark.parametrize("requires", ['["meson>>1"]', '"meson"', "[1]"])
@@ -395,10 +395,12 @@ def test_qemu_missing_is_found_and_mended(farm: Farm, shared_home: Path) -> None
     roots.mkdir()
     subprocess.run(["cp", "-al", whole, roots], check=True)
     (roots / whole.name / "usr/bin/qemu-aarch64-static").unlink()
-    refused(farm.run("build", "tiny", "--target", "aarch64"), ExitCode.ROOT, "has lost /usr/bin/qemu-aarch64-static", "--fix")
+    refused(
+        farm.run("build", "tiny", "--target", "aarch64"), ExitCode.ROOT, "/usr/bin/qemu-aarch64-static is missing", "--fix"
+    )
     found = farm.run("doctor")
     assert found.code == ExitCode.HOST
-    assert "has lost /usr/bin/qemu-aarch64-static" in found.said
+    assert "/usr/bin/qemu-aarch64-static is missing" in found.said
     assert farm.run("doctor", "--fix").code == 0
     done = farm.run("build", "tiny", "--target", "aarch64")
     assert done.code == 0, done.said

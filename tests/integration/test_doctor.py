@@ -33,7 +33,7 @@ def test_a_machine_set_up_by_bootstrap_lacks_nothing() -> None:
     """Except the size of its disk, and what recipes/triton requires of the kernel: that is for `doctor --fix`."""
     bad = [check for check in doctor.checks(load()) if not check.ok]
     assert [check for check in bad if check.name != "disk" and not check.name.startswith("binfmt")] == []
-    assert all("needed by" in check.found for check in bad if check.name.startswith("binfmt"))
+    assert all("required by" in check.found for check in bad if check.name.startswith("binfmt"))
 
 
 def test_the_package_list_is_debians(tmp_path: Path) -> None:
@@ -118,10 +118,10 @@ def binfmt_recipe(farm: Farm) -> None:
 def test_binfmt_matters_only_to_recipes_that_need_it(farm: Farm) -> None:
     before = check(farm.settings, "binfmt aarch64")
     assert before.ok
-    assert "no recipe needs it" in before.found
+    assert "not required by any recipe" in before.found
     binfmt_recipe(farm)
     after = check(farm.settings, "binfmt aarch64")
-    assert "needed by foreign" in after.found
+    assert "required by foreign" in after.found
     assert after.ok == (binfmt.registration(Arch.AARCH64) is None)
 
 

@@ -98,7 +98,7 @@ def test_a_build_that_downloads_is_told_the_variable_of_its_setup_py_that_avoids
     place.write_text("\n".join(lines) + "\n")
     done = farm.run("build", "thing")
     assert done.code == 20, done.said
-    assert 'set THING_FORCE_BUILD = "1" in [build] environment, which keeps setup.py:6 from its download' in done.said
+    assert 'set THING_FORCE_BUILD = "1" in [build.environment], which avoids the download at setup.py:6' in done.said
 
 
 @pytest.mark.parametrize(

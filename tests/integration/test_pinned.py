@@ -240,7 +240,7 @@ def test_trap_4_a_build_requirement_that_the_tutorial_forgets_is_named_before_an
     farm.recipe("tiny", files)
     done = farm.run("build", "tiny", "--target", NATIVE)
     assert done.code == 21, done.said
-    assert "needs to build: 'pybind11>=2.13.1'" in done.said
+    assert "requires 'pybind11>=2.13.1'" in done.said
     assert "pybind11" in (REPOSITORY / "stacks/cu124/requirements.lock").read_text()
 
 
@@ -569,11 +569,11 @@ def test_what_waits_on_a_condition_variable_needs_a_newer_level_and_that_is_said
     assert '"2_34"' in place.read_text()
     older = farm.run("build", "waits", "--target", NATIVE)
     assert older.code == 30, older.said
-    assert "platform-tag (needs manylinux_2_35" in older.said
+    assert "platform-tag (requires manylinux_2_35" in older.said
     assert "GLIBCXX_3.4.30" in older.said.partition("platform-tag (")[2]
     warned, compiled, _ = older.said.partition(" compile ")
     assert compiled
-    assert "waits.cpp uses std::condition_variable: objects of g++ 12 that wait on one need GLIBCXX_3.4.30" in warned
+    assert "waits.cpp uses std::condition_variable: objects of g++ 12 that wait on one require GLIBCXX_3.4.30" in warned
     place.write_text(place.read_text().replace('"2_34"', '"2_35"'))
     newer = farm.run("build", "waits", "--target", NATIVE)
     assert newer.code == 0, newer.said

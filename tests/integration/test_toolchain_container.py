@@ -244,7 +244,7 @@ def test_the_container_has_no_network_and_what_reaches_for_it_fails_by_name(farm
     with_image(farm, depot.sha256)
     done = farm.run("build", "tiny", *AIM, **depot.variables)
     assert done.code == 20, done.said
-    assert "reached for the network, which a build has not: OSError: [Errno 101] Network is unreachable" in done.said
+    assert "tried to access the network (OSError: [Errno 101] Network is unreachable)" in done.said
     assert depot.podman("ps", "--all", "--quiet").stdout == ""
 
 
@@ -267,7 +267,7 @@ def test_a_container_is_held_to_the_bound_where_its_engine_can(
     with_image(farm, depot.sha256)
     done = farm.run("build", "tiny", *AIM, "--jobs", "1", GRACEFARM_MEMORY="1GiB", **depot.variables)
     assert done.code == 22, f"{done.said}\n{farm.run('log', 'tiny').out[-3000:]}"
-    assert "the build of tiny was killed at its bound of 1.0 GiB (podman)" in done.said
+    assert "the build of tiny was killed at its limit of 1.0 GiB of memory (podman)" in done.said
     (compiled,) = [stage for stage in record_of(farm, "tiny")["stages"] if stage["name"] == "compile"]  # type: ignore[attr-defined]
     assert (compiled["memory_bound"], compiled["memory_by"]) == (1 << 30, "podman")
     assert "podman limits its memory" in compiled["note"]

@@ -1,10 +1,10 @@
-"""Starts a command on the machine itself, without network: what bubblewrap is to a sandbox, with bubblewrap's three promises.
+"""Starts a command on this machine without network, with the same interface and guarantees as bubblewrap.
 
     launcher.py --json-status-fd N --block-fd N SPEC -- ARGUMENT...
 
-SPEC is JSON: environment (complete), workdir, network (true: the machine's own). The first status line is `child-pid`, the
-last `exit-code`; the command starts after one byte on the block descriptor, or its end; if the parent dies, so does the
-command. Standard library only, as builder.box.supervisor, which starts it.
+SPEC is JSON: environment (complete), workdir, network (true: this machine's network). The first status line is `child-pid`,
+the last is `exit-code`. The command starts after one byte on the block descriptor, or when it is closed. If the parent dies,
+the command is killed. It uses only the standard library, as builder.box.supervisor, which starts it.
 """
 
 import ctypes
@@ -22,13 +22,13 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def leave_network() -> None:
-    """Move into a network namespace of our own with nothing but `lo`; who is not root needs a user namespace for it."""
+    """Enter a new network namespace with only `lo`; users other than root also need a new user namespace."""
     uid, gid = os.getuid(), os.getgid()
     if LIBC.unshare(CLONE_NEWNET | (0 if uid == 0 else CLONE_NEWUSER)) != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     if uid != 0:
         for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-            with open(f"/proc/self/{name}", "w") as stream:  # noqa: PTH123 one write each, as the kernel wants
+            with open(f"/proc/self/{name}", "w") as stream:  # noqa: PTH123 one write each, as the kernel requires
                 stream.write(text)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         (flags,) = struct.unpack_from("=H", fcntl.ioctl(sock, SIOCGIFFLAGS, struct.pack("=16s16x", b"lo")), 16)
@@ -36,14 +36,14 @@ def leave_network() -> None:
 
 
 def main() -> None:
-    """As described above."""
+    """Start the command and report its exit code."""
     status, gate, spec, command = int(sys.argv[2]), int(sys.argv[4]), json.loads(sys.argv[5]), sys.argv[7:]
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     try:
         if not spec["network"]:
             leave_network()
     except OSError as error:
-        sys.exit(f"launcher: no network namespace can be made: {error}")
+        sys.exit(f"launcher: a network namespace cannot be created: {error}")
     child = os.fork()
     if child == 0:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

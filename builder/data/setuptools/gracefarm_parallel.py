@@ -1,8 +1,8 @@
-"""Compile the objects of setuptools' extension modules at the same time, at most as many as MAX_JOBS says.
+"""Compile the objects of setuptools' extension modules in parallel, with at most MAX_JOBS jobs.
 
-setuptools calls `finalize` for each Distribution (entry point setuptools.finalize_distribution_options). Processes, not
-threads: torch's BuildExtension changes the compiler's command while it compiles a CUDA source. What uses ninja or CMake has
-jobs already, and stays as it is.
+setuptools calls `finalize` for each Distribution (entry point setuptools.finalize_distribution_options). It uses processes,
+not threads, because torch's BuildExtension changes the compiler's command while it compiles a CUDA source. Extensions that
+use ninja or CMake are parallel already and are not changed.
 """
 
 import os
@@ -14,11 +14,11 @@ from pathlib import PurePath
 from typing import Any, NoReturn
 
 _OWN = ("setuptools", "distutils", "Cython", "torch", "pybind11", "numpy")
-"Packages whose build_extension compiles by the compiler's `compile` alone."
+"Packages whose build_extension compiles only with the compiler's `compile`."
 
 
 class _Jobs:
-    """A token for each job that may run, in a pipe that all processes share; and how many units are compiled."""
+    """A token for each job that may run, in a pipe that all processes share; and the number of compiled units."""
 
     def __init__(self, count: int, total: int) -> None:
         self.readable, self.writable = os.pipe()
@@ -28,7 +28,7 @@ class _Jobs:
 
     @contextmanager
     def tell(self, name: str) -> Iterator[None]:
-        """Give the token back in the end; say what is compiled, as ninja does."""
+        """Print the compiled unit, as ninja does, and return the token at the end."""
         try:
             yield
             os.write(self.finished.fileno(), b".")
@@ -42,7 +42,7 @@ class _Jobs:
         os.read(self.readable, 1)
 
     def give(self) -> None:
-        """Let another one run."""
+        """Let another job run."""
         os.write(self.writable, b".")
 
 
@@ -62,7 +62,7 @@ def finalize(distribution: Any) -> None:
 
     def build_extensions(command: Any) -> None:
         plain = type(command).build_extension.__module__.partition(".")[0] in _OWN
-        # An instance's own `compile` is torch's call of ninja.
+        # A `compile` of the instance is torch's call of ninja.
         if len(command.extensions) < 2 or not plain or "compile" in vars(command.compiler) or _share(command.extensions):
             one_by_one(command)
             return
@@ -97,7 +97,7 @@ def finalize(distribution: Any) -> None:
 
 
 def _share(extensions: Sequence[Any]) -> bool:
-    """Whether two extensions have a source in common: each compiles it with macros of its own, to the same object."""
+    """Whether two extensions have a common source, which each compiles with its macros to the same object."""
     names = [PurePath(source).with_suffix("") for extension in extensions for source in extension.sources]
     return len(names) != len(set(names))
 
@@ -108,8 +108,8 @@ def _build(command: Any, extension: Any) -> None:
 
 
 def _each(items: Sequence[Any], work: Callable[[Any], None], name: Callable[[Any], str], jobs: _Jobs | None = None) -> None:
-    """Do the work for each item in a process; with `jobs`, as soon as one may run, and the work lets the next one run. None
-    starts after a failure."""
+    """Do the work for each item in a process. With `jobs`, a process starts when a job may run, and the work lets the next one
+    run. After a failure no process starts."""
     from distutils.errors import CompileError
 
     running: dict[int, Any] = {}
