@@ -201,7 +201,7 @@ def test_an_index_that_names_files_that_are_missing(tmp_path: Path) -> None:
     repository(folder, model())
     (folder / "model-00002-of-00003.safetensors").unlink()
     prepared(tmp_path)
-    told(tmp_path, 3, "1 of 3 files are missing, model-00002-of-00003.safetensors", *plan_of(folder))
+    told(tmp_path, 3, "1 of 3 files are missing, such as model-00002-of-00003.safetensors", *plan_of(folder))
     index = json.loads((folder / checkpoint.INDEX).read_text())
     index["weight_map"] |= {GATE: "../../etc/passwd"}
     (folder / checkpoint.INDEX).write_text(json.dumps(index))

@@ -123,7 +123,7 @@ def test_the_hub_resolves_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         found, note = models.find(ModelConfig(repo="org/model"), tmp_path)
         assert (found.revision, found.layers, note) == (COMMIT, 4, "")
-        with pytest.raises(FetchError, match="no org/other at main"):
+        with pytest.raises(FetchError, match="no org/other at revision main"):
             models.find(ModelConfig(repo="org/other"), tmp_path)
 
 

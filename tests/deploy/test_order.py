@@ -256,7 +256,7 @@ def test_the_sets_lock_comes_from_its_index_once(tmp_path: Path) -> None:
     with source.listening([sys.executable, "-m", "index", "--root", str(root), "--json", "serve", "--port", "0"]) as url:
         data = Config.model_validate({"set": "spring", "index": url + "/spring/simple/"})
         deployment = Deployment(path=tmp_path / "deploy.toml", data=data, nodes=())
-        with pytest.raises(FetchError, match=r"/spring/requirements\.lock answered 404") as error:  # not published yet
+        with pytest.raises(FetchError, match=r"/spring/requirements\.lock answered HTTP 404") as error:  # not published yet
             setlock.lock_text(deployment, Console())
         assert not path.exists()
         made = standin.build(tmp_path / "wheels").path
@@ -298,7 +298,7 @@ def test_an_index_that_asks_who_it_is_is_told_by_netrc(tmp_path: Path, monkeypat
         data = Config(set="spring", index=f"http://127.0.0.1:{server.server_port}/spring/simple/")
         deployment = Deployment(path=tmp_path / "deploy.toml", data=data, nodes=())
         try:
-            with pytest.raises(FetchError, match="answered 401"):
+            with pytest.raises(FetchError, match="answered HTTP 401"):
                 setlock.lock_text(deployment, Console())
             (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password s3cret\n")
             (tmp_path / ".netrc").chmod(0o644)
