@@ -41,7 +41,7 @@ from gracefarm.errors import ConfigError, UsageError
     "--engine",
     "engine_name",
     type=click.Choice(["aphrodite", "vllm"]),
-    help="With --nodes: engine; default: from deploy.toml, else vllm.",
+    help="With --nodes: engine; default: from deploy.toml, else aphrodite; with --model vllm.",
 )
 @click.option("--model", "repo", metavar="REPO", help="With --nodes: model, or folder with its config.json.")
 @click.option("--tp", type=click.IntRange(1), help="With --nodes: GPUs that share every layer (tensor parallel).")
