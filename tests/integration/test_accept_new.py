@@ -93,7 +93,7 @@ def test_a_person_at_a_terminal_is_asked(farm: Farm, tmp_path: Path) -> None:
     assert (code, place.read_text()) == (2, before), said
     assert "Accept these files as they are now" in said
     code, said = answered(farm, tmp_path, b"y\n")
-    assert (code, "'no such text' is there 0 times" in said) == (13, True), said
+    assert (code, "'no such text' occurs 0 times" in said) == (13, True), said
     assert "accepted =" in place.read_text()
 
 
@@ -110,7 +110,7 @@ def test_one_question_for_the_digests_that_cells_or_a_set_lack(farm: Farm, tmp_p
         assert (alone.code, place.read_text()) == (2, before), alone.said
         assert "asks for confirmation of 1 digests, which requires a terminal" in alone.said
         done = farm.run(*command, "--accept-new", "--yes", **mirrors(tmp_path))
-        assert "'no such text' is there 0 times" in done.said
+        assert "'no such text' occurs 0 times" in done.said
         assert done.said.count("accepted at first use, not confirmed: ") == 1
         assert "accepted =" in place.read_text()
 

@@ -88,7 +88,7 @@ def test_fetch_says_a_line_for_each_part_also_while_a_digest_is_unknown(farm: Fa
         "file seed/version.txt",
         "patch 0001-sm-90.patch applies",
         "substitution in build.py: 1 occurrence",
-        "licence csrc/inner/LICENSE.txt is there",
+        "licence csrc/inner/LICENSE.txt exists",
     ]
     assert result["recipe"] == "shape"
     assert [gap["url"] for gap in result["gaps"]] == ["https://gone.example/llvm.zip"]
@@ -102,7 +102,7 @@ def test_fetch_names_what_does_not_fit_and_goes_on_to_the_next_recipe(farm: Farm
     farm.recipe("tiny", {"setup.py": ""})
     done = farm.run("fetch", "shape", "tiny", **mirrors(tmp_path))
     assert done.code == 50, done.said
-    assert "'threads = 3' is there 0 times, not 1" in done.said
+    assert "'threads = 3' occurs 0 times, not 1" in done.said
     assert "tiny: all pinned files were fetched and match" in done.out
     alone = farm.run("fetch", "shape", **mirrors(tmp_path))
     assert alone.code == 13, alone.said
@@ -115,7 +115,7 @@ def test_a_build_unpacks_and_patches_before_it_asks_for_root_or_environment(farm
     nowhere = {"GRACEFARM_DEBIAN_MIRROR": "http://127.0.0.1:9/debian", "GRACEFARM_PYTHON_INDEX": "http://127.0.0.1:9/simple"}
     done = farm.run("build", "shape", GRACEFARM_HOME=str(empty), **nowhere, **mirrors(tmp_path))
     assert done.code == 13, done.said
-    assert "'threads = 3' is there 0 times" in done.said
+    assert "'threads = 3' occurs 0 times" in done.said
     assert {path.name for path in empty.iterdir()} <= {"builds", "git", "locks", "store"}, "nothing but what was fetched"
 
 

@@ -429,7 +429,7 @@ def test_a_submodule_by_commit_and_an_architecture_taken_out_by_a_checked_substi
     git_recipe(farm, "flashy", outer, commit, substitutions=[SUBSTITUTION | {"count": 2}], **tables)
     done = farm.run("build", "flashy", "--target", NATIVE, **mirrors(tmp_path))
     assert done.code == 13, done.said
-    assert "is there 1 times, not 2" in done.said
+    assert "occurs 1 times, not 2" in done.said
     git_recipe(farm, "flashy", outer, commit, **tables)
     assert "compiled for sm_80" in farm.run("build", "flashy", "--target", NATIVE, **mirrors(tmp_path)).said
 

@@ -43,8 +43,6 @@ TO_DO = frozenset(
         "docs/explanation/building.md",
         "docs/howto/gpu.md",
         "docs/howto/pinned.md",
-        "docs/reference/recipes.md",
-        "docs/reference/stacks.md",
         "tests/deploy/",
         "tests/integration/",
         "tests/unit/",
