@@ -139,7 +139,7 @@ def test_a_bundle_is_made_where_what_is_kept_here_is_damaged(tmp_path: Path, nam
         assert {"nodes/k0/processes.txt", "local/deploy.toml"} <= set(files)
         page = files["summary.md"].decode()
         assert page.startswith("# t: FAILED(")
-        assert f"Not read: {made.deployment.folder.path / name}: " in page
+        assert f"Not read: {made.deployment.folder.path / name}" in page
         (note,) = bundle.status.notes
         assert "; " in note  # what to do
 
@@ -169,7 +169,7 @@ def test_a_bundle_is_made_while_nodes_are_away(tmp_path: Path) -> None:
         assert away.where == "k1"
         files = unpacked(bundle.path, tmp_path / "out")
         assert "nodes/k0/processes.txt" in files
-        assert b"## Not in here" in files["summary.md"]
+        assert b"## Missing" in files["summary.md"]
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".deploy"]  # noqa: ASYNC240
 
     play(tmp_path, work, nodes=2)
