@@ -222,12 +222,12 @@ class _Sizes:
         # Resident sizes are cheap, and never smaller than proportional ones.
         if time.monotonic() >= self._due or (bound is not None and sum(map(_resident, tree)) > bound):
             start = time.thread_time()
-            self._last = sum(map(_proportional, tree))
+            self._last = sum(map(proportional_size, tree))
             self._due = time.monotonic() + (time.thread_time() - start) / self.SHARE
         return self._last
 
 
-def _proportional(process: psutil.Process) -> int:
+def proportional_size(process: psutil.Process) -> int:
     """Proportional set size, which counts shared pages once; resident size if the kernel hides it."""
     try:
         return 1024 * int(_PSS.findall(Path(f"/proc/{process.pid}/smaps_rollup").read_text())[0])

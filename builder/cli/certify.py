@@ -69,7 +69,7 @@ def certify_command(
     scratch.mkdir(parents=True)
     try:
         stack = stack_name or loaded.data.stack
-        with plainly_named(wheel.resolve()) as (plain, _):
+        with plainly_named(wheel.absolute()) as (plain, _):
             trial, sm, reader = trial_of(
                 plain, loaded.data.imports, loaded.smoke_gpu_script, stack, on, scratch, settings, cuda=True
             )

@@ -108,7 +108,7 @@ def smoke_command(
     scratch = settings.home / "smoke" / str(os.getpid())
     scratch.mkdir(parents=True)
     try:
-        with plainly_named(wheel.resolve()) as (plain, _):
+        with plainly_named(wheel.absolute()) as (plain, _):
             trial, sm, _ = trial_of(plain, imports, script, stack_name, on, scratch, settings)
             if gpu:
                 answer = smoke.run_gpu(trial, sm)

@@ -235,7 +235,7 @@ def test_exact_sizes_are_read_rarely_unless_they_decide(monkeypatch: pytest.Monk
             pass
         return 2 * MIB
 
-    monkeypatch.setattr("builder.box.meter._proportional", slow)
+    monkeypatch.setattr("builder.box.meter.proportional_size", slow)
     watchdog = Watchdog(bound)
     with subprocess.Popen(["sleep", "60"]) as process:
         watchdog.attach(process.pid)
