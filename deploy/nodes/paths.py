@@ -84,7 +84,7 @@ def ray_temp(deployment: Deployment, node: Node, user: str) -> str:
     folder = posixpath.join(base(deployment, node, user), deployment.folder.id[:8])
     if len(folder.encode()) > RAY_TEMP_BYTES:
         raise ConfigError(
-            f"{folder} has {len(folder.encode())} bytes, but Ray's sockets require a path of at most {RAY_TEMP_BYTES} bytes",
+            f"the path {folder} has {len(folder.encode())} bytes, but Ray's sockets require at most {RAY_TEMP_BYTES}",
             remedy='set a shorter `local` in deploy.toml, such as local = "/tmp/gf-{user}"',
         )
     return folder

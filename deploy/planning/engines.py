@@ -250,12 +250,12 @@ def _check_cache(engine_: Engine, given: Mapping[str, GivenValue], arch: str) ->
     options_ = {key.replace("_", "-"): value for key, value in given.items()}
     if str(options_.get("kv-cache-dtype", "auto")).startswith("fp8"):
         raise ConfigError(
-            "[engine_options] kv-cache-dtype: fp8 requires xformers in this version, which does not exist for aarch64",
+            "[engine_options] kv-cache-dtype: fp8 requires xformers in this version, but there is no xformers for aarch64",
             remedy="remove it; the default is auto",
         )
     if int(str(options_.get("block-size", 16))) % 16:
         raise ConfigError(
-            "[engine_options] block-size: a value not divisible by 16 requires xformers, which does not exist for aarch64",
+            "[engine_options] block-size: a value not divisible by 16 requires xformers, but there is no xformers for aarch64",
             remedy="remove it; the default is 16",
         )
 
