@@ -243,9 +243,9 @@ def test_the_pages_count_the_digests_that_are_not_known() -> None:
         name: (REPOSITORY / name).read_text()
         for name in ("README.md", "docs/howto/pinned.md", "docs/reference/sets.md", "docs/howto/llama-405b.md")
     }
-    assert f"The gaps are {NUMBERS[to_build + len(gaps.of_images(base))]}: " in pages["docs/howto/pinned.md"]
+    assert f"There are {NUMBERS[to_build + len(gaps.of_images(base))]} unknown digests: " in pages["docs/howto/pinned.md"]
     assert f"{NUMBERS[to_build]} digests wait for a machine" in pages["README.md"]
-    assert f"{NUMBERS[to_build]} digests are gaps" in pages["docs/reference/sets.md"]
+    assert f"{NUMBERS[to_build]} digests are unknown" in pages["docs/reference/sets.md"]
     assert f"wait for {NUMBERS[to_build]} digests" in pages["docs/howto/llama-405b.md"]
 
 

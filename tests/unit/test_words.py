@@ -39,9 +39,6 @@ TO_DO = frozenset(
     {
         "builder/data/root/bytecode.py",  # in every root's digest: rewritten with the next functional change
         "builder/data/toolchain/",  # in every build id: rewritten with the next functional change
-        "docs/explanation/benchmarks.md",
-        "docs/howto/gpu.md",
-        "docs/howto/pinned.md",
         "tests/deploy/",
         "tests/integration/",
         "tests/unit/",
