@@ -52,7 +52,7 @@ def _lock(deployment: Deployment, facts: Facts) -> Sequence[str]:
     machines = set(_MACHINES.findall(text))
     strange = {node.arch: node.name for node in facts.nodes if machines and node.arch not in machines}
     return [
-        f"wheels for {arch}, the architecture of {node}: the set {name} has wheels for {' and '.join(sorted(machines))}"
+        f"wheels for {arch}: the set {name} has only wheels for {' and '.join(sorted(machines))}, but {node} is {arch}"
         for arch, node in strange.items()
     ]
 
