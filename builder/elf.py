@@ -241,7 +241,7 @@ class _Tables:
         return versions
 
     def _rest(self, tag: str) -> memoryview:
-        """From a table's start to the end of the file: version tables do not say their size in the dynamic table."""
+        """From a table's start to the end of the file, since the dynamic table has no size for version tables."""
         return self._map[self._offset(tag) :] if tag in self._tags and self._strings else self._map[:0]
 
     def symbols(self) -> tuple[tuple[Reference, ...], Exports]:
@@ -265,7 +265,7 @@ class _Tables:
         return tuple(references), Exports(symbols=symbols, versions=self.definitions(), versioned=bool(versym))
 
     def _count(self) -> int:
-        """Entries of .dynsym: its section says; without sections, the hash tables do."""
+        """Number of entries in .dynsym, from its section; without sections, from the hash tables."""
         address = self._tags.get("DT_SYMTAB")
         for section in self._elf.iter_sections():
             if section["sh_type"] == "SHT_DYNSYM" and section["sh_addr"] == address:

@@ -241,7 +241,7 @@ def _cells(names: Sequence[str], selector: str | None, part: Part, aim: Aim, set
     """
     if selector is None:
         if part != Part():
-            raise UsageError("--only and --shard take a part of a matrix", remedy="say --matrix, as --matrix default")
+            raise UsageError("--only and --shard take a part of a matrix", remedy="add --matrix, as --matrix default")
         return None
     target = click.get_current_context().get_parameter_source("target") is click.core.ParameterSource.COMMANDLINE
     given = {

@@ -62,7 +62,7 @@ def _foreign_policy(wheel: Path, stack_name: str, sm: tuple[str, ...] | None, se
     loaded, target = replace(stack.load(settings.project / "stacks", stack_name), asked_sm=sm), audit.target_of(wheel)
     toolchain = loaded.data.toolchain
     compiles = bool(toolchain.requirements) or toolchain.debian is not None
-    # Its cuobjdump reads device code; a wheel without any asks nothing of it.
+    # Its cuobjdump reads device code, so it is not required for wheels without device code.
     cuda = compiles and audit.holds_device_code(wheel)
     ground = SandboxToolchain().lay(loaded, stack.host_arch(), target, settings, cuda=cuda)
     console.step("audit", f"{wheel.name} against stack {stack_name} for {target.value}")

@@ -26,7 +26,7 @@ from gracefarm.errors import ConfigError, UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What a command takes of a selector's cells."""
+    """Options that select cells of a selector."""
 
     only: str | None = None
     shard: str | None = None
@@ -93,7 +93,7 @@ def reports_of(cells: Sequence[Cell], settings: Settings, on: ToolchainChoice | 
     for cell in cells:
         try:
             base = stack_of(cell.stack, cell.interpreter, settings)
-        except ConfigError:  # of its interpreter.toml, which the plan says again
+        except ConfigError:  # in its interpreter.toml; the plan reports it again
             base = stack_of(cell.stack, None, settings)
         data = recipe.load(settings.project / "recipes", cell.recipe).data
         reports.append(report(cell, data, base, plan, settings, records))

@@ -124,7 +124,7 @@ def _files(
 def _own_version(known: metadata.SourceMetadata, name: str) -> str:
     version = known.table("project").get("version")
     if not isinstance(version, str):
-        raise UsageError(f"the source of {name} names no version in pyproject.toml", remedy="say it: --version V")
+        raise UsageError(f"the source of {name} names no version in pyproject.toml", remedy="give it with --version V")
     return version
 
 

@@ -1,1 +1,1 @@
-"""Draft a recipe from a source: read where the source says a value, guessed elsewhere. Nothing of the package is run."""
+"""Draft a recipe from a source: values are read from the source, or guessed. Nothing of the package is run."""

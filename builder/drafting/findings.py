@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class DraftValue:
-    """A value, and the file and line that say it, or the reason for a guess."""
+    """A value, with its file and line, or with the reason for a guess."""
 
     key: str
     "As recipe.toml has it, as `build.environment`."
@@ -31,11 +31,11 @@ class Findings:
     warnings: list[str] = field(default_factory=list)
 
     def read(self, key: str, value: str, origin: object) -> None:
-        """Note a value that the source says."""
+        """Note a value that was read from the source."""
         self.values.append(DraftValue(key=key, value=value, read=True, origin=str(origin)))
 
     def guess(self, key: str, value: str, reason: str) -> None:
-        """Note a value that the source does not say."""
+        """Note a guessed value."""
         self.values.append(DraftValue(key=key, value=value, read=False, origin=reason))
 
     def of(self, key: str) -> Sequence[DraftValue]:

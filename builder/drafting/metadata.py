@@ -1,4 +1,4 @@
-"""What a source tree says of itself in PKG-INFO and pyproject.toml, with the line that says it."""
+"""Metadata of a source tree from PKG-INFO and pyproject.toml, with their lines."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SourceMetadata:
     "Of pyproject.toml."
 
     def first(self, name: str) -> Line | None:
-        """The first header of that name which says something."""
+        """The first header of that name with a value."""
         said = (line for line in self.headers.get(name.lower(), ()) if line.value not in ("", "UNKNOWN"))
         return next(said, None)
 

@@ -84,7 +84,7 @@ class StackFacts:
 
 
 def draft(tree: Path, name: str, metadata: SourceMetadata, ground: StackFacts) -> Draft:
-    """What the source tree says, and guesses for the rest.
+    """Values from the source tree, and guesses for others.
 
     Raises:
         SourceError: it cannot be built, because sources are missing.
@@ -159,7 +159,7 @@ def _cuda(made: Draft, script: BuildScript, files: list[str]) -> None:
 
 
 def _requirements(made: Draft, metadata: SourceMetadata, script: BuildScript, ground: StackFacts, tree: Path) -> None:
-    """What the build needs beside the stack, and what of the stack's it would refuse."""
+    """Build requirements in addition to the stack, and distributions of the stack that the package does not accept."""
     marker = {"python_version": ground.python.rstrip("t"), "platform_machine": ground.machine}
     declared = set()
     for requirement, text, place in metadata.build_requires:
@@ -320,7 +320,7 @@ def _applies(requirement: Requirement, ground: StackFacts) -> bool:
 
 
 def _modules(name: str, tree: Path, metadata: SourceMetadata) -> list[tuple[str, str, bool]]:
-    """Modules of the package with their origin, and whether that says them."""
+    """Modules of the package with their origin, and whether the origin names them."""
     own = canonicalize_name(name).replace("-", "_")
     listed: list[tuple[str, str, bool]] = []
     for place in sorted(tree.glob("*.egg-info/top_level.txt")) + sorted(tree.glob("src/*.egg-info/top_level.txt")):

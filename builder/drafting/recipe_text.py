@@ -12,7 +12,7 @@ from builder.planning.sources import GitSource, SdistSource
 def recipe_toml(
     draft: Draft, version: str, summary: str, licence: str, texts: list[str], source: SdistSource | GitSource
 ) -> str:
-    """recipe.toml; a value that was guessed says so."""
+    """The text of recipe.toml; guessed values are marked."""
     lines = [
         f"name = {_text(draft.name)}",
         f"version = {_text(version)}",
@@ -102,7 +102,7 @@ def notes(draft: Draft, version: str, command: str) -> str:
 
 
 def smoke(draft: Draft) -> str:
-    """smoke.py: as much as can be said of any package. A person adds what a broken wheel fails."""
+    """The text of smoke.py, with tests that fit every package. A person adds tests that a broken wheel fails."""
     lines = [f'"""The extension modules of {draft.name} are there. Add a computation whose result is known."""', ""]
     if not draft.compiled:
         lines += ["from importlib.metadata import files", ""]

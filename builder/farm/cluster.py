@@ -1,4 +1,4 @@
-"""A Ray cluster as the machine that asks sees it: its address, its workers, and the foreman on its head."""
+"""A Ray cluster for the machine that uses it: its address, its workers, and the foreman on its head."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _REPEAT = "then repeat the command: it goes on from what is built"
 
 @dataclass(frozen=True, kw_only=True)
 class Worker:
-    """A machine of the cluster that says of which architecture it is."""
+    """A machine of the cluster with a resource for its architecture."""
 
     arch: Arch
     cpus: int
@@ -42,7 +42,7 @@ class Worker:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What a cell asks a worker for."""
+    """Resources that a cell requires of a worker."""
 
     cpus: int
     memory: int
@@ -98,7 +98,7 @@ class Cluster:
             return ray.get(getattr(self.foreman, method).remote(*arguments), timeout=ANSWER)
 
     def fetch(self, reference: Any) -> Any:
-        """An object of the cluster, however long it takes to come.
+        """Wait for an object of the cluster, without a time limit.
 
         Raises:
             FarmError: as `call`.

@@ -1,4 +1,4 @@
-"""What a worker is told about one cell, and what it answers."""
+"""The request to a worker for one cell, and its answer."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class CellTask:
 
 
 class Foreman:
-    """Owns the tasks, so that they go on when a driver goes away; each build id is built once for all drivers."""
+    """Owns the tasks, so that they continue when a driver disconnects; each build id is built once for all drivers."""
 
     def __init__(self, build: Any) -> None:
         import ray
@@ -118,7 +118,7 @@ class Foreman:
         return answer
 
     async def take(self, build_id: str) -> list[Any]:
-        """The reference to a cell's files. A driver says `leave` when it has them."""
+        """The reference to a cell's files. A driver calls `leave` when it has them."""
         return [self.cells[build_id].files]
 
     async def leave(self, driver: str, build_ids: Sequence[str]) -> None:
@@ -284,7 +284,7 @@ def read_into(stream: IO[bytes], put: Callable[[bytes], object]) -> None:
 
 
 def listen(output: queue.Queue[bytes | None], send: Callable[[list[str]], object]) -> dict[str, Any] | None:
-    """Send on what a build says, several lines at once, until it has ended. Waits in pieces: a cancel arrives between them."""
+    """Forward a build's output, several lines at once, until its end. Waits are short, so that a cancel can arrive."""
     answer: dict[str, Any] | None = None
     texts: list[str] = []
     sent = time.monotonic()

@@ -1,4 +1,4 @@
-"""Builds on a cluster, as the machine that asks sees them: cells out, lines and wheels back."""
+"""Builds on a cluster, for the machine that uses it: send cells, receive output and wheels."""
 
 from __future__ import annotations
 

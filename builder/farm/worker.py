@@ -28,7 +28,7 @@ from gracefarm.tables import parse_size
 
 
 def main() -> None:
-    """Build what standard input says."""
+    """Build the cell from standard input."""
     os.umask(0o022)
     os.environ["LC_ALL"] = "C"
     job = Job.model_validate_json(sys.stdin.buffer.readline())
@@ -88,7 +88,7 @@ def _plan(job: Job, settings: Settings) -> Plan:
 
 
 def _files(folder: Path, *, failed: bool) -> dict[str, str]:
-    """What the machine that asked gets: record, log, and the wheel with what lies beside it."""
+    """The result for the requesting machine: record, log, and the wheel with the files next to it."""
     places = [folder / "record.json", folder / "log.txt"]
     places += [] if failed else sorted((folder / "dist").iterdir())
     return {str(place.relative_to(folder)): str(place) for place in places if place.is_file()}

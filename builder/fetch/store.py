@@ -156,7 +156,7 @@ def _copy(transfer: Transfer) -> None:
 
 
 def _verify(transfer: Transfer, request: Request) -> None:
-    """Compare digests; if a resumed file has a wrong one, fetch it once more from its beginning."""
+    """Compare digests; if a resumed file has a wrong one, fetch it again from its beginning."""
     expected = transfer.download.sha256
     got = sha256_file(transfer.partial)
     if got != expected and transfer.resumed:
