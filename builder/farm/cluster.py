@@ -115,7 +115,10 @@ def _ended(address: str) -> Iterator[None]:
 
     try:
         yield
-    except (RayError, ConnectionError, RuntimeError, TimeoutError) as error:
+    except Exception as error:
+        # Ray's client raises a plain Exception once it has lost the head.
+        if not isinstance(error, (RayError, ConnectionError, RuntimeError, TimeoutError)) and type(error) is not Exception:
+            raise
         raise FarmError(
             f"the farm at {address} has ended or does not answer: {first_line(str(error), type(error).__name__)}",
             remedy=f"start its head and its workers again, {_REPEAT}",

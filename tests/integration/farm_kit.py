@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,8 +91,7 @@ class Machine:
 
     def power_off(self) -> None:
         """Every process of it is gone at once."""
-        self.holder.kill()
-        self.holder.wait()
+        end(self.holder)
         for process in self.started:
             process.wait(20)
 
@@ -102,6 +101,16 @@ class Machine:
             "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "16kbit", "latency", "800ms"
         )
         assert done.code == 0, done.said
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kill a process and close its pipes."""
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(BrokenPipeError):
+                pipe.close()
 
 
 class Room:
@@ -182,8 +191,7 @@ class Room:
         for machine in self.machines:
             if machine.holder.poll() is None:
                 machine.power_off()
-        self.switch.kill()
-        self.switch.wait()
+        end(self.switch)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from tests.conftest import REPOSITORY, Farm, new_farm
 from tests.integration.farm_kit import Machine, Room, open_room
 from tests.integration.test_farm import NATIVE
 
-pytestmark = [pytest.mark.slow, pytest.mark.root]
+pytestmark = [pytest.mark.slow, pytest.mark.root, pytest.mark.timeout(1800)]
 COUNT = """
 import time, ray
 ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
@@ -153,7 +152,8 @@ def test_ctrl_c_ends_the_builds_on_the_workers(cluster: Cluster, workers: list[M
     running = cluster.laptop.start(cluster.command("ended"))
     until(cluster.laptop, len(cluster.laptop.started) - 1, "compile 1 jobs")
     assert "bwrap" in workers[0].run("ps", "-eo", "comm").out
-    running.send_signal(signal.SIGINT)
+    # Not through nsenter, which a signal ends.
+    assert cluster.laptop.run("pkill", "-INT", "-f", "builder build ended").code == 0
     assert running.wait(90) == 130, cluster.laptop.output(len(cluster.laptop.started) - 1)
     deadline = time.monotonic() + 30
     while "bwrap" in (text := workers[0].run("ps", "-eo", "comm").out) or "builder" in text:
@@ -169,7 +169,7 @@ def test_a_worker_with_a_full_disk_leaves_its_cells_to_another(cluster: Cluster,
     filled = full.run("sh", "-c", f"cat /dev/zero > {full.home}/filler")
     assert "No space left" in filled.said
     alone = cluster.laptop.run(*cluster.command("roomy"))
-    assert alone.code == 50, alone.said
+    assert alone.code == 23, alone.said
     assert "no space left on the file system that holds" in alone.said
     workers.append(cluster.room.worker(cluster.head, "empty", core=1))
     wait_for_workers(cluster, 2)
@@ -185,7 +185,7 @@ def test_a_slow_network_delays_and_breaks_nothing(cluster: Cluster, workers: lis
     wait_for_workers(cluster, 1)
     workers[0].slow_down("1mbit")
     start = time.monotonic()
-    ended = cluster.laptop.run(*cluster.command("heavy"))
+    ended = cluster.laptop.run(*cluster.command("heavy"), timeout=1200)
     assert ended.code == 0, ended.said
     assert time.monotonic() - start > 15  # 2 MiB at 1 Mbit/s
     assert builds_of(cluster.laptop)["heavy"]["wheel"] == builds_of(workers[0])["heavy"]["wheel"]
@@ -201,7 +201,7 @@ def test_a_worker_of_another_gracefarm_is_named_and_left_out(cluster: Cluster, w
         workers.append(cluster.room.worker(cluster.head, "old", PYTHONPATH=str(other)))
         wait_for_workers(cluster, 1)
         alone = cluster.laptop.run(*cluster.command("picky"))
-        assert alone.code == 50, alone.said
+        assert alone.code == 4, alone.said
         assert "this worker has gracefarm" in alone.said
         assert "remedy: install the same gracefarm on both" in alone.said
         workers.append(cluster.room.worker(cluster.head, "new", core=1))

@@ -154,7 +154,7 @@ def environment(variables: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(HERE.parent.parent), "COLUMNS": "200", "CI": "true", **variables}
 
 
-def run_builder(arguments: Sequence[str], variables: Mapping[str, str], timeout: float = 300, umask: int = -1) -> Done:
+def run_builder(arguments: Sequence[str], variables: Mapping[str, str], timeout: float = 1200, umask: int = -1) -> Done:
     """`python -m builder ARGUMENTS` to its end; -1: with this process's umask."""
     done = subprocess.run(
         [sys.executable, "-m", "builder", *arguments],
