@@ -27,7 +27,7 @@ ATTEMPTS = 3
 "A head gives a new client's process 30 s to start, which a busy head exceeds."
 ANSWER = 60.0
 "Seconds that the foreman may take to answer."
-_REPEAT = "then repeat the command: it goes on from what is built"
+_REPEAT = "then repeat the command: finished builds are kept"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,12 +154,12 @@ def _check(address: str) -> None:
     if address.startswith(("http://", "https://")):
         host = re.sub(r"^https?://([^:/]*).*$", r"\1", address)
         raise UsageError(
-            f"--farm {address}: that is a Jobs API, which gives back no wheels", remedy=f"say --farm ray://{host}:10001"
+            f"--farm {address}: this is a Jobs API, which cannot return wheels", remedy=f"use --farm ray://{host}:10001"
         )
     match = re.fullmatch(r"(?:ray://)?(\[[^]]+\]|[^:/]+):(\d+)", address)
     if match is None and address not in (LOCAL, "auto"):
         raise UsageError(
-            f"--farm {address}: not an address of a Ray cluster", remedy="say ray://HOST:10001, HOST:6379, auto or local"
+            f"--farm {address}: not an address of a Ray cluster", remedy="use ray://HOST:10001, HOST:6379, auto or local"
         )
     if match is not None:
         try:

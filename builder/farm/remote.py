@@ -207,7 +207,7 @@ class Foreman:
 
 def lost(cause: str) -> dict[str, Any]:
     """The outcome of a cell that left no record."""
-    remedy = "look at the workers (`ray status`, the logs of Ray), then repeat the command: it goes on from what is built"
+    remedy = "look at the workers (`ray status`, the logs of Ray), then repeat the command: finished builds are kept"
     return {"failure": {"kind": "farm", "exit_code": 51, "cause": cause, "remedy": remedy}}
 
 

@@ -89,8 +89,8 @@ class _FarmRun:
             for build_id, plan in tuple(self.waiting.items()):
                 if build_id not in news:
                     raise FarmError(
-                        f"the farm at {self.cluster.address} has forgotten {job.title(plan)}: its head was started again",
-                        remedy="repeat the command: it goes on from what is built",
+                        f"the farm at {self.cluster.address} has lost {job.title(plan)}, because its head was restarted",
+                        remedy="repeat the command: finished builds are kept",
                     )
                 self._print(plan, news[build_id]["lines"])
                 outcome = news[build_id]["outcome"]
@@ -110,7 +110,7 @@ class _FarmRun:
             try:
                 self.cluster.call("leave", self.driver, left)
             except FarmError as error:
-                self.console.warn(f"{error.cause}; what still runs there goes on")
+                self.console.warn(f"{error.cause}; builds that run there continue")
 
     def _print(self, plan: Plan, lines: Sequence[str]) -> None:
         name = job.title(plan)

@@ -83,7 +83,7 @@ def _of_index(filename: str, url: str, sha256: str | None, index: str, settings:
     read = unpinned.bring(url, filename, settings)
     if sha256 not in (None, read):
         raise DigestError(
-            f"{filename}: the file at {shown(url)} has sha256 {read}, the index {shown(index)} lists {sha256}",
+            f"{filename}: the file at {shown(url)} has sha256 {read}, but the index {shown(index)} lists {sha256}",
             remedy="nothing was written; find out which of the two is right before you pin one",
         )
     return read

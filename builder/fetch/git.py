@@ -121,7 +121,7 @@ def check_submodules(source: GitSource, settings: Settings) -> None:
             )
         if entry != f"commit {module.commit}":
             raise DigestError(
-                f"{shown(source.url)}: submodule {path!r} is {entry} in the parent's tree, pinned is commit {module.commit}",
+                f"{shown(source.url)}: submodule {path!r} is {entry} in the parent's tree, but {module.commit} is pinned",
                 remedy="pin the commit that the parent names",
             )
 

@@ -357,7 +357,8 @@ def load(stacks: Path, name: str) -> LoadedStack:
         )
     if (owner.python, owner.toolchain.gcc) != (data.python, data.toolchain.gcc):
         raise ConfigError(
-            f"{folder / 'stack.toml'}: the root of {data.root_of} has Python {owner.python} and gcc {owner.toolchain.gcc}",
+            f"{folder / 'stack.toml'}: the root of {data.root_of} has Python {owner.python} and gcc {owner.toolchain.gcc}, "
+            f"but this stack has Python {data.python} and gcc {data.toolchain.gcc}",
             remedy="write the same versions into `python` and `gcc` of [toolchain], or give the stack a [root]",
         )
     return LoadedStack(folder=folder, data=data, root_stack=LoadedStack(folder=stacks / data.root_of, data=owner))

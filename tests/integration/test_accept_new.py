@@ -130,7 +130,7 @@ def test_an_index_that_says_another_digest_than_its_file_has_is_refused(farm: Fa
     mirror = {"GRACEFARM_MIRRORS": f"https://torch.example/whl={(tmp_path / 'index').as_uri()}"}
     done = farm.run("build", "tiny", "--target", NATIVE, "--accept-new", "--yes", **mirror)
     assert (done.code, place.read_text()) == (11, before), done.said
-    assert f"has sha256 {sha256(data)}, the index https://torch.example/whl says {'0' * 64}" in done.said
+    assert f"has sha256 {sha256(data)}, but the index https://torch.example/whl lists {'0' * 64}" in done.said
 
 
 def test_accept_new_is_about_named_recipes_of_a_project_of_ones_own(farm: Farm, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_two_builders_of_one_id_build_once(farm: Farm) -> None:
     first, second = (start(farm, "build", "tiny", "--target", NATIVE) for _ in range(2))
     said = [" ".join("".join(process.communicate(timeout=120)).split()) for process in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0], said
-    assert sum("waiting for it" in output for output in said) == 1
+    assert sum("waiting for another process" in output for output in said) == 1
     assert sum("already built" in output for output in said) == 1
 
 

@@ -55,7 +55,7 @@ def deaf() -> Iterator[int]:
         ("ray://127.0.0.1:1", 51, "no Ray cluster answers at ray://127.0.0.1:1: Connection refused remedy: start it"),
         ("127.0.0.1:1", 51, "no Ray cluster answers at 127.0.0.1:1: Connection refused"),
         ("ray://no.such.host.invalid:10001", 51, "no Ray cluster answers at ray://no.such.host.invalid:10001: "),
-        ("http://head:8265", 2, "that is a Jobs API, which gives back no wheels remedy: say --farm ray://head:10001"),
+        ("http://head:8265", 2, "this is a Jobs API, which cannot return wheels remedy: use --farm ray://head:10001"),
         ("head", 2, "not an address of a Ray cluster"),
         ("ray://head:99999999", 51, "no Ray cluster answers at ray://head:99999999: "),
     ],

@@ -177,7 +177,7 @@ def test_unreachable_server(settings: Settings) -> None:
     with fetch_kit.Server() as closed:
         url = closed.url.replace("http:", "https:").replace("//", "//user:s3cret@")
     pinned = GitSource(kind="git", url=f"{url}/x", commit="a" * 40, tree="b" * 40)
-    with pytest.raises(FetchError, match=r"127\.0\.0\.1.*cannot be had") as caught:
+    with pytest.raises(FetchError, match=r"127\.0\.0\.1.*cannot be fetched") as caught:
         fetch_git(pinned, settings)
     assert "GRACEFARM_MIRRORS" in caught.value.remedy
     assert "s3cret" not in caught.value.cause
