@@ -83,7 +83,7 @@ def test_recipes_that_require_each_other_are_refused(project: Settings) -> None:
     [
         ("summary =", "sumary =", "unknown key 'sumary'"),
         ('resolved_before = "2026-11-23"\n', "", "both requirements and resolved_before"),
-        ('name = "gh200-cu130"', 'name = "other"', "calls itself 'other'"),
+        ('name = "gh200-cu130"', 'name = "other"', "has the name 'other'"),
         ('"torch==2.11.0"', '"torch=2.11.0"', "requirements"),
         ('stack = "cu130"', 'stack = "cu13"', "unknown stack 'cu13'"),
         ('recipes = ["causal_conv1d"', 'recipes = ["causal_conv"', "unknown recipe 'causal_conv'"),
