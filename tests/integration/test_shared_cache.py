@@ -171,7 +171,7 @@ def test_who_has_no_token_writes_nothing(writer: Builder, server: Server) -> Non
     found, said = built(writer.farm, "tiny", "--shared-cache", "write", GRACEFARM_CACHE_TOKEN="gf_wrong")
     assert counts(found) == (0, 4, 0)
     assert entries(server) == []
-    assert "given up: writing: 401 " in said
+    assert "stopped writing: 401 " in said
 
 
 @pytest.mark.parametrize(
