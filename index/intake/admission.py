@@ -75,6 +75,9 @@ def inspect(path: Path, distribution: Distribution, sha256: str, uploaded: float
     defects = Defects(distribution=distribution)
     metadata, record, variant = read(path, defects)
     document = records.parse(record) if record is not None else {}
+    described = CudaFacts()
+    if variant is not None:
+        described = facts.from_variant(variants.parse(variant, distribution.variant).properties)
     return InspectedFile(
         distribution=distribution,
         path=path,
@@ -83,7 +86,7 @@ def inspect(path: Path, distribution: Distribution, sha256: str, uploaded: float
         metadata=metadata,
         record=record,
         variant=variant,
-        facts=facts.from_record(document).over(facts.from_name(distribution, metadata.requires)),
+        facts=facts.from_record(document).over(facts.from_name(distribution, metadata.requires)).over(described),
         build=records.identity(document),
         defects="\n".join(defects.sentences),
         uploaded=timestamp(datetime.fromtimestamp(uploaded, UTC)) if uploaded else None,

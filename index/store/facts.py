@@ -12,13 +12,16 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from gracefarm.variants import Properties
 from index.names import Distribution
 
 _CUDA_LOCAL = re.compile(r"(?:^|\.)cu(?:(\d{2})(\d)|\.?(\d+)\.(\d+))(?=\D|$)")
 _CUDA = re.compile(r"(\d{1,2}\.\d{1,2})(\.\d{1,3})?")
 _TORCH = re.compile(r"\d{1,3}(\.[a-z0-9]{1,12}){0,4}(\+[a-z0-9.]{1,40})?")
 _SM = re.compile(r"\d{2,3}[a-z]?")
+_SM_CUBIN = re.compile(r"(\d{2,3}[a-z]?)_real")
 _GLIBC = re.compile(r"\d{1,2}\.\d{1,3}")
+_MAX_SM = 64
 _TORCH_LOCAL = re.compile(r"torch\.?(\d+\.\d+)")
 _LAST = 1_000_000
 "A release number that torch never reaches."
@@ -74,6 +77,14 @@ def from_name(distribution: Distribution, requires: Iterable[str]) -> CudaFacts:
         glibc=_glibc(distribution),
         built_for=torch[1] if torch else minor,
     )
+
+
+def from_variant(properties: Properties) -> CudaFacts:
+    """Facts from the properties of a variant wheel: the lowest CUDA that it accepts, and the GPUs for which it has cubins."""
+    nvidia = properties.get("nvidia", {})
+    bounds = [match[1] for value in nvidia.get("cuda_version_lower_bound", ()) if (match := _CUDA.fullmatch(value))]
+    cubins = [match[1] for value in nvidia.get("sm_arch", ()) if (match := _SM_CUBIN.fullmatch(value))]
+    return CudaFacts(cuda=min(bounds, key=Version, default=None), sm=tuple(cubins[:_MAX_SM]))
 
 
 def built_for(version: str, facts: CudaFacts) -> str | None:
@@ -177,7 +188,7 @@ def _text(places: Iterable[Mapping[str, object]], key: str, form: re.Pattern[str
 
 
 def _sm(values: list[object]) -> Iterable[str]:
-    for item in values[:64]:
+    for item in values[:_MAX_SM]:
         value = str(item).removeprefix("sm_") if isinstance(item, str | int) else ""
         if _SM.fullmatch(value):
             yield value

@@ -241,6 +241,34 @@ def test_the_json_is_a_file_like_any_other(filled: Server) -> None:
     assert filled.client.get(wrong).status_code == 404
 
 
+def test_facts_that_nothing_else_names_are_those_of_variant_json(farm: Server) -> None:
+    """Without a record and a local version, only variant.json has CUDA and sm."""
+    several = {"cuda_version_lower_bound": ["13.1", "12.9"], "sm_arch": ["90a_real", "100_real", "100_virtual"]}
+    odd = {"cuda_version_lower_bound": ["x", "13"], "sm_arch": ["all"]}
+    cases: tuple[tuple[str, str, dict[str, list[str]], tuple[str | None, list[str] | None]], ...] = (
+        ("1.0", "cu130_sm90", VARIANTS["cu130_sm90"]["nvidia"], ("13.0", ["90"])),
+        ("2.0", "several", several, ("12.9", ["90a", "100"])),
+        ("3.0", "odd", odd, (None, None)),
+        ("4.0+cu128", "cu130_sm90", VARIANTS["cu130_sm90"]["nvidia"], ("12.8", ["90"])),
+    )
+    for version, label, features, _ in cases:
+        inside = metadata(label, variants={label: {"nvidia": features}})
+        assert farm.upload(*variant_wheel("fact_pkg", label, version, inside=inside)).status_code == 200
+    assert farm.upload(*variant_wheel("fact_pkg", "null", "5.0")).status_code == 200
+    files = {
+        item["filename"].split("-")[1]: item
+        for item in farm.page("fact-pkg").json()["files"]
+        if item["filename"].endswith(".whl")
+    }
+    for version, _, _, known in cases:
+        assert (files[version].get("_cuda"), files[version].get("_sm")) == known
+    assert "_cuda" not in files["5.0"]
+    assert "fact_pkg-1.0-py3-none-any-cu130_sm90.whl" in farm.filenames("fact-pkg", prefix="/cu130")
+    page = farm.client.get("/project/fact-pkg/?cuda=13.0&sm=90").text
+    assert "fact_pkg-1.0-py3-none-any-cu130_sm90.whl" in page
+    assert "fact_pkg-2.0" not in page
+
+
 def test_the_json_follows_the_wheels(farm: Server) -> None:
     name, project = "step_pkg", "step-pkg"
     assert farm.upload(*plain_wheel(name)).status_code == 200
