@@ -11,10 +11,11 @@ from packaging.version import Version
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
+from gracefarm.variants import split_label
 from index.errors import NotFoundError
 from index.names import name_in_address, view_of_cuda
 from index.simple_api import listings
-from index.simple_api.listings import ALL, NIGHTLY, Listed
+from index.simple_api.listings import ALL, NIGHTLY, Listed, View
 from index.simple_api.simple import file_path
 from index.store.catalogue import Catalogue
 from index.store.facts import built_for
@@ -120,7 +121,7 @@ class ProjectPages:
             total=len(choices),
             latest=best_of(choices) or choices[0],
             recommended=any(choice.recommended for choice in choices),
-            variants=any(choice.variant and choice.file.yanked is None for choice in choices),
+            variant_views=variant_views(self.site.catalogue, name),
             best=best if offered else None,
             view=narrowest_view(self.site.catalogue, best.file) if best else "",
             file_path=file_path,
@@ -208,6 +209,24 @@ def narrowest_view(catalogue: Catalogue, file: Listed) -> str:
         return "nightly/"
     torch = built_for(file.version, file.facts) or ""
     return f"{view_of_cuda(file.facts.cuda, torch)}/" if file.facts.cuda else ""
+
+
+def variant_views(catalogue: Catalogue, name: str) -> list[str]:
+    """Paths of the views from which uv selects a variant; empty if the project has no variants.
+
+    uv takes the highest local version, so a view must not contain variants for two torch versions. Variants that any torch
+    can load need no such view.
+    """
+    stacks = {(item.facts.cuda, built_for(item.version, item.facts) or "") for item in _variants(catalogue, ALL, name)}
+    views = [view for view in listings.public(catalogue) if view.kind == "cuda" and (view.argument, view.torch) in stacks]
+    if not any(view.torch for view in views):
+        views = [ALL] if stacks else []
+    nightly = [NIGHTLY] if _variants(catalogue, NIGHTLY, name) else []
+    return ["".join(f"{part}/" for part in view.prefix) for view in (*views, *nightly)]
+
+
+def _variants(catalogue: Catalogue, view: View, name: str) -> list[Listed]:
+    return [item for item in listings.files(catalogue, view, name) if split_label(item.filename)[1] and item.yanked is None]
 
 
 def _project_row(name: str, items: Sequence[sqlite3.Row]) -> ProjectRow:

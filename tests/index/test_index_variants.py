@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -155,6 +156,43 @@ def test_a_client_that_knows_no_variants_takes_the_plain_wheel(filled: Server, t
     process = run([*command, *target], machine("13.0", "9.0"))
     assert process.returncode == 0, process.stderr
     assert installed(tmp_path / "here", "choice_pkg") == "plain"
+
+
+def test_the_project_page_names_a_view_for_each_cuda_and_torch(farm: Server, tmp_path: Path) -> None:
+    """uv takes the highest local version, so /simple/ would install a wheel for another torch."""
+    for local in ("cu130.torch2.10", "cu130.torch2.11", "cu124.torch2.11", "cu130"):
+        item = variant_wheel("torch_pkg", f"{local[:5]}_sm90", f"1.0+{local}")
+        assert farm.upload(*item).status_code == 200
+    assert farm.upload(*variant_wheel("torch_pkg", "cu130_sm90", "1.0+cu130.torch2.12")).status_code == 200
+    run_index(farm.root, "yank", "torch-pkg", "1.0+cu130.torch2.12")
+    commands = commands_for_uv(farm, "torch-pkg")
+    views = ("cu124-torch2.11", "cu130", "cu130-torch2.10", "cu130-torch2.11")
+    assert commands == [f"{farm.url}/{view}/simple/" for view in views]
+    for address, local in ((commands[2], "cu130.torch2.10"), (commands[3], "cu130.torch2.11")):
+        folder = tmp_path / local
+        venv.create(folder)
+        process = run(
+            [uv(), *SWITCH, "pip", "install", "--python", folder / "bin/python", "--no-cache",
+             "--default-index", address, "torch-pkg"],
+            machine("13.0", "9.0"),
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr
+        assert f" + torch-pkg==1.0+{local}\n" in process.stderr
+
+
+def test_the_project_page_names_one_address_if_any_torch_is_right(filled: Server) -> None:
+    assert commands_for_uv(filled, "choice-pkg") == [f"{filled.url}/simple/"]
+    night = variant_wheel("choice_night_pkg", "cu130_sm90", "1.0.dev1")
+    assert filled.upload(*night, path="/nightly/legacy/").status_code == 200
+    assert commands_for_uv(filled, "choice-night-pkg") == [f"{filled.url}/nightly/simple/"]
+    assert filled.upload(*plain_wheel("choice_plain_pkg")).status_code == 200
+    assert commands_for_uv(filled, "choice-plain-pkg") == []
+
+
+def commands_for_uv(server: Server, project: str) -> list[str]:
+    """The addresses in the project page's commands for variants."""
+    page = server.client.get(f"/project/{project}/").text
+    return re.findall(rf"uv pip install --preview-features wheel-variants --index (\S+) {project}</code>", page)
 
 
 def test_the_lock_of_a_set_lets_uv_choose_by_hash(farm: Server, tmp_path: Path) -> None:
