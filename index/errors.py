@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 from gracefarm.errors import ExitCode, GracefarmError
+
+_ADDRESS = re.compile(r"(?<!\S)/")
+"Start of an address of this index in a remedy."
+
+
+def sentence(error: GracefarmError, prefix: str = "") -> str:
+    """Cause and remedy in one line. `prefix` is the path below which a proxy serves the index; addresses start with it."""
+    remedy = _ADDRESS.sub(f"{prefix}/", error.remedy)
+    return error.cause + (f" ({remedy})" if remedy else "")
 
 
 class RefusalError(GracefarmError):

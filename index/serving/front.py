@@ -11,9 +11,10 @@ from typing import TypeVar
 from urllib.parse import parse_qs, quote, unquote
 
 from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
-from index.errors import RefusalError
+from index.errors import RefusalError, sentence
 from index.names import normalise
 from index.serving.accesslog import AccessLog
 from index.serving.draining import Body, drain
@@ -21,6 +22,7 @@ from index.serving.proxies import client_address
 from index.serving.service import IndexService
 from index.simple_api import listings, negotiate
 from index.simple_api.negotiate import Encoding
+from index.web.site import forwarded_prefix
 
 T = TypeVar("T")
 
@@ -75,7 +77,7 @@ class Front:
         self._answers: dict[tuple[str, str, Encoding], PageAnswer] = {}
         self._media = _remembering(negotiate.content_type)
         self._coding = _remembering(negotiate.encoding)
-        self._unknown: PageAnswer | None = None
+        self._views: tuple[str, ...] = ()
         self._generation = -1
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -130,27 +132,28 @@ class Front:
 
     def _simple(self, scope: Scope, method: str, path: str) -> PageAnswer | None:
         if method not in ("GET", "HEAD"):
-            return _NO_METHOD if _PAGE.search(path) else None
+            return self._no_method(scope) if _PAGE.search(path) else None
         generation = self.service.page_cache.refresh()
         if generation != self._generation or len(self._answers) > _MOST_ANSWERS:
             self._answers.clear()
-            self._unknown = None
+            self._views = ()
             self._generation = generation
         accept, coding, match = _pick(scope["headers"], (b"accept", b"accept-encoding", b"if-none-match"))
         query: bytes = scope["query_string"]
         media = self._media(accept) if not query else _media_of(query, accept)
         encoding = self._coding(coding)
         if media is None:
-            answer = self._make(path, query, media, encoding)
+            answer = self._make(scope, media, encoding)
         elif (answer := self._answers.get((path, media, encoding))) is None:
-            answer = self._make(path, query, media, encoding)
+            answer = self._make(scope, media, encoding)
             # Another spelling of the path, or a query, would add another entry for the same page.
             if answer is not None and answer.status == 200 and not query and "%" not in path:
                 self._answers[path, media, encoding] = answer
         return answer.unless(match) if match and answer is not None else answer
 
-    def _make(self, path: str, query: bytes, media: str | None, encoding: Encoding) -> PageAnswer | None:
+    def _make(self, scope: Scope, media: str | None, encoding: Encoding) -> PageAnswer | None:
         """The response for a page; None if the path does not belong to the simple API."""
+        path, query = scope["path"], scope["query_string"]
         parts = unquote(path).split("/")[1:] if "%" in path else path.split("/")[1:]
         try:
             at = parts.index("simple")
@@ -158,21 +161,28 @@ class Front:
             return None
         view = listings.find(self.service.catalogue, parts[:at])
         if view is None or len(parts) - at > 3 or (len(parts) - at == 3 and parts[-1]):
-            return self._no_view()
+            return self._no_view(scope)
         name = parts[at + 1] if len(parts) - at > 1 else ""
         try:
             if (away := _redirect(parts, at, name)) is not None:
                 return _moved(away + ("?" + query.decode("latin-1") if query else ""))
             return self._page(view, name, media, encoding)
         except RefusalError as error:
-            return _plain(404, f"{error}\n")
+            return _plain(404, sentence(error, self._prefix(scope)) + "\n")
 
-    def _no_view(self) -> PageAnswer:
+    def _no_view(self, scope: Scope) -> PageAnswer:
         """404 with a list of the views."""
-        if self._unknown is None:
-            views = ", ".join(view.address for view in listings.public(self.service.catalogue))
-            self._unknown = _plain(404, f"this view does not exist (existing views: {views})\n")
-        return self._unknown
+        self._views = self._views or tuple(view.address for view in listings.public(self.service.catalogue))
+        prefix = self._prefix(scope)
+        views = ", ".join(prefix + address for address in self._views)
+        return _plain(404, f"this view does not exist (existing views: {views})\n")
+
+    def _no_method(self, scope: Scope) -> PageAnswer:
+        """405 with the address for uploads."""
+        return _plain(405, _NO_METHOD.format(prefix=self._prefix(scope)), (b"allow", b"GET, HEAD"))
+
+    def _prefix(self, scope: Scope) -> str:
+        return forwarded_prefix(Request(scope), self.service.options.trusted_proxies)
 
     def _page(self, view: listings.View, name: str, media: str | None, encoding: Encoding) -> PageAnswer:
         if media is None:
@@ -237,11 +247,9 @@ def _plain(status: int, text: str, *more: tuple[bytes, bytes]) -> PageAnswer:
     return PageAnswer(status, headers, body)
 
 
-_NO_METHOD = _plain(
-    405,
-    "this address is for installers; upload to /legacy/ (twine upload --repository-url …/legacy/, uv publish --publish-url"
-    " …/legacy/; GET /legacy/ shows the commands)\n",
-    (b"allow", b"GET, HEAD"),
+_NO_METHOD = (
+    "this address is for installers; upload to {prefix}/legacy/ (twine upload --repository-url …/legacy/, uv publish"
+    " --publish-url …/legacy/; GET {prefix}/legacy/ shows the commands)\n"
 )
 
 

@@ -29,6 +29,7 @@ from index.errors import (
     RefusedError,
     TooLargeError,
     UnauthenticatedError,
+    sentence,
 )
 from index.intake.admission import Destination
 from index.intake.multipart import pieces
@@ -42,6 +43,7 @@ from index.serving.upload import take
 from index.simple_api import listings, negotiate, requirements
 from index.store import auth, provenance, records
 from index.store.auth import Token
+from index.web.site import forwarded_prefix
 
 IMMUTABLE = "public, max-age=31536000, immutable"
 
@@ -157,7 +159,7 @@ async def bare_name(service: IndexService, request: Request) -> Response:
     """GET /NAME and /NAME/: redirect to the project's page, as in pypiserver."""
     name = name_in_address(request.path_params["name"])
     if not listings.files(service.catalogue, listings.ALL, name):
-        raise NotFoundError(f"/{name} does not exist", remedy="see / and /simple/")
+        raise NotFoundError(f"this index has no project {name!r}", remedy="see / and /simple/")
     up = "../" if request.url.path.endswith("/") else ""
     return RedirectResponse(f"{up}simple/{name}/", status_code=303)
 
@@ -355,7 +357,7 @@ def operation(service: IndexService) -> list[Route]:
     ]
 
 
-async def on_refusal(_request: Request, error: Exception) -> Response:
+async def on_refusal(service: IndexService, request: Request, error: Exception) -> Response:
     """Cause and remedy as text; installers and twine print it."""
     assert isinstance(error, RefusalError)
     headers = {"Cache-Control": "no-store"}
@@ -363,14 +365,14 @@ async def on_refusal(_request: Request, error: Exception) -> Response:
         headers["WWW-Authenticate"] = 'Basic realm="gracefarm index", charset="UTF-8"'
     if error.status in (429, 507):
         headers["Retry-After"] = "5"
-    text = error.cause + (f" ({error.remedy})" if error.remedy else "")
+    text = sentence(error, forwarded_prefix(request, service.options.trusted_proxies))
     return PlainTextResponse(text + "\n", status_code=error.status, headers=headers)
 
 
-async def on_usage(request: Request, error: Exception) -> Response:
+async def on_usage(service: IndexService, request: Request, error: Exception) -> Response:
     """A usage error of the command line is a refused request here."""
     assert isinstance(error, UsageError)
-    return await on_refusal(request, RefusedError(error.cause, remedy=error.remedy))
+    return await on_refusal(service, request, RefusedError(error.cause, remedy=error.remedy))
 
 
 async def on_http(_request: Request, error: Exception) -> Response:
@@ -411,7 +413,11 @@ def starlette_app(service: IndexService, more: list[Route], on_end: Callable[[],
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
-        exception_handlers={RefusalError: on_refusal, UsageError: on_usage, HTTPException: on_http},
+        exception_handlers={
+            RefusalError: partial(on_refusal, service),
+            UsageError: partial(on_usage, service),
+            HTTPException: on_http,
+        },
     )
     app.router.redirect_slashes = False
     return app

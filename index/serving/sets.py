@@ -21,6 +21,7 @@ from index.sets.staged import ReleaseSet
 from index.simple_api import listings, negotiate
 from index.store import auth
 from index.store.auth import Token
+from index.web.site import forwarded_prefix
 
 MAX_MATRIX = 20_000
 "Maximum lines. A set with third-party wheels has one line per wheel."
@@ -41,13 +42,13 @@ async def state(service: IndexService, request: Request) -> Response:
     """GET: the set's state. PUT: create it with a matrix; repeating the same matrix is allowed while the set is staged."""
     name, token = await _authorised(service, request)
     if request.method != "PUT":
-        return _answer(_find(service, name))
+        return _answer(service, request, _find(service, name))
     raw = await body_of(service, request)
     matrix, without = staged.parse_matrix(_texts(raw, "expect")), _texts(raw, "without", optional=True)
     opened = await asyncio.get_running_loop().run_in_executor(
         service.writer, _open, service, token.actor, name, matrix, without
     )
-    return _answer(opened)
+    return _answer(service, request, opened)
 
 
 async def publish(service: IndexService, request: Request) -> Response:
@@ -58,7 +59,7 @@ async def publish(service: IndexService, request: Request) -> Response:
         service.writer, staged.publish, service.store, service.catalogue, token.actor, name
     )
     service.page_cache.refresh(now=True)
-    return _answer(published)
+    return _answer(service, request, published)
 
 
 async def put_pylock(service: IndexService, request: Request) -> Response:
@@ -70,7 +71,7 @@ async def put_pylock(service: IndexService, request: Request) -> Response:
         service.writer, staged.put_pylock, service.catalogue, token.actor, name, raw
     )
     service.page_cache.refresh(now=True)
-    return _answer(_find(service, name))
+    return _answer(service, request, _find(service, name))
 
 
 async def get_pylock(service: IndexService, request: Request) -> Response:
@@ -134,16 +135,17 @@ def _texts(raw: bytes, key: str, *, optional: bool = False) -> list[str]:
     return lines
 
 
-def _answer(shown: ReleaseSet) -> Response:
+def _answer(service: IndexService, request: Request, shown: ReleaseSet) -> Response:
+    prefix = forwarded_prefix(request, service.options.trusted_proxies)
     value = {
         "name": shown.name,
         "state": shown.state,
         "expect": [str(wheel) for wheel in shown.matrix],
         "files": dict(zip(shown.files, shown.digests, strict=True)),
         "missing": list(shown.missing),
-        "upload": f"/stage/{shown.name}/legacy/" if shown.state == "staged" else None,
-        "preview": f"/preview/{shown.preview}/simple/" if shown.state == "staged" else None,
-        "simple": f"/{shown.name}/simple/" if shown.state == "published" else None,
+        "upload": f"{prefix}/stage/{shown.name}/legacy/" if shown.state == "staged" else None,
+        "preview": f"{prefix}/preview/{shown.preview}/simple/" if shown.state == "staged" else None,
+        "simple": f"{prefix}/{shown.name}/simple/" if shown.state == "published" else None,
         "pylock": shown.pylock,
         "without": list(shown.without),
     }

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from index.errors import NotAcceptableError, NotFoundError, RefusalError, RefusedError, UnauthenticatedError
+from index.errors import NotAcceptableError, NotFoundError, RefusalError, RefusedError, UnauthenticatedError, sentence
 from index.intake.multipart import pieces
 from index.serving.routes import client_of
 from index.serving.service import IndexService
@@ -147,7 +147,7 @@ def _answering(handler: Handler) -> Handler:
 
 
 def _problem(error: RefusalError) -> Response:
-    detail = error.cause + (f" ({error.remedy})" if error.remedy else "")
+    detail = sentence(error)
     document = {
         "type": "about:blank",
         "title": type(error).__name__.removesuffix("Error"),

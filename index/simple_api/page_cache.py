@@ -161,7 +161,8 @@ def render(catalogue: Catalogue, view: View, project: str, form: Format, base_ur
         others = ", ".join(other.address for other in listings.other_views(catalogue, view, project))
         if others:
             raise NotFoundError(
-                f"{view.address} has no {project} for {f'torch {view.torch}' if view.torch else 'every torch'}; see {others}"
+                f"the view {view.prefix[0]} has no {project} for {f'torch {view.torch}' if view.torch else 'every torch'}",
+                remedy=f"see {others}",
             )
         raise NotFoundError(f"this index has no project {project!r}", remedy="the list of projects is one level up")
     files += listings.variants_json(catalogue, view, project, files)

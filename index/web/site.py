@@ -90,13 +90,20 @@ class Site:
         """The address of the index for users to copy."""
         if self.base_url:
             return self.base_url.rstrip("/")
-        scheme, host, prefix = request.url.scheme, request.headers.get("host", ""), ""
+        scheme, host = request.url.scheme, request.headers.get("host", "")
         if request.client and request.client.host in self.trusted_proxies:
             scheme = _first(request, "x-forwarded-proto") or scheme
             host = _first(request, "x-forwarded-host") or host
-            prefix = _first(request, "x-forwarded-prefix").rstrip("/")
-        shown = prefix if _PREFIX.match(prefix) else ""
-        return f"{'https' if scheme == 'https' else 'http'}://{host if _HOST.match(host) else 'HOST'}{shown}"
+        prefix = forwarded_prefix(request, self.trusted_proxies)
+        return f"{'https' if scheme == 'https' else 'http'}://{host if _HOST.match(host) else 'HOST'}{prefix}"
+
+
+def forwarded_prefix(request: Request, trusted: Container[str]) -> str:
+    """The path below which a trusted proxy serves the index; "" for the root of the host."""
+    if request.client is None or request.client.host not in trusted:
+        return ""
+    prefix = _first(request, "x-forwarded-prefix").rstrip("/")
+    return prefix if _PREFIX.match(prefix) else ""
 
 
 def _first(request: Request, header: str) -> str:

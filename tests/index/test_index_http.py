@@ -543,6 +543,43 @@ def test_a_proxys_prefix_is_in_the_lines_to_copy(tmp_path_factory: pytest.TempPa
         )
 
 
+def test_a_proxys_prefix_is_in_answers_for_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Addresses of a staged set and hints of refusals start at the host, so they contain the prefix."""
+    root = tmp_path_factory.mktemp("answers") / "root"
+    forwarded = {"X-Forwarded-Prefix": "/wheels/gpu"}
+    hints = {
+        "/absent/simple/": "(existing views: %s/simple/, %s/cu130/simple/, ",
+        "/cu130/simple/answer-pkg/": "(see %s/cu130-torch2.11/simple/)",
+        "/absent/requirements.lock": "(see %s/sets/)",
+        "/absent/pylock.toml": "(see %s/sets/)",
+        "/absent": "(see %s/ and %s/simple/)",
+        "/stage/absent": "(create it with PUT %s/stage/absent)",
+        "/records/absent": "(see %s/board/)",
+    }
+    with serving(root, "--allow-new", "--trusted-proxy", "127.0.0.1") as server:
+        client, auth = server.client, ("__token__", server.token)
+        assert server.upload(*wheel("answer_pkg", "1.0+cu130.torch2.11")).status_code == 200
+        for headers, prefix in ((forwarded, "/wheels/gpu"), ({}, ""), ({"X-Forwarded-Prefix": "//evil.example"}, "")):
+            name = f"set-{len(prefix)}-{len(headers)}"
+            state = client.put(f"/stage/{name}", json={"expect": []}, auth=auth, headers=headers).json()
+            assert state["upload"] == f"{prefix}/stage/{name}/legacy/"
+            assert state["preview"].startswith(f"{prefix}/preview/")
+            assert server.upload(
+                *wheel("answer_pkg", f"1.0+{name.replace('-', '.')}"), path=f"/stage/{name}/legacy/"
+            ).is_success
+            assert client.get(f"/stage/{name}", auth=auth, headers=headers).json()["upload"] == state["upload"]
+            state = client.post(f"/stage/{name}/publish", auth=auth, headers=headers).json()
+            assert state["simple"] == f"{prefix}/{name}/simple/"
+            for path, hint in hints.items():
+                answer = client.get(path, headers=headers, auth=auth)
+                assert answer.status_code == 404, path
+                assert hint.replace("%s", prefix) in answer.text, path
+            posted = client.post("/simple/", headers=headers)
+            assert f"upload to {prefix}/legacy/ (twine" in posted.text
+    with serving(root, token=server.token) as server:
+        assert server.client.get(f"/stage/{name}", auth=auth, headers=forwarded).json()["simple"] == f"/{name}/simple/"
+
+
 def test_a_network_of_proxies_is_trusted_too(tmp_path_factory: pytest.TempPathFactory) -> None:
     root = tmp_path_factory.mktemp("network") / "root"
     with serving(root, "--trusted-proxy", "127.0.0.0/8", "--trusted-proxy", "10.1.0.0/16") as server:
