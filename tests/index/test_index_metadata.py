@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import sys
 import threading
@@ -68,6 +69,34 @@ def test_an_upload_that_breaks_installers_is_refused(
     assert answer.status_code == 400, answer.text
     assert case[1][2] in answer.text
     assert shared.page(name.replace("_", "-")).status_code == 404
+
+
+def test_accepted_oddities_are_harmless_to_the_project(shared: Server, tmp_path: Path) -> None:
+    """`===` with any text is valid (PEP 440), and PyPI escapes NUL (pypi/warehouse#3545), so both are accepted.
+
+    pip and uv pass over a release whose `===` no version matches, and read METADATA with NUL as any other.
+    """
+    odd = {
+        "odd_arbitrary": (b"Requires-Dist: libodd === bar\n\n", "1.0"),
+        "odd_missing": (b"Requires-Dist: libodd-missing === bar\n\n", "1.0"),
+        "odd_nul": (b"Author: a\0b\nRequires-Dist: libodd\n\na\0b\n", "1.1"),
+    }
+    assert shared.upload(*wheel("libodd")).status_code == 200
+    for name, (lines, _) in odd.items():
+        assert shared.upload(*wheel(name)).status_code == 200
+        head = (HEAD % (b"2.1", name.encode())).replace(b"Summary: x", b"Summary: x\0y")
+        assert shared.upload(*wheel(name, "1.1", meta=head + lines)).status_code == 200
+        project = name.replace("_", "-")
+        for path in (f"/simple/{project}/", f"/project/{project}/", f"/wheel/{name}-1.1-py3-none-any.whl/"):
+            assert shared.client.get(path).status_code == 200
+    for tool in ("pip", "uv"):
+        process = resolve(tool, shared.url + "/simple/", tmp_path / "t", *odd)
+        assert process.returncode == 0, process.stderr
+        found = re.sub("==|_", "-", process.stdout + process.stderr)
+        for name, (_, version) in odd.items():
+            assert re.search(rf"(Would install .*| \+ ){name.replace('_', '-')}-{version}\b", found), (
+                process.stdout + process.stderr
+            )
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
