@@ -9,8 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-
-from tests.index.index_kit import Server, make_token, serving
+from index_kit import Server, make_token, serving
 
 KEY = "ab" * 20
 PLACE = f"/cache/ccache/tiny/{KEY}"

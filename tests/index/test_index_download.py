@@ -13,11 +13,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from index_kit import Server, serving, wheel
 from starlette.types import Message
 
 from index.serving import download
 from index.serving.download import PIECE, WINDOW, Downloads, FileAnswer
-from tests.index.index_kit import Server, serving, wheel
 from tests.processes import open_files
 
 LARGE = (
