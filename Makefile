@@ -15,7 +15,7 @@ test: setup-test lint
 	$(PYTEST) -m "not slow"
 
 test-all: test
-	$(PYTHON) -m pytest -m slow
+	$(PYTHON) -m pytest -n 2 -m slow
 
 lint: setup-test
 	$(PYTHON) -m ruff check .
