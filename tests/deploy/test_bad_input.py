@@ -38,7 +38,7 @@ def prepared(folder: Path, text: str = TOML) -> None:
 @pytest.mark.parametrize("more", [(), ("--jump", "127.0.0.1:9")])
 def test_a_key_that_is_none(tmp_path: Path, more: tuple[str, ...]) -> None:
     (tmp_path / "ips.txt").write_text("127.0.0.1\n")
-    (tmp_path / "notakey").write_text("this is no key\n")
+    (tmp_path / "notakey").write_text("this is not a key\n")
     words = "notakey: Invalid private key" if not more else "jump host"
     told(tmp_path, 60, words, "init", "ips.txt", "--port", "9", "--key", "notakey", *more)
 

@@ -374,7 +374,7 @@ def test_what_looks_like_a_secret_goes(line: str) -> None:
         "/tmp/gf/0123abcd/k0/api-key: Permission denied",
         "eos_token: <|end_of_text|>, bos_token: <|begin_of_text|>, pad_token='<|finetune_right_pad_id|>'",
         '{"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}',
-        "the password: incorrect for somebody",
+        "the password: incorrect for alice",
         "error: argument --token requires a value",
         "authorization: Permission denied",
         "python -c 'import hf_hub_download' gf_gpu_memory_utilization",

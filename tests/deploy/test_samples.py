@@ -32,7 +32,7 @@ REPO = "rehearsal/Llama-405B-in-small"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The deployment's folder; its nodes are gone, so nobody waits for them long."""
+    """The deployment's folder; its nodes are gone, so commands do not wait long for them."""
     folder = shutil.copytree(SAMPLES / "deployment", tmp_path / "deployment")
     with (folder / "deploy.toml").open("a") as stream:  # [options] is its last table
         stream.write("connect_timeout = 1\n")

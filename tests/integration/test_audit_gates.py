@@ -550,9 +550,9 @@ def test_a_needed_library_may_use_symbols_of_what_loads_it(bench: Bench, tmp_pat
     one = draft(bench.core("above.so", source, "libbelow.so", "-Wl,-rpath,$ORIGIN", "-Wl,--allow-shlib-undefined"))
     one.files["demo/libbelow.so"] = below
     assert failed(audit.audit(one.pack(tmp_path / "above"), bench.policy)) == []
-    alone = draft(bench.core("plain.so", module()))
-    alone.files["demo/libbelow.so"] = below
-    verdicts = audit.audit(alone.pack(tmp_path / "alone"), bench.policy)
+    lone = draft(bench.core("plain.so", module()))
+    lone.files["demo/libbelow.so"] = below
+    verdicts = audit.audit(lone.pack(tmp_path / "lone"), bench.policy)
     assert "libbelow.so: undefined symbol callback" in by_gate(verdicts)["symbols"].summary
 
 

@@ -141,7 +141,7 @@ def published(project: str, name: str, sha256: str) -> Download:
 
 
 @pytest.mark.timeout(1800)  # the x86_64 environment, cold, is 4 GB
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="stack cu130 builds its x86_64 root on x86_64 hosts alone")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="stack cu130 builds its x86_64 root only on x86_64 hosts")
 def test_aphrodites_published_wheel_fails_as_found(farm: Farm, tmp_path: Path) -> None:
     """0.6.4.post1 as its makers uploaded it: built on Ubuntu 22.04 for CUDA 12.4 and torch 2.4, renamed to manylinux1."""
     project, name = APHRODITE

@@ -17,6 +17,6 @@ def test_setup_takes_repositories_along_as_it_takes_files(tmp_path: Path) -> Non
         place.write_text(part)
     variables = {"CARRIED": str(tmp_path / "carried"), "WORK": str(tmp_path / "work"), "PYTHON": "false"}
     ended = subprocess.run([REPOSITORY / "bench/gpu.sh", "setup"], env=os.environ | variables, check=False)
-    assert ended.returncode != 0, "`false` is no Python: it ends after the copy"
+    assert ended.returncode != 0, "`false` is not a Python: it ends after the copy"
     assert (tmp_path / "work/home/store/sha256/00/file").read_text() == "store/sha256/00/file"
     assert (tmp_path / "work/home/git/config").read_text() == "git/config"

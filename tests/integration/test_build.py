@@ -291,7 +291,7 @@ def test_a_broken_recipe_ends_neither_the_night_nor_the_list(farm: Farm) -> None
     assert farm.run("show", "tiny").code == 0
 
 
-@pytest.mark.skipif(NATIVE == "aarch64", reason="this host builds for aarch64 alone")
+@pytest.mark.skipif(NATIVE == "aarch64", reason="this host builds only for aarch64")
 def test_a_night_passes_over_recipes_without_that_target(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
     farm.recipe("arm", projects.backend("return wheel(wheel_directory)"), stack="cu124")

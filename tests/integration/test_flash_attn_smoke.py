@@ -33,7 +33,7 @@ def smoke(folder: Path, version: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("torch", ["2.11.0", "2.14.0"])
 def test_it_accepts_the_local_version_that_the_builder_writes(tmp_path: Path, torch: str) -> None:
-    # A machine with a GPU refused a wheel that had passed every gate: the script knew the recipe's version alone.
+    # A machine with a GPU refused a wheel that had passed every gate: the script knew only the recipe's version.
     ended = smoke(tmp_path, local_version.named(RECIPE.data.version, "13.0", torch))
     assert ended.returncode == 0, ended.stderr
 

@@ -327,7 +327,7 @@ def test_aphrodite_as_its_recipe_says_compiles_by_cuda_12_4_for_the_architecture
         "Requires-Dist: triton==3.2.0+git755d4164",
     ]
     with tarfile.open(next(wheel.parent.glob("*.tar.gz"))) as tar:
-        assert "aphrodite_engine-0.6.4.post1/.deps/cutlass/include/cute.h" in tar.getnames()
+        assert "aphrodite_engine-0.6.4.post1+cu124/.deps/cutlass/include/cute.h" in tar.getnames()
 
 
 LIMITED = "#define Py_LIMITED_API 0x03080000\n#include <Python"

@@ -135,7 +135,7 @@ def test_each_test_that_a_page_names_exists() -> None:
 
 
 def named_files(text: str) -> set[str]:
-    """Paths of our own code in a text, and the files of the modules that it tells to run or that it writes in backquotes."""
+    """Paths of our code in a text, and the files of the modules that it runs or writes in backquotes."""
     paths = set(re.findall(r"(?<![\w./-])(?:builder|index|deploy|gracefarm|tests|bench|tools)/[\w/-]+\.(?:py|sh)\b", text))
     modules = re.findall(r"(?:-m |`)((?:builder|index|deploy|gracefarm)(?:\.[a-z_]+)+)(?=[` \n])", text)
     return paths | {name.replace(".", "/") for name in modules if not name.endswith((".toml", ".md", ".lock", ".json"))}

@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.house import Module, everything, let_pass, parse, programs, report
 
-# Each is the first function of its own process, before anything that reads its environment is imported: two of
+# Each is the first function of a new process, before the import of what reads its environment: two of
 # the builder's, and the two calls of deploy.remote that import Ray and torch, which take these settings from nowhere else.
 FIRST_OF_A_PROCESS = {
     ("builder/cli/__init__.py", "main"),

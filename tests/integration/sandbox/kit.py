@@ -1,4 +1,4 @@
-"""The users of the sandbox in its tests: the user that runs them, and `nobody`; the host's files are the root."""
+"""The users of the sandbox in its tests: the user that runs them, and an ordinary one; the host's files are the root."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def driver_environment() -> dict[str, str]:
 
 
 def nobody() -> tuple[str, tuple[str, ...]] | None:
-    """An interpreter that user `nobody` may run, with the command that becomes `nobody`; None without such an interpreter."""
+    """An interpreter that the ordinary user may run, with the command that becomes that user; None without one."""
     become = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
     probe = "import subprocess, sys, builder.box.sandbox; subprocess.run([sys.executable, '-c', ''], check=True)"
     for python in (sys.executable, "/usr/bin/python3"):
@@ -124,12 +124,12 @@ def nobody() -> tuple[str, tuple[str, ...]] | None:
 
 @contextlib.contextmanager
 def acting_as(name: str) -> Iterator[User]:
-    """The user of the tests (`self`), or `nobody`."""
+    """The user of the tests (`self`), or the ordinary one."""
     uid, python, prefix = os.getuid(), sys.executable, ()
     if name == "nobody":
         found = nobody()
         if found is None:
-            pytest.skip("no interpreter that user `nobody` may run can read this checkout")
+            pytest.skip("no interpreter that the ordinary user may run can read this checkout")
         uid, (python, prefix) = 65534, found
     folder = Path(tempfile.mkdtemp(prefix="gracefarm-test-"))
     someone = User(uid=uid, folder=folder, python=python, prefix=prefix)

@@ -1,4 +1,4 @@
-"""The sandbox, on the host's own files as the root; as the user of the tests, and also as `nobody` if that user is root."""
+"""The sandbox, on the host's own files as the root; as the user of the tests, and as an ordinary one if that is root."""
 
 from __future__ import annotations
 

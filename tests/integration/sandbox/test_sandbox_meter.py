@@ -39,7 +39,7 @@ class Metered:
 
 @pytest.fixture(params=[("self", kind) for kind in kinds()] + [(name, "watchdog") for name in USERS[1:]], ids="-".join)
 def metered(request: pytest.FixtureRequest) -> Iterator[Metered]:
-    """Each way that this machine has; user `nobody` has only the watchdog, because cgroups belong to root here."""
+    """Each way that this machine has; the ordinary user has only the watchdog, because cgroups belong to root here."""
     name, kind = request.param
     with acting_as(name) as someone:
         yield Metered(user=someone, kind=kind)
