@@ -72,4 +72,4 @@ def test_cython_of_one_recipe_changes_no_other(farm: Farm) -> None:
     (recipe.parent / "requirements.lock").write_text(lock.replace(f"cython=={version}", "cython==3.2.0"))
     done = farm.run("plan", "tiny_cy")
     assert done.code == 3, done.said
-    assert "recipe.toml wants cython" in done.said
+    assert "recipe.toml requires cython" in done.said
