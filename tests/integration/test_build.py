@@ -319,7 +319,7 @@ def test_a_wheel_is_judged_again_when_its_judges_change(farm: Farm) -> None:
     path.write_text(path.read_text() + 'wheel = { max_size = "0.1KiB" }\n')
     refused = farm.run(*command)
     assert refused.code == 30
-    assert "more than the 0.1 KiB allowed" in refused.said
+    assert "more than the limit of 0.1 KiB" in refused.said
 
 
 def test_json_events_are_lines_that_a_machine_can_read(farm: Farm) -> None:

@@ -204,5 +204,5 @@ def test_of_a_log_that_is_too_long_the_index_gets_the_end(monkeypatch: pytest.Mo
     monkeypatch.setattr(publish, "MAX_LOG", 100)
     kept = publish.end_of(log)
     assert len(kept) == 100
-    assert kept.startswith(b"# cut:")
+    assert kept.startswith(b"# the first part of this log was removed")
     assert kept.endswith(b"end\n")
