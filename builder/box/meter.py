@@ -7,6 +7,7 @@ since qemu and nvcc reserve much more address space than memory.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import threading
@@ -207,6 +208,16 @@ def _tree(pid: int) -> list[psutil.Process]:
         return []
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Size:
+    """Size of one process, by its last exact reading."""
+
+    proportional: int
+    resident: int
+    due: float
+    "Time of the next exact reading."
+
+
 class _Sizes:
     """Memory of a process tree: proportional sizes, which the kernel computes by a walk over all pages (70 ms for 3 GiB)."""
 
@@ -214,17 +225,28 @@ class _Sizes:
     "Share of a processor that may go into proportional sizes."
 
     def __init__(self) -> None:
-        self._last = 0
-        self._due = 0.0
+        self._sizes: dict[psutil.Process, _Size] = {}
 
     def read(self, tree: Sequence[psutil.Process], bound: int | None = None) -> int:
-        """Bytes: of now if that is cheap or if the tree may exceed the bound, else of the last time."""
+        """Bytes: exact if the tree may exceed the bound, else with the growth since the last exact readings.
+
+        Of that growth all counts, although a part may be shared with other processes.
+        """
         # Resident sizes are cheap, and never smaller than proportional ones.
-        if time.monotonic() >= self._due or (bound is not None and sum(map(_resident, tree)) > bound):
-            start = time.thread_time()
-            self._last = sum(map(proportional_size, tree))
-            self._due = time.monotonic() + (time.thread_time() - start) / self.SHARE
-        return self._last
+        residents = {process: _resident(process) for process in tree}
+        now = time.monotonic() if bound is None or sum(residents.values()) <= bound else math.inf
+        memory, sizes = 0, {}
+        for process, resident in residents.items():
+            size = self._sizes.get(process)
+            if size is None or now >= size.due:
+                start = time.thread_time()
+                exact = proportional_size(process)
+                wait = (time.thread_time() - start) * len(tree) / self.SHARE
+                size = _Size(proportional=exact, resident=resident, due=time.monotonic() + wait)
+            sizes[process] = size
+            memory += size.proportional + max(0, resident - size.resident)
+        self._sizes = sizes
+        return memory
 
 
 def proportional_size(process: psutil.Process) -> int:

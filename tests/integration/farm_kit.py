@@ -28,7 +28,8 @@ mount -t tmpfs -o mode=1777,size=2g machine /tmp
 mount -t tmpfs -o mode=1777,size=2g machine /dev/shm
 [ -z "$4" ] || mount -t tmpfs -o "mode=755,size=$4" machine "$3"
 echo ready
-exec sleep infinity
+# The kernel reaps what ends without a parent if the first process ignores its end.
+exec env --ignore-signal=CHLD sleep infinity
 """
 RAY_VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",

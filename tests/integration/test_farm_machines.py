@@ -51,7 +51,16 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(shared_home: Path) -> Iterator[Cluster]:
-    with new_farm(shared_home) as farm, open_room(farm) as room:
+    with new_farm(shared_home) as farm:
+        # The machines of the room reach no mirror: what each build needs lies in the shared folders after one.
+        farm.recipe("first", projects.backend(PAUSE.format(seconds=0, name="first")))
+        first = farm.run("build", "first", "--target", NATIVE)
+        assert first.code == 0, first.said
+        yield from _cluster(farm)
+
+
+def _cluster(farm: Farm) -> Iterator[Cluster]:
+    with open_room(farm) as room:
         head = room.head()
         head.start([sys.executable, "-c", COUNT])
         yield Cluster(farm=farm, room=room, head=head, laptop=room.machine("laptop"))

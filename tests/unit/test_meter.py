@@ -126,7 +126,17 @@ def test_a_real_cpu_quota_is_seen(half_a_processor: Path) -> None:
     assert said.split() == ["0.5", "1"]
 
 
-def test_what_runs_in_this_process_and_below_it_is_measured() -> None:
+def test_what_runs_in_this_process_and_below_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = meter.proportional_size
+
+    def slow_for_us(process: psutil.Process) -> int:
+        """As if this process had several GiB: it is read once in two seconds."""
+        start = time.thread_time()
+        while process.pid == os.getpid() and time.thread_time() < start + 0.05:
+            pass
+        return exact(process)
+
+    monkeypatch.setattr(meter, "proportional_size", slow_for_us)
     eater = (
         "held = bytearray(150_000_000)\nimport time\nend = time.process_time() + 0.5\nwhile time.process_time() < end: pass"
     )
