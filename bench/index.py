@@ -1,6 +1,7 @@
 """The index beside pypiserver, devpi and nginx over its own export, started here, on this machine, in one run.
 
 `GRACEFARM_BENCH_SCALE=0.01 python -m bench index` tries everything on a hundredth of the size; such figures mean nothing.
+`GRACEFARM_BENCH_BEFORE=FOLDER` also measures the index of another checkout, for example of `git worktree add FOLDER HEAD~1`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ DOWNLOADS = 9
 BIG = max(1 << 20, int((400 << 20) * SCALE))
 VARIANT = max(1 << 20, int((200 << 20) * SCALE))
 SECONDS = 8 if SCALE >= 1 else 2
+HERE = Path(__file__).parents[1]
+OURS = ("gracefarm", "before")
+BEFORE = Path(os.environ["GRACEFARM_BENCH_BEFORE"]).resolve() if "GRACEFARM_BENCH_BEFORE" in os.environ else None
 JSON = "application/vnd.pypi.simple.v1+json"
 
 
@@ -87,14 +91,14 @@ def fill(folder: Path, count: int) -> None:
         (folder / name).write_bytes(content)
 
 
-def run(*arguments: object) -> str:
+def run(*arguments: object, cwd: Path | None = None) -> str:
     """A command that must work; its output."""
-    return subprocess.run([str(item) for item in arguments], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([str(item) for item in arguments], check=True, capture_output=True, text=True, cwd=cwd).stdout
 
 
-def index(root: Path, *arguments: object) -> str:
-    """`python -m index …` on a root."""
-    return run(sys.executable, "-m", "index", *arguments, "--root", root)
+def index(root: Path, *arguments: object, checkout: Path = HERE) -> str:
+    """`python -m index …` on a root. Python imports the `index` of the working directory."""
+    return run(sys.executable, "-m", "index", *arguments, "--root", root, cwd=checkout)
 
 
 def free_port() -> int:
@@ -106,12 +110,12 @@ def free_port() -> int:
 
 @contextmanager
 def process(
-    name: str, command: list[object], url: str, ready: str, *, token: str = "", log: Path | None = None
+    name: str, command: list[object], url: str, ready: str, *, token: str = "", log: Path | None = None, cwd: Path = HERE
 ) -> Iterator[Running]:
     """Start a server; measure the time until it answers `ready`."""
     begin = time.monotonic()
     child = subprocess.Popen(
-        [str(item) for item in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        [str(item) for item in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd=cwd
     )
     try:
         while True:
@@ -133,17 +137,18 @@ def process(
 
 
 @contextmanager
-def ours(root: Path, *, token: str = "") -> Iterator[Running]:
+def ours(root: Path, *, token: str = "", checkout: Path = HERE) -> Iterator[Running]:
     """`index serve` with its access log and variants on, and a token, as it is run for real.
 
     With `token`, no other process looks first.
     """
     root.mkdir(parents=True, exist_ok=True)
-    token = token or json.loads(index(root, "token", "create", "--name", "bench", "--json"))["token"]
+    token = token or json.loads(index(root, "token", "create", "--name", "bench", "--json", checkout=checkout))["token"]
     port, log = free_port(), root.parent / f"{root.name}.log"
     command = [sys.executable, "-m", "index", "serve", "--root", root, "--port", port, "--allow-new", "--variants"]
     command += ["--access-log", log]
-    with process("gracefarm", command, f"http://127.0.0.1:{port}", "/ready", token=token, log=log) as server:
+    name, url = ("gracefarm" if checkout == HERE else "before"), f"http://127.0.0.1:{port}"
+    with process(name, command, url, "/ready", token=token, log=log, cwd=checkout) as server:
         yield server
 
 
@@ -232,7 +237,10 @@ def pages(work: Path, verdicts: Verdicts) -> None:
         index(root, "import", folder)
         index(root, "export", tree)
         page = "/simple/pkg-00000/"
-        servers: tuple[Make, ...] = (partial(ours, root), partial(pypiserver, folder), partial(nginx, tree, work))
+        servers: list[Make] = [partial(ours, root), partial(pypiserver, folder), partial(nginx, tree, work)]
+        if BEFORE:
+            index(work / f"before{count}", "import", folder, checkout=BEFORE)
+            servers.append(partial(ours, work / f"before{count}", checkout=BEFORE))
         for make in servers:
             with make() as server:
                 httpx.get(server.url + page, timeout=60).raise_for_status()
@@ -253,6 +261,8 @@ def pages(work: Path, verdicts: Verdicts) -> None:
         mine, theirs = rates["gracefarm", count], rates["pypiserver", count]
         verdicts.add(f"page at {count} wheels, times pypiserver's rate", mine / theirs, 10 if count == 10 else 1000)
         verdicts.add(f"page at {count} wheels, of static nginx's rate", mine / rates["nginx", count], 0.5)
+        if BEFORE:
+            verdicts.add(f"page at {count} wheels, of the other checkout's rate", mine / rates["before", count], 0.9)
     verdicts.add(f"page at {MANY} wheels, of the rate at 10", rates["gracefarm", MANY] / rates["gracefarm", 10], 0.8)
     verdicts.add(f"start at {MANY} wheels", start, 1.0, most=True, unit=" s")
 
@@ -303,7 +313,7 @@ def post(server: Running, path: Path) -> float:
     run(
         *("curl", "-sS", "--fail-with-body", "-o", os.devnull, "-u", f"__token__:{server.token}"),
         *("-F", ":action=file_upload", "-F", f"sha256_digest={digest}", "-F", f"content=@{path}"),
-        server.url + ("/legacy/" if server.name == "gracefarm" else "/"),
+        server.url + ("/legacy/" if server.name in OURS else "/"),
     )
     return time.monotonic() - begin
 
@@ -338,6 +348,8 @@ def large_upload(work: Path, verdicts: Verdicts) -> None:
     folder.mkdir()
     with pypiserver(folder) as server:
         theirs = post(server, path)
+    if BEFORE:
+        compare_large(work, path, verdicts)
     p99 = statistics.quantiles(waits, n=100)[98] * 1000 if len(waits) > 2 else float("nan")
     table(f"Upload of {BIG >> 20} MiB, s", ["gracefarm", "pypiserver"], [[f"{mine:.2f}", f"{theirs:.2f}"]])
     verdicts.add(f"upload of {BIG >> 20} MiB, of pypiserver's time", mine / theirs, 0.4, most=True)
@@ -345,25 +357,44 @@ def large_upload(work: Path, verdicts: Verdicts) -> None:
     verdicts.add(f"p99 of another client's page meanwhile ({len(waits)} pages)", p99, 50, most=True, unit=" ms")
 
 
+def compare_large(work: Path, path: Path, verdicts: Verdicts) -> None:
+    """Large uploads and downloads in turns with the other checkout: both differ from one moment to the next."""
+    assert BEFORE
+    uploads, downloads = [], []
+    for number in range(3):
+        with (
+            ours(work / f"big-now{number}") as now,
+            ours(work / f"big-before{number}", checkout=BEFORE) as before,
+        ):
+            uploads.append(post(now, path) / post(before, path))
+            downloads += [fetch(now, path, 4) / fetch(before, path, 4) for _ in range(3)]
+        for name in ("now", "before"):
+            remove_tree(work / f"big-{name}{number}")
+    size = path.stat().st_size >> 20
+    verdicts.add(f"upload of {size} MiB, of the other checkout's time", statistics.median(uploads), 1.1, most=True)
+    verdicts.add(f"download of {size} MiB, 4 streams, of the other checkout's rate", statistics.median(downloads), 0.9)
+
+
+def fetch(server: Running, path: Path, streams: int) -> float:
+    """Bytes per second of the large file, by curl."""
+    page = server.url + "/simple/big-cuda/"
+    url = page + httpx.get(page, headers={"Accept": JSON}).json()["files"][0]["url"]
+    begin = time.monotonic()
+    children = [subprocess.Popen(["curl", "-sS", "--fail", "-o", os.devnull, url]) for _ in range(streams)]
+    if sum(child.wait() for child in children):  # waits for all
+        raise SystemExit(f"{url} failed")
+    return streams * path.stat().st_size / (time.monotonic() - begin)
+
+
 def download(server: Running, work: Path, path: Path, verdicts: Verdicts) -> None:
     """The same file from us and from nginx, one stream and four."""
     tree = work / "tree-big"
     index(work / "root-big", "export", tree)
-    item = httpx.get(server.url + "/simple/big-cuda/", headers={"Accept": JSON}).json()["files"][0]
-    address = "/simple/big-cuda/" + item["url"]
     size = path.stat().st_size
-
-    def fetch(url: str, streams: int) -> float:
-        begin = time.monotonic()
-        children = [subprocess.Popen(["curl", "-sS", "--fail", "-o", os.devnull, url]) for _ in range(streams)]
-        if sum(child.wait() for child in children):  # waits for all
-            raise SystemExit(f"{url} failed")
-        return streams * size / (time.monotonic() - begin)
-
     with nginx(tree, work) as other:
         rows = []
         for streams in (1, 4):
-            pairs = [(fetch(server.url + address, streams), fetch(other.url + address, streams)) for _ in range(DOWNLOADS)]
+            pairs = [(fetch(server, path, streams), fetch(other, path, streams)) for _ in range(DOWNLOADS)]
             mine, theirs = (statistics.median(rates) for rates in zip(*pairs, strict=True))
             rows.append([str(streams), f"{mine / 1e6:.0f}", f"{theirs / 1e6:.0f}"])
             ratio = statistics.median(ours / other for ours, other in pairs)
@@ -382,7 +413,7 @@ def small_uploads(work: Path, verdicts: Verdicts) -> None:
     servers: tuple[tuple[Make, int], ...] = ((partial(ours, root), UPLOADS), (partial(pypiserver, folder), 30))
     for make, count in servers:
         with make() as server, httpx.Client(base_url=server.url, timeout=60, auth=("__token__", server.token)) as client:
-            path = "/legacy/" if server.name == "gracefarm" else "/"
+            path = "/legacy/" if server.name in OURS else "/"
             begin = time.monotonic()
             for name, content in wheels[:count]:
                 digest = hashlib.sha256(content).hexdigest()

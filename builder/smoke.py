@@ -76,6 +76,8 @@ class Trial:
     "Folder for temporary files, on the environment's file system."
     memory: int
     log: Path
+    repeat: str
+    "Command that repeats the test."
 
 
 def prepare(folder: Path, imports: Sequence[str], script: Path | None) -> None:
@@ -157,7 +159,7 @@ def run_gpu(trial: Trial, sm: Sequence[str], ptx: str | None = None) -> GpuResul
             )
             return GpuResult(status="not run", reason=reason)
         command = driver(trial.imports, trial.script, clean.prefix, clean.files, _elsewhere(trial))
-        answer, outcome = _answer(trial, clean, command, f"is wrong on {probed['device']}")
+        answer, outcome = _answer(trial, clean, command, f"failed its test on {probed['device']}")
     return GpuResult(
         status="passed",
         device=probed["device"],
@@ -231,6 +233,6 @@ def _answer(trial: Trial, clean: CleanEnvironment, command: tuple[str, ...], fai
         raise SmokeError(
             f"{trial.wheel.name} {failure}: {first_error(own_log)}",
             remedy=f"see the complete output in {trial.log}",
-            repeat=f"builder smoke {trial.wheel} --import {' --import '.join(trial.imports)}",
+            repeat=trial.repeat,
         )
     return answers[-1].removeprefix(MARK).strip(), outcome

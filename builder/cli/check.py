@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import click
 from builder import audit, smoke
 from builder.audit import Policy, policy
 from builder.audit.contents import plainly_named
-from builder.cli.options import FILE, device_coded, start, toolchained
+from builder.cli.options import FILE, device_coded, stack_of, start, tried
 from builder.compiling import pep517
 from builder.planning import device_code, recipe, stack
 from builder.planning.settings import Settings
@@ -27,7 +29,7 @@ from gracefarm.tables import parse_size
 @click.command("audit")
 @click.argument("wheel", type=FILE)
 @click.option(
-    "--stack", "stack_name", required=True, metavar="NAME", help="Stack whose torch, CUDA and libc to check against."
+    "--stack", "stack_name", required=True, metavar="NAME", help="Check against the torch, CUDA and libc of this stack."
 )
 @click.option("--recipe", "recipe_name", metavar="NAME", help="Also check against this recipe: name, version, files, sm.")
 @device_coded
@@ -73,12 +75,14 @@ def _foreign_policy(wheel: Path, stack_name: str, sm: tuple[str, ...] | None, se
 
 @click.command("smoke")
 @click.argument("wheel", type=FILE)
-@click.option("--stack", "stack_name", required=True, metavar="NAME", help="Stack whose environment to import it in.")
+@click.option(
+    "--stack", "stack_name", required=True, metavar="NAME", help="Import the wheel in the environment of this stack."
+)
 @click.option("--import", "imports", multiple=True, metavar="MODULE", help="Module to import. Repeatable.")
 @click.option("--script", type=FILE, help="Script to run after the imports.")
 @click.option("--recipe", "recipe_name", metavar="NAME", help="Take modules and script from this recipe.")
-@click.option("--gpu", is_flag=True, help="Run the script (the recipe's smoke_gpu.py) on a GPU.")
-@toolchained
+@click.option("--gpu", is_flag=True, help="Run the file of --script, else the recipe's smoke_gpu.py, on a GPU.")
+@tried
 @json_option
 def smoke_command(
     wheel: Path,
@@ -89,7 +93,7 @@ def smoke_command(
     gpu: bool,
     on: ToolchainChoice,
 ) -> None:
-    """Import a wheel in a fresh environment of the stack; with --gpu, run it on a GPU.
+    """Import a wheel in a fresh environment of the stack. With --gpu, also run a test script on a GPU.
 
     \b
     builder smoke thing.whl --stack cu130 --import thing
@@ -134,7 +138,7 @@ def trial_of(
     cuda: bool = False,
 ) -> tuple[smoke.Trial, tuple[str, ...], Path | None]:
     """The trial of a wheel, the architectures that the wheel must have and, with `cuda`, the stack's cuobjdump."""
-    loaded, target = stack.load(settings.project / "stacks", stack_name), audit.target_of(wheel)
+    loaded, target = stack_of(stack_name, on.interpreter, settings), audit.target_of(wheel)
     host = stack.host_arch()
     toolchain = on.type.find(loaded, on.wanted, cuda=cuda)
     ground = toolchain.lay(toolchain.facts(loaded), host, target, settings, cuda=cuda)
@@ -146,5 +150,6 @@ def trial_of(
         folder=scratch,
         memory=pep517.bound(settings),
         log=settings.home / "smoke" / "log.txt",
+        repeat=shlex.join(("builder", *sys.argv[1:])),
     )
     return trial, loaded.data.sm, ground.cuobjdump

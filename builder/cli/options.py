@@ -67,7 +67,11 @@ _DEVICE_CODE = (
     click.option(
         "--sm", metavar="LIST", help="Architectures of the device code, such as 90 or 90a+100f; default: the stack's."
     ),
-    click.option("--ptx", metavar="SM", help="Architecture of the PTX for newer GPUs, or 'none'; default: the recipe's."),
+    click.option(
+        "--ptx",
+        metavar="SM",
+        help="Architecture of the PTX for newer GPUs, or 'none'; default: the recipe's, else the stack's.",
+    ),
 )
 _VARIANT = click.option(
     "--variant", is_flag=True, help="Label the wheel as the variant that is measured of it (PEP 825, a draft)."
@@ -78,6 +82,18 @@ _TOOLCHAIN = (
         "cibuildwheel in the stack's image.",
     ),
     *_TOOLS,
+)
+_TRIAL = (
+    toolchain_option(
+        help="Where to install the wheel. sandbox, container: in a root of the stack. host: on this machine.",
+    ),
+    click.option(
+        "--environment",
+        "own",
+        type=_PLACE,
+        help="With host: Python or virtual environment to install it in a copy of; default: one from the stack's lock.",
+    ),
+    _TOOLS[1],
 )
 
 
@@ -160,16 +176,26 @@ def aimed_at_sandbox(function: Function) -> Function:
     return _with(function, *_STACK_AND_TARGET)
 
 
-def toolchained(function: Function) -> Function:
-    """Add the options of the toolchain; the command receives `on`."""
+def toolchained(function: Function, *, builds: bool = True) -> Function:
+    """Add the options of the toolchain, or of the place of a test; the command receives `on`."""
 
     @functools.wraps(function)
     def with_toolchain(
-        *arguments: Any, toolchain: ToolchainKind, own: Path | None, python: str | None, cuda: Path | None, **options: Any
+        *arguments: Any,
+        toolchain: ToolchainKind,
+        own: Path | None,
+        python: str | None,
+        cuda: Path | None = None,
+        **options: Any,
     ) -> Any:
         return function(*arguments, on=wanted(toolchain, own, python, cuda), **options)
 
-    return _with(with_toolchain, *_TOOLCHAIN)
+    return _with(with_toolchain, *(_TOOLCHAIN if builds else _TRIAL))
+
+
+def tried(function: Function) -> Function:
+    """Add the options of the place where a wheel is tested; the command receives `on`."""
+    return toolchained(function, builds=False)
 
 
 def placed(function: Function) -> Function:

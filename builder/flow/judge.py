@@ -58,6 +58,7 @@ def _try(attempt: Attempt, wheel: Path, ground: Ground) -> None:
         folder=attempt.folder / "smoke",
         memory=pep517.bound(attempt.settings),
         log=attempt.log,
+        repeat=plan.repeat,
     )
     attempt.smoke, outcome, command = smoke.run(trial)
     attempt.stages.append(record.stage("smoke", outcome, command))

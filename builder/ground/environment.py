@@ -198,7 +198,7 @@ def _check_tags(wheel: Path, python: str, glibc: str, arch: Arch) -> None:
     if has.isdisjoint(tags_of(python, glibc, arch)):
         raise InstallError(
             f"{wheel.name} is not for Python {python} on {arch} with glibc {glibc.replace('_', '.')}",
-            remedy="use a stack and a --target that fit the wheel",
+            remedy="use a stack whose Python and glibc fit the wheel",
         )
 
 

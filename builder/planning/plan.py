@@ -342,8 +342,8 @@ class Plan:
         raise ConfigError(
             f"{recipe.key} on stack {stack.data.name} cannot be built: {count} unknown, "
             f"{'that' if len(missing) == 1 else 'the first is that'} of {missing[0].url}",
-            remedy=f"run `{lock}` on a machine that reaches {', '.join(prefixes)}, or name mirrors that this "
-            f"machine reaches: GRACEFARM_MIRRORS='{' '.join(f'{prefix}=REPLACEMENT' for prefix in prefixes)}'"
+            remedy=f"run `{lock}` on a machine that can reach {', '.join(prefixes)}; or run it here with mirrors in the "
+            f"environment: GRACEFARM_MIRRORS='{' '.join(f'{prefix}=REPLACEMENT' for prefix in prefixes)}'"
             if prefixes
             else f"run `{lock}`, which reads it from the Python index",
             repeat=lock,

@@ -96,7 +96,13 @@ def env_rollback(context: DeployContext) -> None:
 
 
 @env.command("gc")
-@click.option("--keep", default=2, show_default=True, type=click.IntRange(1), help="Environments to keep for a rollback.")
+@click.option(
+    "--keep",
+    default=2,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Number of latest environments to keep, with the active one.",
+)
 @reporting
 def env_gc(context: DeployContext, keep: int) -> None:
     """Remove old environments that no process on any node uses.

@@ -30,7 +30,8 @@ from gracefarm.errors import ConfigError, UsageError
 @click.option(
     "--objective",
     type=click.Choice(["speed", "throughput", "cost"]),
-    help="Optimise tokens/s of one stream, of all streams, or per dollar; default: from deploy.toml, else speed.",
+    help="speed: most tokens/s of one stream; throughput: most tokens/s of all streams; cost: most tokens per dollar. "
+    "Default: from deploy.toml, else speed.",
 )
 @click.option("--price", type=click.FloatRange(0), metavar="USD", help="Price of a node per hour.")
 @click.option(
@@ -41,7 +42,7 @@ from gracefarm.errors import ConfigError, UsageError
     "--engine",
     "engine_name",
     type=click.Choice(["aphrodite", "vllm"]),
-    help="With --nodes: engine; default: from deploy.toml, else aphrodite; with --model vllm.",
+    help="With --nodes: engine; default: from deploy.toml, without it vllm if --model is given, else aphrodite.",
 )
 @click.option("--model", "repo", metavar="REPO", help="With --nodes: model, or folder with its config.json.")
 @click.option("--tp", type=click.IntRange(1), help="With --nodes: GPUs that share every layer (tensor parallel).")
@@ -63,7 +64,7 @@ def plan(
     pp: int | None,
     dp: int | None,
 ) -> None:
-    """Show layout, memory, predicted speed and cost, and rejected layouts. This starts nothing and does not ask the nodes.
+    """Show layout, memory, predicted speed and cost, and rejected layouts. This starts nothing and does not contact the nodes.
 
     \b
     deploy plan

@@ -38,8 +38,9 @@ def rehearse(context: DeployContext, count: int, keep: bool) -> None:
     deploy rehearse
     deploy rehearse --nodes 10
 
-    Every node has a real OpenSSH server. Ray is real; its environment comes from a local index by hash. The engine is a
-    simulation with the engine's options and failures. This requires root and no GPU, and leaves nothing running.
+    Every node has a real OpenSSH server. Ray is real, installed from a local index with checked hashes. The engine is
+    simulated: it has the options of aphrodite and fails in the same ways. The command requires root, but no GPU, and leaves
+    nothing running.
     """
     extras.require("index")
     console, here = context.console, settings.load()

@@ -85,8 +85,8 @@ def private_address(node: Node, answer: Mapping[str, object]) -> tuple[str, str,
         address, name, prefix = chosen[0]
         return address, name, _network(address, prefix)
     raise NodeError(
-        f"{node}: no address for the other nodes was found",
-        remedy=f"set private for this node in deploy.toml; the node has {known}",
+        f"{node}: found no address at which the other nodes can reach it",
+        remedy=f"set `private` of this node in deploy.toml to one of its addresses: {known}",
     )
 
 

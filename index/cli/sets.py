@@ -112,7 +112,7 @@ def publish(context: IndexContext, name: str) -> None:
 @click.argument("name")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def put_pylock(context: IndexContext, name: str, file: Path) -> None:
-    """Store the pylock.toml (PEP 751) of a staged set. The index serves it with requirements.lock.
+    """Store the pylock.toml (PEP 751) of a staged set. The index serves it as /NAME/pylock.toml.
 
     \b
     index stage pylock spring pylock.toml

@@ -224,9 +224,9 @@ def publish(store: Store, catalogue: Catalogue, actor: str, name: str) -> Releas
         if unmet := _unmet(store, catalogue, complete):
             shown = "; ".join(unmet[:MAX_UNMET]) + (f"; and {len(unmet) - MAX_UNMET} more" if len(unmet) > MAX_UNMET else "")
             raise RefusedError(
-                f"the set {name} lacks {len(unmet)} of its wheels' requirements: {shown}",
-                remedy=f"upload them to /stage/{name}/legacy/ or mirror a lock that has them, then publish again; to allow a"
-                " set to lack a project, create it with --without PROJECT",
+                f"the set {name} does not contain all that its wheels require; missing: {shown}",
+                remedy=f"upload them to /stage/{name}/legacy/ or mirror a lock that has them, then publish again; to publish"
+                " a set without a project, create another set: index stage create NAME --without PROJECT",
             )
         _check_pylock(catalogue, complete)
         rows = change.execute(

@@ -173,5 +173,6 @@ def _check(publisher: TrustedPublisher) -> None:
             f"{publisher.repository!r} is not a repository of {publisher.kind}", remedy=f"give it as {shape}, without the host"
         )
     if not _WORKFLOW[publisher.kind].fullmatch(publisher.workflow):
-        example = "release.yml, without its folder" if publisher.kind == "github" else ".gitlab-ci.yml"
-        raise UsageError(f"{publisher.workflow!r} is not a workflow of {publisher.kind}", remedy=f"give it as {example}")
+        github, gitlab = "its file name, such as release.yml", "the file's path in the repository, such as .gitlab-ci.yml"
+        example = github if publisher.kind == "github" else gitlab
+        raise UsageError(f"{publisher.workflow!r} is not a workflow of {publisher.kind}", remedy=f"give {example}")

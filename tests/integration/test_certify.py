@@ -188,7 +188,7 @@ def test_a_report_certifies_the_twin_with_the_same_device_code_and_no_other(
     ("script", "code", "words"),
     [
         (SCRIPT.format(error=2e-3), 31, "computes sum with an error of 0.002, but at most 0.001 is allowed"),
-        ("assert False, 'off by one'\n", 31, "is wrong on a fake GPU: AssertionError: off by one"),
+        ("assert False, 'off by one'\n", 31, "failed its test on a fake GPU: AssertionError: off by one"),
         ("print('computed')\n", 32, "names no comparisons or no negative control"),
         ("COMPARISONS = [{'name': 'sum'}]\n", 31, "wrote no valid list of comparisons: comparisons.0.error: Field required"),
         (SCRIPT.format(error="float('nan')"), 31, "wrote no valid list of comparisons: comparisons.0.error"),

@@ -512,5 +512,5 @@ def test_a_wrong_result_on_the_gpu_fails_the_build(
 ) -> None:
     monkeypatch.setattr(gpu, "devices", lambda: [Path("/dev/null")])
     place = fake_torch(own, tmp_path / "venv", version="2.11.0", cuda="13.0")
-    with pytest.raises(SmokeError, match="is wrong on a fake GPU: AssertionError: off by one"):
+    with pytest.raises(SmokeError, match="failed its test on a fake GPU: AssertionError: off by one"):
         smoke.run_gpu(gpu_trial(built, place, "assert False, 'off by one'\n"), ("90",))

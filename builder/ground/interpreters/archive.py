@@ -106,7 +106,8 @@ def _name_our_compilers(data: Path) -> None:
         (build,) = (ast.literal_eval(node.value) for node in statements if isinstance(node, ast.Assign))
     except (ValueError, SyntaxError) as error:
         raise RootError(
-            f"{data.name} of a standalone archive is not a table: {error}", remedy="pin another archive"
+            f"{data.name} of the interpreter's archive is not one assignment of constants: {error}",
+            remedy="pin another archive in interpreter.toml",
         ) from error
     for name, value in build.items():
         if name in _COMPILERS:
