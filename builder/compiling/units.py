@@ -160,8 +160,8 @@ def device_title(device: DeviceStatistics) -> str:
     reasons = "".join(f"; {count} x {reason}" for reason, count in device.not_kept.items())
     return (
         f"device code: {device.taken} passes from the store ({device.text} by text, {device.nvvm} by NVVM "
-        f"code, {device.ptx} by PTX), {device.misses} compiled{reasons}; {device.cpu_s:.0f} CPU s, "
-        f"about {device.saved_cpu_s:.0f} saved"
+        f"code, {device.ptx} by PTX), {device.misses} compiled{reasons}; {device.cpu_s:.0f} CPU s used, "
+        f"about {device.saved_cpu_s:.0f} CPU s saved"
     )
 
 

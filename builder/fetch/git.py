@@ -92,7 +92,8 @@ def fetch_git(source: GitSource, settings: Settings, tick: Tick = no_tick, say: 
     tick(len(pins), len(pins), "")
     check_submodules(source, settings)
     if source.submodules:
-        say(f"the parent's tree names these commits of {', '.join(sorted(source.submodules))}")
+        for path in sorted(source.submodules):
+            say(f"submodule {path}: the parent's tree has the same commit")
     return repository_path(settings, source.commit)
 
 

@@ -147,7 +147,9 @@ def upload_wheel(built: Record, wheel: Path, url: str, settings: Settings, login
             # The file is not visible: deleted, in a staged set, or being uploaded.
             before, filename = filename, build_tag.tagged(wheel.name, build_tag.split(filename)[1] + 1)
             continue
-        reason = f"build tag of {filename}: {_why(before, built, url, settings, login)}" if before is not None else ""
+        reason = (
+            f"{filename} has a build tag because {_why(before, built, url, settings, login)}" if before is not None else ""
+        )
         return publication.model_copy(update={"filename": "" if filename == wheel.name else filename, "reason": reason})
     raise PublishError(
         f"{url} has {wheel.name} with other bytes, and with each build tag up to {filename}",
@@ -181,12 +183,12 @@ def _why(before: str, built: Record, url: str, settings: Settings, login: publis
     sha256 = publish.offered(before, url, login).get(before)
     if sha256 is None:
         return f"{before} exists or existed with other bytes"
-    there = f"{before} exists with sha256 {sha256[:16]}"
+    there = f"{before} exists with other bytes (sha256 {sha256[:16]}"
     known = next((other for other in record.all_of(settings) if other.wheel and other.wheel.sha256 == sha256), None)
     changed = [change.path for change in why.changes(known.inputs, built.inputs)] if known else []
     if known is None or not changed:
-        return there
-    return f"{there}, of build {known.build_id[:16]}; changed since then: {', '.join(changed)}"
+        return f"{there})"
+    return f"{there}, from build {known.build_id[:16]}); inputs that changed since then: {', '.join(changed)}"
 
 
 def send_record(build_id: str, url: str, settings: Settings, console: Console, login: publish.Login | None) -> None:

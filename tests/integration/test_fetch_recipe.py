@@ -81,7 +81,7 @@ def test_fetch_says_a_line_for_each_part_also_while_a_digest_is_unknown(farm: Fa
     assert lines == [
         f"https://up.example/outer: commit {top}, tree {tree}, as pinned",
         f"submodule csrc/inner: commit {inner}, as pinned",
-        "the parent's tree names these commits of csrc/inner",
+        "submodule csrc/inner: the parent's tree has the same commit",
         f"repository deps/inner: commit {inner}, as pinned",
         "source of shape 1.0",
         "file seed/llvm from https://gone.example/llvm.zip is left out: its digest is unknown (out of reach)",

@@ -75,6 +75,7 @@ def trial(farm: Farm, folder: Path, script: str) -> smoke.Trial:
         folder=farm.settings.home / "smoke",
         memory=1 << 30,
         log=folder / "log.txt",
+        repeat="builder smoke",
     )
 
 

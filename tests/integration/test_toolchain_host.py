@@ -478,6 +478,7 @@ def gpu_trial(built: Built, place: Path, script: str) -> smoke.Trial:
         folder=folder,
         memory=1 << 30,
         log=folder / "log.txt",
+        repeat="builder smoke",
     )
 
 

@@ -88,6 +88,7 @@ def test_a_wheel_that_is_built_without_torch_meets_it_on_a_gpu(tmp_path: Path, m
         folder=tmp_path,
         memory=0,
         log=tmp_path / "log.txt",
+        repeat="builder smoke",
     )
 
     def gpu_result(stack_name: str, *, emulated: bool = False) -> GpuResult:
