@@ -16,7 +16,7 @@ from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch
 from builder.proof import signing, verify
-from builder.proof.verify import Inside
+from builder.proof.verify import Inside, WheelCheck
 from builder.toolchains.choice import ToolchainChoice
 from gracefarm.cli import json_option
 from gracefarm.console import Console
@@ -36,7 +36,7 @@ def verify_command(what: str, key_file: Path | None, envelope: Path | None, agai
     """Check a wheel, or the last build of NAME, against its RECORD, build id, SBOM and signed provenance.
 
     With --rebuild: build it again and report `identical`, `device code only`, or the file and section that differ. The exit
-    code is 32 if a check fails.
+    code is 32 if a check fails or could not be made.
 
     \b
     builder verify causal_conv1d
@@ -50,9 +50,14 @@ def verify_command(what: str, key_file: Path | None, envelope: Path | None, agai
         return
     key = signing.public(key_file) if key_file else own.public_key() if (own := signing.private()) else None
     checks = verify.verify(wheel, envelope, key)
-    lines = [f"{'ok' if check.ok else 'WRONG':6} {check.name:10} {check.summary}" for check in checks]
+    width = max(6, *(len(_status(check)) for check in checks))
+    lines = [f"{_status(check):{width}} {check.name:10} {check.summary}" for check in checks]
     console.result([check.model_dump() for check in checks], "\n".join(lines))
     verify.require(wheel, checks)
+
+
+def _status(check: WheelCheck) -> str:
+    return "ok" if check.ok else "not checked" if check.unchecked else "WRONG"
 
 
 def _wheel(what: str, settings: Settings) -> Path:

@@ -30,7 +30,13 @@ class WheelCheck(Table):
 
     name: str
     ok: bool
+    unchecked: bool = False
+    "What the check needs is missing, so the wheel may be right."
     summary: str
+
+
+class UncheckedError(VerifyError):
+    """What a check needs is missing; the remedy says how to get it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +70,19 @@ def require(wheel: Path, checks: list[WheelCheck]) -> None:
     Raises:
         VerifyError: a check failed; names all failed checks.
     """
-    failed = [f"{check.name}: {check.summary}" for check in checks if not check.ok]
+    failed = [f"{check.name}: {check.summary}" for check in checks if not check.ok and not check.unchecked]
+    unchecked = [check for check in checks if check.unchecked]
     if failed:
         raise VerifyError(
             f"{wheel.name} failed its verification. {'; '.join(failed)}",
             remedy="do not install it; download it again from its index",
             repeat=f"builder verify {wheel}",
+        )
+    if unchecked:
+        raise VerifyError(
+            f"the {unchecked[0].name} of {wheel.name} was not checked: {unchecked[0].summary}",
+            remedy="give the farm's public key with --key PUB, and the provenance with --provenance FILE if it is not next to"
+            " the wheel",
         )
 
 
@@ -77,7 +90,7 @@ def _check(name: str, judge: Callable[[], str]) -> WheelCheck:
     try:
         return WheelCheck(name=name, ok=True, summary=judge())
     except VerifyError as error:
-        return WheelCheck(name=name, ok=False, summary=error.cause)
+        return WheelCheck(name=name, ok=False, unchecked=isinstance(error, UncheckedError), summary=error.cause)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON from elsewhere
         return WheelCheck(name=name, ok=False, summary=f"it cannot be read: {error!r}")
 
@@ -148,11 +161,11 @@ def _sbom(inside: Inside) -> str:
 
 def _provenance(wheel: Path, inside: Inside, place: Path, key: Ed25519PublicKey | None) -> str:
     if key is None:
-        raise VerifyError("there is no key to check it with: name one with --key, or create the farm's key")
+        raise UncheckedError("no public key was given, and this machine has no farm's key")
     try:
         envelope = json.loads(place.read_text())
     except OSError as error:
-        raise VerifyError(f"there is no provenance at {place}: {error.strerror}") from error
+        raise UncheckedError(f"there is no provenance at {place}: {error.strerror}") from error
     except ValueError as error:
         raise VerifyError(f"{place} is not JSON: {error}") from error
     if isinstance(envelope, dict) and isinstance(envelope.get("provenance"), dict):
