@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -64,7 +64,16 @@ def write(farm: Farm, name: str, units: int = UNITS) -> None:
 @contextmanager
 def cluster(workers: int, **variables: str) -> Iterator[tuple[Farm, Room, Machine, list[Machine]]]:
     """A head that builds nothing, and workers of one core each."""
-    with new_farm(load().home) as farm, open_room(farm) as room:
+    with new_farm(load().home) as farm:
+        # The machines of the room reach no mirror: what each build needs lies in the shared folders after this one.
+        write(farm, "first", 1)
+        first = farm.run("build", "first", "--target", host_arch().value)
+        assert first.code == 0, first.said
+        yield from _cluster(farm, workers, variables)
+
+
+def _cluster(farm: Farm, workers: int, variables: Mapping[str, str]) -> Iterator[tuple[Farm, Room, Machine, list[Machine]]]:
+    with open_room(farm) as room:
         head = room.head()
         made = [room.worker(head, f"w{number}", core=number, **variables) for number in range(workers)]
         probe = "import ray; ray.init(address='auto', log_to_driver=False, logging_level='ERROR'); "
@@ -85,7 +94,6 @@ def seconds(workers: int) -> float:
     with cluster(workers) as (farm, _, head, _):
         for number in range(CELLS):
             write(farm, f"cell{number}")
-        write(farm, "first", 1)
         head.run(*command(head, "first"))  # only the first cell of a worker pays for this
         start = time.monotonic()
         done = head.run(*command(head, *[f"cell{number}" for number in range(CELLS)]), timeout=3600)
