@@ -149,8 +149,9 @@ def _own_splits(question: Question, fitting: Sequence[Candidate]) -> Iterator[Re
         if theirs > ours:
             yield Rejected(
                 layout=name,
-                reason=f"the last stage has {usual.memory.weights_gib:.1f} GiB per GPU, {theirs:g} of them in host memory; "
-                f"with {short(candidate.layout.partition)} it is {candidate.memory.weights_gib:.1f} and {ours:g}",
+                reason=f"the last stage has {usual.memory.weights_gib:.1f} GiB of weights per GPU, {theirs:g} GiB of them in "
+                f"host memory; with the partition {short(candidate.layout.partition)}, no GPU has more than "
+                f"{candidate.memory.weights_gib:.1f} GiB, {ours:g} GiB of them in host memory",
             )
 
 

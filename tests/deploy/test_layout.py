@@ -381,7 +381,7 @@ def test_rejected_layouts_say_why() -> None:
         assert "requires that tp is divisible by the KV heads" in rejected[f"tp{tp}"]
     assert "assigns no query heads to ranks 8 to 15" in rejected["tp16"]
     overload = {rejection.layout: rejection.reason for rejection in choosing.choose(question(10)).rejected}
-    assert "the last stage has 110.8 GiB per GPU" in overload["tp1 pp10 with the engine's default partition 12x9,18"]
+    assert "the last stage has 110.8 GiB of weights" in overload["tp1 pp10 with the engine's default partition 12x9,18"]
 
 
 def test_vllm_divides_and_replicates() -> None:
