@@ -83,8 +83,8 @@ class Foreman:
         self.heard: dict[str, float] = {}
         self.unfit: set[str] = set()
 
-    async def ask(self, driver: str, jobs: Sequence[dict[str, Any]], project: bytes) -> None:
-        """Build these cells, or wait for those that are built already."""
+    async def ask(self, driver: str, jobs: Sequence[dict[str, Any]], project: bytes) -> list[str]:
+        """Build these cells, or wait for those that are built already. Returns the ids of cells that build for another run."""
         import ray
 
         self.heard[driver] = time.monotonic()
@@ -92,15 +92,16 @@ class Foreman:
         ended = [build_id for build_id, cell in self.cells.items() if cell.outcome is not None]
         for build_id in [build_id for build_id in ended if not self._wanted(build_id, KEPT)]:
             del self.cells[build_id]
-        sent = ray.put(project)
+        sent, others = ray.put(project), []
         for job in jobs:
             cell = self.cells.get(job["build_id"])
             if cell is None or (cell.outcome is not None and cell.outcome.get("failure")):
                 cell = self.cells[job["build_id"]] = CellTask(job, sent)
                 cell.follower = asyncio.create_task(self._follow(cell))
-            elif cell.outcome is None:
-                cell.say("is being built for another run; this one waits for it")
+            elif cell.outcome is None and driver not in cell.drivers:
+                others.append(job["build_id"])
             cell.drivers.add(driver)
+        return others
 
     def _wanted(self, build_id: str, silence: float) -> bool:
         """A driver that asked for the cell has been heard since."""

@@ -80,7 +80,9 @@ class _FarmRun:
         if jobs:
             self.console.step("farm", f"cells: {len(jobs)}; workers: {len(self.cluster.workers)}, at {self.cluster.address}")
             project = code.pack(self.settings.project)
-            self.cluster.call("ask", self.driver, [entry.model_dump(mode="json") for entry in jobs], project)
+            for build_id in self.cluster.call("ask", self.driver, [entry.model_dump(mode="json") for entry in jobs], project):
+                name = job.title(self.waiting[build_id])
+                self.console.event("cell", f"{name}  is being built for another run; this one waits for it", cell=name)
 
     def follow(self) -> Iterator[Result]:
         """Print the lines of the cells; yields each that has ended."""
