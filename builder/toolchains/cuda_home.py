@@ -24,7 +24,7 @@ def lay_out(plan: Plan, environment: Path, compiler: Path, root: Path, settings:
     stack = plan.inputs["stack"]
     assert isinstance(stack, dict)
     final = settings.home / "cuda" / f"{CUDA_LAYOUT}-{str(stack['toolchain'])[:12]}-{str(stack['environment'])[:12]}"
-    with lock(settings.home / "locks" / f"cuda-{final.name}"):
+    with lock(final.with_name(f"{final.name}.lock")):
         if final.is_dir():
             return final
         packages = site_packages(environment, plan.stack.python)

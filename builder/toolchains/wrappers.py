@@ -44,7 +44,7 @@ def site_packages(environment: Path, python: str) -> Path:
 def folder(settings: Settings) -> Path:
     """The folder of wrappers, copied once for each content, so that a sandbox can mount it from every installation."""
     final = settings.home / "wrappers" / wrappers_digest()[:16]
-    with lock(settings.home / "locks" / f"wrappers-{final.name}"):
+    with lock(final.with_name(f"{final.name}.lock")):
         if not final.is_dir():
             with atomic_directory(final) as copy, as_file(files("builder") / "data" / "toolchain") as source:
                 (copy / "bin").mkdir()

@@ -19,10 +19,8 @@ from gracefarm.files import lock, remove_tree
 
 FETCHED = "fetched"
 "Folder of the source trees of `builder fetch`, which removes them unless it is killed."
-BESIDE = ("roots", "environments", "toolchains", "git", "host/environments", "host/cuda")
-"Folders of the home whose entries have their lock next to them, as NAME.lock."
-IN_LOCKS = ("cuda", "wrappers")
-"Folders whose entries have their lock in locks/, as FOLDER-NAME."
+MADE = ("roots", "interpreters", "environments", "toolchains", "cuda", "wrappers", "git", "host/environments", "host/cuda")
+"Folders of the home whose entries are made again. NAME.lock next to an entry is its lock, since homes may share the folders."
 
 
 def working_folders(settings: Settings, on_wait: Callable[[], None]) -> None:
@@ -69,15 +67,12 @@ def _of_build(settings: Settings, folder: Path) -> Path:
 def _grounds(settings: Settings) -> Iterator[tuple[Path, Path]]:
     """Paths to remove, each with its lock; for a folder that is a link to another home, the link."""
     home = settings.home
-    for name in (*BESIDE, *IN_LOCKS, "store"):
+    for name in (*MADE, "store"):
         if (home / name).is_symlink():
             yield home / name, home / "locks" / "links"
-    for name in BESIDE:
+    for name in MADE:
         for entry in _entries(home / name):
             yield entry, entry.with_name(f"{_final(entry).removesuffix('.git')}.lock")
-    for name in IN_LOCKS:
-        for entry in _entries(home / name):
-            yield entry, home / "locks" / f"{name}-{_final(entry)}"
     for folder in _entries(home / "store" / "sha256"):
         for entry in _entries(folder):
             yield entry, home / "store" / "locks" / entry.name.partition(".")[0]

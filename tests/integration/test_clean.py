@@ -41,7 +41,9 @@ LOCKS = {
     "roots/a": "roots/a.lock",
     "environments/bytecode": "environments/bytecode.lock",
     "toolchains/.c.partial": "toolchains/c.lock",
-    "cuda/d": "locks/cuda-d",
+    "interpreters/g": "interpreters/g.lock",
+    "cuda/d": "cuda/d.lock",
+    "wrappers/h": "wrappers/h.lock",
     "git/e.git": "git/e.lock",
     "store/sha256/aa": "store/locks/file",
 }
