@@ -74,6 +74,7 @@ def workers(cluster: Cluster) -> Iterator[list[Machine]]:
     for machine in added:
         if machine.holder.poll() is None:
             machine.power_off()
+    wait_for_workers(cluster, 0)  # Ray notices it after half a minute
 
 
 def until(machine: Machine, number: int, words: str, patience: float = 240) -> str:
