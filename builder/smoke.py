@@ -31,30 +31,44 @@ TRAP = "raise ImportError('imported from the working directory: the import did n
 class SmokeResult(Table):
     """Modules that were imported in the clean environment."""
 
-    modules: dict[str, str] = Field(description="Imported modules and their files")
-    script: str | None = Field(default=None, description="Output of smoke.py")
+    modules: dict[str, str]
+    "Imported modules and their files"
+    script: str | None = None
+    "Output of smoke.py"
 
 
 class ComparedResult(Table):
     """One result that a GPU computed with the wheel, compared with a reference."""
 
-    name: str = Field(min_length=1, max_length=200, description="The computed result, as 'forward float16'")
-    error: float = Field(ge=0, allow_inf_nan=False, description="Largest difference")
-    tolerance: float = Field(gt=0, allow_inf_nan=False, description="Largest allowed difference")
+    name: str = Field(min_length=1, max_length=200)
+    "The computed result, as 'forward float16'"
+    error: float = Field(ge=0, allow_inf_nan=False)
+    "Largest difference"
+    tolerance: float = Field(gt=0, allow_inf_nan=False)
+    "Largest allowed difference"
 
 
 class GpuResult(Table):
     """The result of smoke_gpu.py; if it fails, the build fails."""
 
-    status: Literal["passed", "not run"] = Field(description="Whether the script ran on a GPU")
-    reason: str = Field(default="", description="Why it was not run")
-    device: str | None = Field(default=None, description="The GPU that it ran on")
-    sm: str | None = Field(default=None, description="That GPU's architecture, as 90")
-    driver: str = Field(default="", description="Version of NVIDIA's driver; empty: unknown")
-    script: str | None = Field(default=None, description="Output of smoke_gpu.py")
-    comparisons: tuple[ComparedResult, ...] = Field(default=(), description="Results that were compared with a reference")
-    negative_control: str | None = Field(default=None, description="A wrong result that the comparison refused")
-    wall_s: float | None = Field(default=None, description="Duration in seconds")
+    status: Literal["passed", "not run"]
+    "Whether the script ran on a GPU"
+    reason: str = ""
+    "Why it was not run"
+    device: str | None = None
+    "The GPU that it ran on"
+    sm: str | None = None
+    "That GPU's architecture, as 90"
+    driver: str = ""
+    "Version of NVIDIA's driver; empty: unknown"
+    script: str | None = None
+    "Output of smoke_gpu.py"
+    comparisons: tuple[ComparedResult, ...] = ()
+    "Results that were compared with a reference"
+    negative_control: str | None = None
+    "A wrong result that the comparison refused"
+    wall_s: float | None = None
+    "Duration in seconds"
 
 
 class _Answer(SmokeResult):

@@ -33,16 +33,12 @@ class SharedSettings(BaseModel):
     Every field can be set as GRACEFARM_<NAME> or in settings.toml (`builder doctor` prints its path).
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
-    home: AbsolutePath = Field(
-        default_factory=lambda: user_cache_path("gracefarm"),
-        description="Folder of sources, roots, environments, builds, records and the index",
-    )
-    python_index: str | None = Field(
-        default=None,
-        description="Simple API for sdists and wheels; default: the configuration of uv, then of pip, then their default",
-    )
+    home: AbsolutePath = Field(default_factory=lambda: user_cache_path("gracefarm"))
+    "Folder of sources, roots, environments, builds, records and the index"
+    python_index: str | None = None
+    "Simple API for sdists and wheels; default: the configuration of uv, then of pip, then their default"
 
     @cached_property
     def index_url(self) -> str | None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field
-
 from gracefarm.errors import AuditError
 from gracefarm.tables import Table
 
@@ -19,10 +17,14 @@ SHOWN = 3
 class Verdict(Table):
     """The verdict of one gate. The record contains all verdicts."""
 
-    gate: str = Field(description="Name of the gate")
-    status: GateStatus = Field(description="Result of the gate")
-    summary: str = Field(description="The result in one sentence, or why the gate does not apply")
-    details: tuple[str, ...] = Field(default=(), description="All complaints and other facts")
+    gate: str
+    "Name of the gate"
+    status: GateStatus
+    "Result of the gate"
+    summary: str
+    "The result in one sentence, or why the gate does not apply"
+    details: tuple[str, ...] = ()
+    "All complaints and other facts"
 
 
 def passed(gate: str, summary: str, details: Sequence[str] = ()) -> Verdict:

@@ -7,8 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pydantic import Field
-
 from builder.box import meter
 from builder.data.toolchain import schedule
 from gracefarm.tables import Table, parse_size
@@ -20,8 +18,10 @@ OTHERS = 512 << 20
 class Jobs(Table):
     """The number of parallel compilations, and its reason."""
 
-    count: int = Field(description="Number of parallel compilations")
-    reason: str = Field(description="Why this number was chosen")
+    count: int
+    "Number of parallel compilations"
+    reason: str
+    "Why this number was chosen"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,31 +22,46 @@ _NO_UNIT = re.compile(r"^\.\./|(?:^|/)CMakeFiles/")
 class Unit(Table):
     """Costs of compiling one translation unit."""
 
-    wall_s: float = Field(description="Duration in seconds")
-    cpu_s: float = Field(description="CPU seconds")
-    peak_memory: int = Field(description="Bytes")
+    wall_s: float
+    "Duration in seconds"
+    cpu_s: float
+    "CPU seconds"
+    peak_memory: int
+    "Bytes"
 
 
 class CacheStatistics(Table):
     """Use of the compiler cache; the numbers count compilations."""
 
-    hits: int = Field(description="Compilations taken from the cache")
-    misses: int = Field(description="Compilations not in the cache")
-    uncacheable: int = Field(description="Calls that cannot be cached")
-    reasons: dict[str, int] = Field(default_factory=dict, description="Reasons of uncacheable calls, in ccache's words")
-    saved_cpu_s: float = Field(description="CPU seconds that the hits took when they were compiled; unknown ones count as 0")
+    hits: int
+    "Compilations taken from the cache"
+    misses: int
+    "Compilations not in the cache"
+    uncacheable: int
+    "Calls that cannot be cached"
+    reasons: dict[str, int] = Field(default_factory=dict)
+    "Reasons of uncacheable calls, in ccache's words"
+    saved_cpu_s: float
+    "CPU seconds that the hits took when they were compiled; unknown ones count as 0"
 
 
 class DeviceStatistics(Table):
     """Costs of nvcc's device passes (cicc, ptxas, fatbinary), and use of the device store; the numbers count passes."""
 
-    text: int = Field(description="cicc passes that were found by the preprocessed text")
-    nvvm: int = Field(description="Optimizer passes of cicc that were found by the front end's NVVM code")
-    ptx: int = Field(description="ptxas passes that were found by the PTX")
-    misses: int = Field(description="Passes of cicc and ptxas that ran and whose results can be kept")
-    not_kept: dict[str, int] = Field(default_factory=dict, description="Other passes of cicc and ptxas that ran, by reason")
-    cpu_s: float = Field(description="CPU seconds of all device passes, including the store")
-    saved_cpu_s: float = Field(description="CPU seconds that the found results took when they were compiled")
+    text: int
+    "cicc passes that were found by the preprocessed text"
+    nvvm: int
+    "Optimizer passes of cicc that were found by the front end's NVVM code"
+    ptx: int
+    "ptxas passes that were found by the PTX"
+    misses: int
+    "Passes of cicc and ptxas that ran and whose results can be kept"
+    not_kept: dict[str, int] = Field(default_factory=dict)
+    "Other passes of cicc and ptxas that ran, by reason"
+    cpu_s: float
+    "CPU seconds of all device passes, including the store"
+    saved_cpu_s: float
+    "CPU seconds that the found results took when they were compiled"
 
     @property
     def taken(self) -> int:
@@ -58,26 +73,25 @@ class DeviceNote(Table):
     """A device pass of a unit."""
 
     name: str = Field(alias="pass")
-    outcome: str = Field(
-        description="How it was found: `text`, `nvvm` or `ptx`; `miss`; `always runs`; or why its result is not kept"
-    )
+    outcome: str
+    "How it was found: `text`, `nvvm` or `ptx`; `miss`; `always runs`; or why its result is not kept"
     cpu_s: float
     wall_s: float
-    saved: dict[str, float] = Field(description="`cpu_s`, `wall_s` and `peak_memory` that a compilation took; empty if it ran")
+    saved: dict[str, float]
+    "`cpu_s`, `wall_s` and `peak_memory` that a compilation took; empty if it ran"
 
 
 class Note(Table):
     """A note of front.py."""
 
     unit: str
-    outcome: str = Field(description="`hit`, `miss`, `off`, or why the call could not be cached")
+    outcome: str
+    "`hit`, `miss`, `off`, or why the call could not be cached"
     wall_s: float
     cpu_s: float
     peak_memory: int
-    device: tuple[DeviceNote, ...] = Field(
-        default=(),
-        description="Its device passes; empty for a unit from the compiler cache. The costs above are those without the store",
-    )
+    device: tuple[DeviceNote, ...] = ()
+    "Its device passes; empty for a unit from the compiler cache. The costs above are those without the store"
 
 
 def read(folder: Path) -> list[Note]:

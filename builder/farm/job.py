@@ -17,10 +17,13 @@ from gracefarm.tables import Table
 class Job(Table):
     """One cell, as JSON on the standard input of `builder.farm.worker`."""
 
-    code: str = Field(description="Digest of the gracefarm that planned it")
-    gracefarm: str = Field(description="The same for people")
+    code: str
+    "Digest of the gracefarm that planned it"
+    gracefarm: str
+    "The same for people"
     build_id: str
-    title: str = Field(description="Name of the cell in the output")
+    title: str
+    "Name of the cell in the output"
     recipe: str
     stack: str
     interpreter: str | None
@@ -30,7 +33,8 @@ class Job(Table):
     ptx: str | None
     variant: bool = False
     cpus: int
-    memory: int = Field(description="Bytes")
+    memory: int
+    "Bytes"
     keep: bool = False
     compiler_cache: bool = True
     device_store: bool = True
@@ -42,8 +46,10 @@ class CellAnswer(Table):
 
     failure: Failure | None = None
     repeat: str = ""
-    unfit: bool = Field(default=False, description="Another gracefarm: the machine builds no cell of this one")
-    files: dict[str, str] = Field(default_factory=dict, description="Name in the build's folder to path on the machine")
+    unfit: bool = False
+    "Another gracefarm: the machine builds no cell of this one"
+    files: dict[str, str] = Field(default_factory=dict)
+    "Name in the build's folder to path on the machine"
 
 
 def title(plan: Plan) -> str:

@@ -15,7 +15,6 @@ from typing import Literal
 
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
-from pydantic import Field
 
 from builder.audit.contents import UNREADABLE
 from builder.flow import build
@@ -44,8 +43,10 @@ class Difference(Table):
     """One difference between two wheels."""
 
     file: str
-    where: str = Field(description="A section, `only in the first`, `only in the second`, or a description of the difference")
-    device: bool = Field(default=False, description="It is device code, or follows from device code")
+    where: str
+    "A section, `only in the first`, `only in the second`, or a description of the difference"
+    device: bool = False
+    "It is device code, or follows from device code"
 
 
 class Comparison(Table):

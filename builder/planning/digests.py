@@ -13,29 +13,31 @@ from gracefarm.tables import Sha256, Table, Url
 class Witness(Table):
     """An independent source for the same digest."""
 
-    source: str = Field(min_length=1, description="URL of the digest, or the document and place that has it")
-    value: Sha256 = Field(description="Digest in that source; it must equal `sha256`")
+    source: str = Field(min_length=1)
+    "URL of the digest, or the document and place that has it"
+    value: Sha256
+    "Digest in that source; it must equal `sha256`"
 
 
 class FirstUse(Table):
     """A digest that was read at first use from the URL of the file."""
 
     date: Annotated[date, Field(description="Day on which the digest was read")]
-    url: Url = Field(description="URL of the file")
+    url: Url
+    "URL of the file"
 
 
 class DigestFields(Table):
     """The keys of a download that is pinned by sha256, or whose sha256 is still unknown."""
 
-    sha256: Sha256 | None = Field(default=None, description="sha256 of the file; absent while it is unknown")
-    sha256_unknown: str | None = Field(
-        default=None, description="Why the digest is unknown; fill it in with `builder lock` or `builder build --accept-new`"
-    )
-    accepted: FirstUse | None = Field(
-        default=None,
-        description="Written by `--accept-new`; the digest is unconfirmed until there is a witness",
-    )
-    witness: tuple[Witness, ...] = Field(default=(), description="Independent sources of this digest")
+    sha256: Sha256 | None = None
+    "sha256 of the file; absent while it is unknown"
+    sha256_unknown: str | None = None
+    "Why the digest is unknown; fill it in with `builder lock` or `builder build --accept-new`"
+    accepted: FirstUse | None = None
+    "Written by `--accept-new`; the digest is unconfirmed until there is a witness"
+    witness: tuple[Witness, ...] = ()
+    "Independent sources of this digest"
 
     @property
     def unconfirmed(self) -> FirstUse | None:

@@ -60,10 +60,10 @@ def _selector(text: str) -> str:
 class MatrixTable(Table):
     """matrix.toml."""
 
-    keep_torch: int = Field(default=4, ge=1, description="Number of torch releases to keep; --prune lists older ones")
-    selectors: dict[str, Annotated[str, AfterValidator(_selector)]] = Field(
-        default_factory=dict, description="Selectors by name, such as `default`"
-    )
+    keep_torch: int = Field(default=4, ge=1)
+    "Number of torch releases to keep; --prune lists older ones"
+    selectors: dict[str, Annotated[str, AfterValidator(_selector)]] = Field(default_factory=dict)
+    "Selectors by name, such as `default`"
 
 
 def read(project: Path) -> MatrixTable:

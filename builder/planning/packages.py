@@ -6,8 +6,6 @@ import hashlib
 import json
 from importlib.resources import files
 
-from pydantic import Field
-
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm import tables
 from gracefarm.errors import ConfigError
@@ -26,11 +24,14 @@ class Deb(Table):
     """One binary package of the archive."""
 
     name: str
-    arch: str = Field(description="Debian's name: amd64, arm64 or all")
+    arch: str
+    "Debian's name: amd64, arm64 or all"
     version: str
     sha256: Sha256
-    size: int = Field(description="Size in bytes")
-    path: InsidePath = Field(description="Path in the archive, below the mirror's URL")
+    size: int
+    "Size in bytes"
+    path: InsidePath
+    "Path in the archive, below the mirror's URL"
 
     @property
     def title(self) -> str:
@@ -53,7 +54,8 @@ class RootLock(Table):
     """root.lock."""
 
     suite: str
-    roots: dict[str, Packages] = Field(description="By HOST-TARGET")
+    roots: dict[str, Packages]
+    "By HOST-TARGET"
 
 
 class ToolchainLock(Table):

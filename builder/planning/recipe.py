@@ -46,46 +46,48 @@ ToolchainKind = Literal["sandbox", "host", "container"]
 class Substitution(Table):
     """Replaces a text in the source. Unlike a patch, it requires no context lines; a wrong number of matches is an error."""
 
-    path: InsidePath = Field(description="File to change, relative to the source tree")
-    find: str = Field(min_length=1, description="Text to replace")
-    replace: str = Field(description="Replacement")
-    count: int = Field(default=1, ge=1, description="Number of occurrences; another number is an error")
+    path: InsidePath
+    "File to change, relative to the source tree"
+    find: str = Field(min_length=1)
+    "Text to replace"
+    replace: str
+    "Replacement"
+    count: int = Field(default=1, ge=1)
+    "Number of occurrences; another number is an error"
 
 
 class Build(Table):
     """How the wheel is compiled."""
 
-    requires: tuple[RequirementText, ...] = Field(
-        default=(), description="Build requirements in addition to the stack's environment; `builder lock NAME` pins them"
+    requires: tuple[RequirementText, ...] = ()
+    "Build requirements in addition to the stack's environment; `builder lock NAME` pins them"
+    subdirectory: InsidePath = "."
+    "Folder of pyproject.toml or setup.py in the source"
+    environment: dict[str, str] = Field(default_factory=dict)
+    (
+        "Variables for the build; they enter the build id. {sm}, {sm_dotted} and {sm_gencode} are replaced by the cell's "
+        "architectures, as 90;100a, 9.0;10.0a and -gencode=arch=compute_90,code=sm_90, also in config_settings and cmake"
     )
-    subdirectory: InsidePath = Field(default=".", description="Folder of pyproject.toml or setup.py in the source")
-    environment: dict[str, str] = Field(
-        default_factory=dict,
-        description="Variables for the build; they enter the build id. {sm}, {sm_dotted} and {sm_gencode} are replaced by the "
-        "cell's architectures, as 90;100a, 9.0;10.0a and -gencode=arch=compute_90,code=sm_90, also in config_settings "
-        "and cmake",
+    config_settings: dict[str, str] = Field(default_factory=dict)
+    "PEP 517 config settings"
+    cmake: dict[str, str] = Field(default_factory=dict)
+    "CMake cache variables, for packages that do not pass them on; our toolchain file sets them"
+    cuda: bool = True
+    (
+        "The build requires the CUDA compiler and torch. With false, the environment has torch only if `requires` of the "
+        "build or of the wheel names it"
     )
-    config_settings: dict[str, str] = Field(default_factory=dict, description="PEP 517 config settings")
-    cmake: dict[str, str] = Field(
-        default_factory=dict,
-        description="CMake cache variables, for packages that do not pass them on; our toolchain file sets them",
+    memory_per_job: Size = "4GiB"
+    "Peak memory of one compile job; limits the number of jobs"
+    unit_memory: dict[str, Size] = Field(default_factory=dict)
+    (
+        "Peak memory of source files (glob, also of a folder) that need more than memory_per_job; used until a build has "
+        "measured them"
     )
-    cuda: bool = Field(
-        default=True,
-        description="The build requires the CUDA compiler and torch. With false, the environment has torch only if `requires` "
-        "of the build or of the wheel names it",
-    )
-    memory_per_job: Size = Field(default="4GiB", description="Peak memory of one compile job; limits the number of jobs")
-    unit_memory: dict[str, Size] = Field(
-        default_factory=dict,
-        description="Peak memory of source files (glob, also of a folder) that need more than memory_per_job; used until a "
-        "build has measured them",
-    )
-    unit_seconds: dict[str, int] = Field(
-        default_factory=dict,
-        description="Seconds of source files (glob) that take much longer than others; used until a build has measured them",
-    )
-    binfmt: bool = Field(default=False, description="The build executes programs of the target other than Python")
+    unit_seconds: dict[str, int] = Field(default_factory=dict)
+    "Seconds of source files (glob) that take much longer than others; used until a build has measured them"
+    binfmt: bool = False
+    "The build executes programs of the target other than Python"
 
     @model_validator(mode="after")
     def _known_placeholders(self) -> Self:
@@ -101,12 +103,14 @@ class Build(Table):
 class Bundled(Table):
     """A third-party file that the wheel may contain."""
 
-    path: InsidePath = Field(description="Path in the wheel; with `origin` a glob")
-    sha256: Sha256 | None = Field(default=None, description="sha256 of the file; use either sha256 or origin")
-    origin: str | None = Field(
-        default=None, description="URL or package URL (pkg:pypi/NAME@VERSION) of the [[files]] entry that has it, or 'source'"
-    )
-    license: SpdxExpression = Field(description="SPDX expression of the file's licence")
+    path: InsidePath
+    "Path in the wheel; with `origin` a glob"
+    sha256: Sha256 | None = None
+    "sha256 of the file; use either sha256 or origin"
+    origin: str | None = None
+    "URL or package URL (pkg:pypi/NAME@VERSION) of the [[files]] entry that has it, or 'source'"
+    license: SpdxExpression
+    "SPDX expression of the file's licence"
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -118,42 +122,34 @@ class Bundled(Table):
 class Wheel(Table):
     """Required properties of the finished wheel."""
 
-    appends: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$")] | None = Field(
-        default=None,
-        description="Text that upstream's build appends to the local version, to be removed, as 'd20261129'; text for CUDA "
-        "and torch is always removed",
+    appends: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$")] | None = None
+    (
+        "Text that upstream's build appends to the local version, to be removed, as 'd20261129'; text for CUDA and torch "
+        "is always removed"
     )
-    sm_extra: dict[str, tuple[Sm, ...]] = Field(
-        default_factory=dict,
-        description="Additional sm values for source files or folders, by glob, as {'hopper/*.cu' = ['90a']}",
+    sm_extra: dict[str, tuple[Sm, ...]] = Field(default_factory=dict)
+    "Additional sm values for source files or folders, by glob, as {'hopper/*.cu' = ['90a']}"
+    sm_supported: tuple[Sm, ...] = ()
+    "sm values that the source supports and --sm may name; empty: all that CUDA supports"
+    allow_sm_fallback: bool = False
+    "A source that requests 90a, or a family such as 100f, may be compiled for 90 or 100 instead"
+    ptx: Ptx | None = None
+    "Replaces `ptx` of the stack; 'none': no PTX"
+    requires: dict[str, StackRequirement] = Field(default_factory=dict)
+    (
+        "Requires-Dist by distribution, replaces the package's own, as {'triton' = 'triton==3.2.0'}; {torch} is replaced "
+        "by the version of the stack's torch"
     )
-    sm_supported: tuple[Sm, ...] = Field(
-        default=(), description="sm values that the source supports and --sm may name; empty: all that CUDA supports"
-    )
-    allow_sm_fallback: bool = Field(
-        default=False,
-        description="A source that requests 90a, or a family such as 100f, may be compiled for 90 or 100 instead",
-    )
-    ptx: Ptx | None = Field(default=None, description="Replaces `ptx` of the stack; 'none': no PTX")
-    requires: dict[str, StackRequirement] = Field(
-        default_factory=dict,
-        description="Requires-Dist by distribution, replaces the package's own, as {'triton' = 'triton==3.2.0'}; {torch} is "
-        "replaced by the version of the stack's torch",
-    )
-    source_archive: bool = Field(
-        default=False, description="Publish the patched source next to the wheel, as licences such as the AGPL require"
-    )
-    licenses: tuple[InsidePath, ...] = Field(
-        default=(),
-        description="Licence texts of code that is compiled in, by path in the source tree; copied to .dist-info/licenses",
-    )
-    bundled: tuple[Bundled, ...] = Field(
-        default=(), description="Third-party files that the wheel may contain; others are refused"
-    )
-    max_size: Size = Field(default="500MiB", description="Largest wheel accepted")
-    may_publish: str | None = Field(
-        default=None, description="Why the wheel may be redistributed although the recipe's licence does not allow it"
-    )
+    source_archive: bool = False
+    "Publish the patched source next to the wheel, as licences such as the AGPL require"
+    licenses: tuple[InsidePath, ...] = ()
+    "Licence texts of code that is compiled in, by path in the source tree; copied to .dist-info/licenses"
+    bundled: tuple[Bundled, ...] = ()
+    "Third-party files that the wheel may contain; others are refused"
+    max_size: Size = "500MiB"
+    "Largest wheel accepted"
+    may_publish: str | None = None
+    "Why the wheel may be redistributed although the recipe's licence does not allow it"
 
     @model_validator(mode="after")
     def _requires_by_its_own_name(self) -> Self:
@@ -166,75 +162,98 @@ class Wheel(Table):
 class StackDifference(Table):
     """Changes of the recipe for stacks with some CUDA releases."""
 
-    cuda: Specifiers = Field(description="CUDA releases of the stack to which it applies, as '>=13'")
-    substitutions: tuple[Substitution, ...] = Field(default=(), description="Applied after those of the recipe")
-    requires: dict[str, StackRequirement] | None = Field(default=None, description="Replaces `requires` of [wheel]")
+    cuda: Specifiers
+    "CUDA releases of the stack to which it applies, as '>=13'"
+    substitutions: tuple[Substitution, ...] = ()
+    "Applied after those of the recipe"
+    requires: dict[str, StackRequirement] | None = None
+    "Replaces `requires` of [wheel]"
 
 
 class Smoke(Table):
     """The test of the wheel in a clean environment."""
 
-    imports: tuple[str, ...] = Field(min_length=1, description="Modules to import, extensions included")
+    imports: tuple[str, ...] = Field(min_length=1)
+    "Modules to import, extensions included"
 
 
 class KnownBad(Table):
     """A combination whose wheel computes wrong results or does not run; `plan` refuses it."""
 
-    sm: tuple[Sm, ...] = Field(default=(), description="Architectures of the device code; empty: all")
-    cuda: Specifiers = Field(default="", description="Releases of CUDA, as '<13.1'; empty: all")
-    torch: Specifiers = Field(default="", description="Releases of torch, as '>=2.9,<2.11'; empty: all")
-    reason: str = Field(min_length=1, description="What is wrong with the wheel")
-    link: Url = Field(description="Where it was reported or measured")
+    sm: tuple[Sm, ...] = ()
+    "Architectures of the device code; empty: all"
+    cuda: Specifiers = ""
+    "Releases of CUDA, as '<13.1'; empty: all"
+    torch: Specifiers = ""
+    "Releases of torch, as '>=2.9,<2.11'; empty: all"
+    reason: str = Field(min_length=1)
+    "What is wrong with the wheel"
+    link: Url
+    "Where it was reported or measured"
 
 
 class TreeProduct(Table):
     """A build of a tree of files for other recipes, instead of a wheel."""
 
-    commands: tuple[str, ...] = Field(
-        min_length=1,
-        description="Lines of a shell script that runs in the source tree and installs into $OUT; CC and CXX compile for the "
-        "target, CC_FOR_BUILD and CXX_FOR_BUILD for the build machine",
+    commands: tuple[str, ...] = Field(min_length=1)
+    (
+        "Lines of a shell script that runs in the source tree and installs into $OUT; CC and CXX compile for the target, "
+        "CC_FOR_BUILD and CXX_FOR_BUILD for the build machine"
     )
-    holds: tuple[InsidePath, ...] = Field(min_length=1, description="Paths that must exist in the finished tree")
+    holds: tuple[InsidePath, ...] = Field(min_length=1)
+    "Paths that must exist in the finished tree"
 
 
 class TakenTree(Table):
     """A tree of another recipe, which is built first; its build id enters this build id."""
 
-    recipe: str = Field(description="Name of its folder in recipes/")
-    path: InsidePath = Field(description="Destination, relative to the source tree; it is added before [[files]]")
-    replaces: InsidePath | None = Field(
-        default=None,
-        description="`path` of the [[files]] entry that downloads the same; the tree replaces it only with an option such as "
-        "`--llvm source`",
-    )
+    recipe: str
+    "Name of its folder in recipes/"
+    path: InsidePath
+    "Destination, relative to the source tree; it is added before [[files]]"
+    replaces: InsidePath | None = None
+    "`path` of the [[files]] entry that downloads the same; the tree replaces it only with an option such as `--llvm source`"
 
 
 class Recipe(Table):
     """recipe.toml."""
 
-    name: str = Field(description="Distribution name")
-    version: VersionText = Field(description="Version of the wheel; another version is an error")
-    summary: str = Field(default="", description="Description in one line")
-    license: SpdxExpression = Field(description="SPDX expression")
-    stack: str = Field(default="cu130", description="Default stack")
-    superseded: str | None = Field(default=None, description="What to use instead of this package")
-    known_bad: tuple[KnownBad, ...] = Field(default=(), description="Combinations that `builder plan` refuses")
-    refuses: dict[ToolchainKind, str] = Field(
-        default_factory=dict, description="Toolchains that cannot build it, with the reason, as {'container' = 'why'}"
-    )
-    source: Annotated[SdistSource | GitSource | FileSource, Field(discriminator="kind")] = Field(
-        description="Where the source comes from"
-    )
-    repositories: tuple[Repository, ...] = Field(default=(), description="Additional git repositories")
-    files: tuple[File, ...] = Field(default=(), description="Additional files")
-    trees: tuple[TakenTree, ...] = Field(default=(), description="Trees of other recipes, built first")
-    substitutions: tuple[Substitution, ...] = Field(default=(), description="Applied after the patches, in this order")
-    build: Build = Field(default=Build(), description="How to compile")
-    wheel: Wheel = Field(default=Wheel(), description="Required properties of the wheel")
-    differences: tuple[StackDifference, ...] = Field(default=(), description="Changes for stacks with some CUDA releases")
-    smoke: Smoke | None = Field(default=None, description="Smoke test of the wheel")
-    tree: TreeProduct | None = Field(default=None, description="The tree that is built instead of a wheel")
+    name: str
+    "Distribution name"
+    version: VersionText
+    "Version of the wheel; another version is an error"
+    summary: str = ""
+    "Description in one line"
+    license: SpdxExpression
+    "SPDX expression"
+    stack: str = "cu130"
+    "Default stack"
+    superseded: str | None = None
+    "What to use instead of this package"
+    known_bad: tuple[KnownBad, ...] = ()
+    "Combinations that `builder plan` refuses"
+    refuses: dict[ToolchainKind, str] = Field(default_factory=dict)
+    "Toolchains that cannot build it, with the reason, as {'container' = 'why'}"
+    source: Annotated[SdistSource | GitSource | FileSource, Field(discriminator="kind")]
+    "Where the source comes from"
+    repositories: tuple[Repository, ...] = ()
+    "Additional git repositories"
+    files: tuple[File, ...] = ()
+    "Additional files"
+    trees: tuple[TakenTree, ...] = ()
+    "Trees of other recipes, built first"
+    substitutions: tuple[Substitution, ...] = ()
+    "Applied after the patches, in this order"
+    build: Build = Build()
+    "How to compile"
+    wheel: Wheel = Wheel()
+    "Required properties of the wheel"
+    differences: tuple[StackDifference, ...] = ()
+    "Changes for stacks with some CUDA releases"
+    smoke: Smoke | None = None
+    "Smoke test of the wheel"
+    tree: TreeProduct | None = None
+    "The tree that is built instead of a wheel"
 
     @model_validator(mode="after")
     def _one_product(self) -> Self:

@@ -45,32 +45,25 @@ class Settings(SharedSettings):
 
     model_config = ConfigDict(extra="forbid")
 
-    project: AbsolutePath = Field(
-        default_factory=lambda: find_project(),
-        description="The folder with recipes/, stacks/ and sets/; unset: see `find_project`",
-    )
-    debian_mirror: str | None = Field(
-        default=None,
-        description="Debian mirror for the root's packages; unset: apt's sources on Debian, mmdebstrap's default elsewhere",
-    )
-    mirrors: Annotated[dict[str, str], BeforeValidator(_mirrors)] = Field(
-        default_factory=dict,
-        description="URL prefixes and their replacements, for git and files; the longest applies; as a variable: OLD=NEW …",
-    )
-    memory: Size | None = Field(
-        default=None, description="Limit of a build's memory, as 20GiB; unset: the free memory of this machine or its cgroup"
-    )
-    jobs: int | None = Field(default=None, description="Limit of parallel compilations; unset: from cores and memory")
-    compiler_cache: str = Field(default="5GiB", description="Size of each recipe's compiler cache, or `off`")
-    device_store: str = Field(default="5GiB", description="Size of each recipe's store of device code, or `off`")
+    project: AbsolutePath = Field(default_factory=lambda: find_project())
+    "The folder with recipes/, stacks/ and sets/; unset: see `find_project`"
+    debian_mirror: str | None = None
+    "Debian mirror for the root's packages; unset: apt's sources on Debian, mmdebstrap's default elsewhere"
+    mirrors: Annotated[dict[str, str], BeforeValidator(_mirrors)] = Field(default_factory=dict)
+    "URL prefixes and their replacements, for git and files; the longest applies; as a variable: OLD=NEW …"
+    memory: Size | None = None
+    "Limit of a build's memory, as 20GiB; unset: the free memory of this machine or its cgroup"
+    jobs: int | None = None
+    "Limit of parallel compilations; unset: from cores and memory"
+    compiler_cache: str = "5GiB"
+    "Size of each recipe's compiler cache, or `off`"
+    device_store: str = "5GiB"
+    "Size of each recipe's store of device code, or `off`"
 
-    shared_cache: str | None = Field(
-        default=None, description="URL of an index with a compiler cache that several machines share, as http://index:8080/"
-    )
-    shared_cache_keys: Annotated[tuple[AbsolutePath, ...], BeforeValidator(_places)] = Field(
-        default=(),
-        description="Public keys (PEM) of other machines whose cache entries are trusted; in the environment: PATH PATH …",
-    )
+    shared_cache: str | None = None
+    "URL of an index with a compiler cache that several machines share, as http://index:8080/"
+    shared_cache_keys: Annotated[tuple[AbsolutePath, ...], BeforeValidator(_places)] = ()
+    "Public keys (PEM) of other machines whose cache entries are trusted; in the environment: PATH PATH …"
 
     def redirect(self, url: str) -> str:
         """`url` with the longest matching prefix of `mirrors` replaced."""

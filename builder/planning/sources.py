@@ -29,9 +29,12 @@ SpdxExpression = Annotated[str, AfterValidator(canonicalize_license_expression)]
 class SdistSource(PinnedDownload):
     """A source distribution from the Python index. It is fetched with the simple API and not executed."""
 
-    kind: Literal["sdist"] = Field(description="Selects this kind of source")
-    name: str = Field(description="Project on the Python index")
-    version: VersionText = Field(description="Exact version")
+    kind: Literal["sdist"]
+    "Selects this kind of source"
+    name: str
+    "Project on the Python index"
+    version: VersionText
+    "Exact version"
 
     @property
     def origin(self) -> str:
@@ -42,43 +45,53 @@ class SdistSource(PinnedDownload):
 class Submodule(Table):
     """A git submodule, pinned as its parent is."""
 
-    url: Url = Field(description="URL of the repository")
-    commit: Commit = Field(description="Full commit id")
-    tree: Commit | None = Field(default=None, description="Tree id of that commit; optional additional check")
-    license: SpdxExpression | None = Field(
-        default=None, description="Its licence; the gate `licence` refuses a wheel without it"
-    )
+    url: Url
+    "URL of the repository"
+    commit: Commit
+    "Full commit id"
+    tree: Commit | None = None
+    "Tree id of that commit; optional additional check"
+    license: SpdxExpression | None = None
+    "Its licence; the gate `licence` refuses a wheel without it"
 
 
 class Repository(Table):
     """An additional git repository in the source tree, instead of CMake's FetchContent."""
 
-    url: Url = Field(description="URL of the repository")
-    commit: Commit = Field(description="Full commit id; never a branch or a tag")
-    tree: Commit | None = Field(default=None, description="Tree id of that commit")
-    path: InsidePath = Field(description="Destination, relative to the source tree")
-    license: SpdxExpression | None = Field(
-        default=None, description="Its licence; the gate `licence` refuses a wheel without it"
-    )
+    url: Url
+    "URL of the repository"
+    commit: Commit
+    "Full commit id; never a branch or a tag"
+    tree: Commit | None = None
+    "Tree id of that commit"
+    path: InsidePath
+    "Destination, relative to the source tree"
+    license: SpdxExpression | None = None
+    "Its licence; the gate `licence` refuses a wheel without it"
 
 
 class GitSource(Table):
     """A git repository at one commit; names of branches and tags are refused."""
 
-    kind: Literal["git"] = Field(description="Selects this kind of source")
-    url: Url = Field(description="URL of the repository")
-    commit: Commit = Field(description="Full commit id; never a branch or a tag")
-    tree: Commit | None = Field(default=None, description="Tree id of that commit; optional additional check")
-    submodules: dict[str, Submodule] = Field(
-        default_factory=dict, description="Submodules by path in the tree; others stay empty"
-    )
+    kind: Literal["git"]
+    "Selects this kind of source"
+    url: Url
+    "URL of the repository"
+    commit: Commit
+    "Full commit id; never a branch or a tag"
+    tree: Commit | None = None
+    "Tree id of that commit; optional additional check"
+    submodules: dict[str, Submodule] = Field(default_factory=dict)
+    "Submodules by path in the tree; others stay empty"
 
 
 class FileSource(PinnedDownload):
     """A source archive (.tar.gz, .tar.xz, .zip) by URL and digest."""
 
-    kind: Literal["file"] = Field(description="Selects this kind of source")
-    url: Url = Field(description="URL of the archive")
+    kind: Literal["file"]
+    "Selects this kind of source"
+    url: Url
+    "URL of the archive"
 
     @property
     def origin(self) -> str:
@@ -92,25 +105,30 @@ class File(DigestFields):
     It comes from a URL (`url`), from the Python index (`name`, `version`) or from Debian's archive (`deb`, `suite`).
     """
 
-    url: Url | None = Field(default=None, description="URL of the file")
-    name: str | None = Field(default=None, description="Project on the Python index; the digest selects one of its files")
-    version: VersionText | None = Field(default=None, description="Exact version of that project")
-    deb: InsidePath | None = Field(default=None, description="Path of a package in Debian's archive, as in a toolchain.lock")
-    suite: str | None = Field(default=None, description="Debian suite with that package")
-    text: str | None = Field(default=None, description="Content of the file, instead of a download")
-    path: InsidePath = Field(description="Destination, relative to the source tree")
-    unpack: bool = Field(default=False, description="Unpack the archive into `path` instead of copying it")
-    members: dict[str, InsidePath | tuple[InsidePath, ...]] = Field(
-        default_factory=dict,
-        description="Unpack only these files and folders of the archive, each to one or more destinations below `path`",
-    )
-    license: SpdxExpression | None = Field(
-        default=None, description="Its licence; the gate `licence` refuses a wheel without it"
-    )
-    binfmt: bool = Field(default=False, description="The build executes programs of the target from it")
-    host: Arch | None = Field(
-        default=None, description="Architecture of the build machine for which the file is needed; None: all"
-    )
+    url: Url | None = None
+    "URL of the file"
+    name: str | None = None
+    "Project on the Python index; the digest selects one of its files"
+    version: VersionText | None = None
+    "Exact version of that project"
+    deb: InsidePath | None = None
+    "Path of a package in Debian's archive, as in a toolchain.lock"
+    suite: str | None = None
+    "Debian suite with that package"
+    text: str | None = None
+    "Content of the file, instead of a download"
+    path: InsidePath
+    "Destination, relative to the source tree"
+    unpack: bool = False
+    "Unpack the archive into `path` instead of copying it"
+    members: dict[str, InsidePath | tuple[InsidePath, ...]] = Field(default_factory=dict)
+    "Unpack only these files and folders of the archive, each to one or more destinations below `path`"
+    license: SpdxExpression | None = None
+    "Its licence; the gate `licence` refuses a wheel without it"
+    binfmt: bool = False
+    "The build executes programs of the target from it"
+    host: Arch | None = None
+    "Architecture of the build machine for which the file is needed; None: all"
 
     @property
     def origin(self) -> str:

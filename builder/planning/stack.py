@@ -72,17 +72,23 @@ HOST_SUFFIX = "@host"
 class Torch(Table):
     """The torch that the wheels link against."""
 
-    version: str = Field(description="Version of torch, for example 2.11.0")
-    cuda: str | None = Field(description="Required torch.version.cuda, since the CPU build has the same version", default=None)
+    version: str
+    "Version of torch, for example 2.11.0"
+    cuda: str | None = None
+    "Required torch.version.cuda, since the CPU build has the same version"
 
 
 class OwnWheel(PinnedDownload):
     """A wheel from another index than the Python index; one file for each architecture."""
 
-    name: str = Field(description="Name of the distribution")
-    version: str = Field(description="Version of the distribution")
-    arch: Arch = Field(description="Architecture of the wheel")
-    index: Url = Field(description="Simple API of that index; GRACEFARM_MIRRORS redirects it")
+    name: str
+    "Name of the distribution"
+    version: str
+    "Version of the distribution"
+    arch: Arch
+    "Architecture of the wheel"
+    index: Url
+    "Simple API of that index; GRACEFARM_MIRRORS redirects it"
 
     @property
     def title(self) -> str:
@@ -93,44 +99,49 @@ class OwnWheel(PinnedDownload):
 class Environment(Table):
     """The target's site-packages, at build time and at run time; the lock pins all of it."""
 
-    requirements: tuple[RequirementText, ...] = Field(description="Requirements that are resolved into the lock")
-    resolved_before: str | None = Field(
-        default=None,
-        description="Ignore files that were uploaded later (RFC 3339 date), so that the lock can be reproduced",
-    )
-    left_out: tuple[str, ...] = Field(
-        default=(), description="Required distributions that the lock omits; NOTES.md gives the reasons"
-    )
-    wheels: tuple[OwnWheel, ...] = Field(default=(), description="Wheels from other indexes, instead of the Python index")
+    requirements: tuple[RequirementText, ...]
+    "Requirements that are resolved into the lock"
+    resolved_before: str | None = None
+    "Ignore files that were uploaded later (RFC 3339 date), so that the lock can be reproduced"
+    left_out: tuple[str, ...] = ()
+    "Required distributions that the lock omits; NOTES.md gives the reasons"
+    wheels: tuple[OwnWheel, ...] = ()
+    "Wheels from other indexes, instead of the Python index"
 
 
 class DebianToolkit(Table):
     """The CUDA compiler from Debian packages, unpacked into the layout of the wheels of newer releases."""
 
-    suite: str = Field(description="Debian suite of the packages")
-    component: str = Field(default="non-free", description="Component of the suite")
-    packages: tuple[str, ...] = Field(
-        min_length=1, description="Packages, without their dependencies; toolchain.lock pins them"
-    )
+    suite: str
+    "Debian suite of the packages"
+    component: str = "non-free"
+    "Component of the suite"
+    packages: tuple[str, ...] = Field(min_length=1)
+    "Packages, without their dependencies; toolchain.lock pins them"
 
 
 class Compilers(Table):
     """Compilers. The CUDA compiler comes from wheels or Debian packages for the host, other compilers from the root."""
 
-    requirements: tuple[RequirementText, ...] = Field(
-        default=(), description="Wheels of the CUDA compiler, locked with the environment"
-    )
-    debian: DebianToolkit | None = Field(default=None, description="Debian packages of the CUDA compiler, if it has no wheels")
-    path: tuple[InsidePath, ...] = Field(default=(), description="Folders of the toolchain that come first on PATH")
-    gcc: int = Field(description="Major version of Debian's gcc in the root")
+    requirements: tuple[RequirementText, ...] = ()
+    "Wheels of the CUDA compiler, locked with the environment"
+    debian: DebianToolkit | None = None
+    "Debian packages of the CUDA compiler, if it has no wheels"
+    path: tuple[InsidePath, ...] = ()
+    "Folders of the toolchain that come first on PATH"
+    gcc: int
+    "Major version of Debian's gcc in the root"
 
 
 class Image(PinnedDownload):
     """A container image with the layout of manylinux, for `--toolchain container`; the digest is that of its manifest."""
 
-    name: str = Field(description="Name with registry, as quay.io/pypa/manylinux_2_28_aarch64")
-    tag: str = Field(description="Tag whose digest `builder lock` reads; builds use only the digest")
-    cuda: str | None = Field(default=None, description="Folder of CUDA in the image; None: the image has no CUDA")
+    name: str
+    "Name with registry, as quay.io/pypa/manylinux_2_28_aarch64"
+    tag: str
+    "Tag whose digest `builder lock` reads; builds use only the digest"
+    cuda: str | None = None
+    "Folder of CUDA in the image; None: the image has no CUDA"
 
     @property
     def reference(self) -> str:
@@ -147,42 +158,53 @@ class Image(PinnedDownload):
 class RootSpec(Table):
     """The Debian suite and packages of the root file system."""
 
-    suite: str = Field(description="One stable suite, without -updates and -security")
-    host: tuple[str, ...] = Field(description="Packages of the host's architecture; {triplet} is the target's")
-    target: tuple[str, ...] = Field(description="Packages of the target's architecture")
-    cross: tuple[str, ...] = Field(
-        description="Additional packages of the host if host and target differ; {triplet} is the target's, with '-'"
-    )
-    native: tuple[str, ...] = Field(description="Additional packages if host and target are the same")
-    alone: tuple[str, ...] = Field(
-        default=(), description="Packages to unpack without their dependencies, such as data for the interpreter"
-    )
-    hosts: dict[Arch, tuple[Arch, ...]] = Field(description="Targets to lock for each host")
+    suite: str
+    "One stable suite, without -updates and -security"
+    host: tuple[str, ...]
+    "Packages of the host's architecture; {triplet} is the target's"
+    target: tuple[str, ...]
+    "Packages of the target's architecture"
+    cross: tuple[str, ...]
+    "Additional packages of the host if host and target differ; {triplet} is the target's, with '-'"
+    native: tuple[str, ...]
+    "Additional packages if host and target are the same"
+    alone: tuple[str, ...] = ()
+    "Packages to unpack without their dependencies, such as data for the interpreter"
+    hosts: dict[Arch, tuple[Arch, ...]]
+    "Targets to lock for each host"
 
 
 class Stack(Table):
     """stack.toml."""
 
-    name: str = Field(description="Name of the stack; equal to its folder")
-    summary: str = Field(default="", description="Description in one line")
-    python: Annotated[str, StringConstraints(pattern=r"^3\.\d+$")] = Field(
-        description="Python of the root, used unless an interpreter is named"
-    )
-    torch: Torch | None = Field(default=None, description="The torch of the stack; None: for packages that do not link torch")
-    cuda: Annotated[str, StringConstraints(pattern=r"^\d+\.\d+$")] = Field(description="Version of the CUDA toolkit, as 13.0")
-    sm: tuple[Sm, ...] = Field(min_length=1, description="Exact list of real architectures to compile for; --sm names others")
-    ptx: Ptx | None = Field(
-        default=None, description="Architecture of the PTX that each object includes for newer GPUs, as '90'; None: no PTX"
-    )
-    glibc: dict[Arch, Glibc] = Field(description="Highest manylinux level for each target, as '2_34'")
-    environment: Environment = Field(description="The target's site-packages")
-    toolchain: Compilers = Field(description="The compilers")
-    root: RootSpec | None = Field(default=None, description="The root file system; or give `root_of`")
-    root_of: str | None = Field(default=None, description="A stack whose root and root.lock are used")
-    container: dict[Arch, Image] = Field(default_factory=dict, description="Image for each target, for builds in a container")
-    objects_only: bool = Field(
-        default=False, description="The stack can compile, but not load: its wheels are never published and not part of sets"
-    )
+    name: str
+    "Name of the stack; equal to its folder"
+    summary: str = ""
+    "Description in one line"
+    python: Annotated[str, StringConstraints(pattern=r"^3\.\d+$")]
+    "Python of the root, used unless an interpreter is named"
+    torch: Torch | None = None
+    "The torch of the stack; None: for packages that do not link torch"
+    cuda: Annotated[str, StringConstraints(pattern=r"^\d+\.\d+$")]
+    "Version of the CUDA toolkit, as 13.0"
+    sm: tuple[Sm, ...] = Field(min_length=1)
+    "Exact list of real architectures to compile for; --sm names others"
+    ptx: Ptx | None = None
+    "Architecture of the PTX that each object includes for newer GPUs, as '90'; None: no PTX"
+    glibc: dict[Arch, Glibc]
+    "Highest manylinux level for each target, as '2_34'"
+    environment: Environment
+    "The target's site-packages"
+    toolchain: Compilers
+    "The compilers"
+    root: RootSpec | None = None
+    "The root file system; or give `root_of`"
+    root_of: str | None = None
+    "A stack whose root and root.lock are used"
+    container: dict[Arch, Image] = Field(default_factory=dict)
+    "Image for each target, for builds in a container"
+    objects_only: bool = False
+    "The stack can compile, but not load: its wheels are never published and not part of sets"
 
     @model_validator(mode="after")
     def _one_root(self) -> Self:

@@ -41,13 +41,17 @@ class GpuReport(Table):
 
     format: Literal[1] = 1
     wheel: TestedWheel
-    device_digests: dict[str, Sha256] = Field(min_length=1, description="Digests of the wheel's device code, by sm")
+    device_digests: dict[str, Sha256] = Field(min_length=1)
+    "Digests of the wheel's device code, by sm"
     gpu: str = Field(min_length=1, max_length=200)
-    sm: str = Field(pattern=r"^[0-9]{2,3}$", description="The GPU's architecture, as 90")
+    sm: str = Field(pattern=r"^[0-9]{2,3}$")
+    "The GPU's architecture, as 90"
     driver: str = Field(default="", max_length=200)
     comparisons: tuple[ComparedResult, ...] = Field(min_length=1, max_length=1000)
-    negative_control: str = Field(min_length=1, max_length=500, description="A wrong result that the comparison refused")
-    finished: str = Field(description="UTC, ISO 8601")
+    negative_control: str = Field(min_length=1, max_length=500)
+    "A wrong result that the comparison refused"
+    finished: str
+    "UTC, ISO 8601"
 
 
 class Certificate(Table):
@@ -57,7 +61,8 @@ class Certificate(Table):
     sm: str
     gpu: str
     driver: str
-    certified: str = Field(description="Time of the test on the GPU (UTC, ISO 8601)")
+    certified: str
+    "Time of the test on the GPU (UTC, ISO 8601)"
     wheel: TestedWheel
     comparisons: tuple[ComparedResult, ...]
     negative_control: str

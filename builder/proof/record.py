@@ -30,33 +30,46 @@ Likeness = tuple[object, ...]
 class Stage(Table):
     """One step of the flow."""
 
-    name: str = Field(description="Name of the step")
-    command: tuple[str, ...] = Field(default=(), description="Command run in the sandbox, if any")
-    wall_s: float = Field(description="Duration in seconds")
-    cpu_s: float | None = Field(default=None, description="CPU seconds of the whole process tree")
-    peak_memory: int | None = Field(default=None, description="Peak memory of the whole process tree, in bytes")
-    memory_bound: int | None = Field(default=None, description="Bytes")
-    memory_by: str | None = Field(
-        default=None, description="Enforces the memory limit: cgroup2, watchdog, podman or docker; cgroup1 in older records"
-    )
-    note: str = Field(default="", description="Remark about the step")
+    name: str
+    "Name of the step"
+    command: tuple[str, ...] = ()
+    "Command run in the sandbox, if any"
+    wall_s: float
+    "Duration in seconds"
+    cpu_s: float | None = None
+    "CPU seconds of the whole process tree"
+    peak_memory: int | None = None
+    "Peak memory of the whole process tree, in bytes"
+    memory_bound: int | None = None
+    "Bytes"
+    memory_by: str | None = None
+    "Enforces the memory limit: cgroup2, watchdog, podman or docker; cgroup1 in older records"
+    note: str = ""
+    "Remark about the step"
 
 
 class BuiltFile(Table):
     """The product."""
 
-    filename: str = Field(description="File name")
-    sha256: str = Field(description="sha256 of the file")
-    size: int = Field(description="Size in bytes")
+    filename: str
+    "File name"
+    sha256: str
+    "sha256 of the file"
+    size: int
+    "Size in bytes"
 
 
 class Failure(Table):
     """Why the build has no wheel."""
 
-    kind: str = Field(description="Failure class, as in docs/reference/errors.md")
-    exit_code: int = Field(description="Exit code of the command")
-    cause: str = Field(description="Cause, in one sentence")
-    remedy: str = Field(default="", description="Remedy, in one sentence")
+    kind: str
+    "Failure class, as in docs/reference/errors.md"
+    exit_code: int
+    "Exit code of the command"
+    cause: str
+    "Cause, in one sentence"
+    remedy: str = ""
+    "Remedy, in one sentence"
 
 
 def _empty(text: str) -> bool:
@@ -66,70 +79,87 @@ def _empty(text: str) -> bool:
 class Publication(Table):
     """Where the wheel was published."""
 
-    url: str = Field(description="Upload address")
-    at: str = Field(description="Time of the upload (UTC, ISO 8601)")
-    filename: str = Field(default="", exclude_if=_empty, description="Name on the index, if it has a build tag")
-    reason: str = Field(default="", exclude_if=_empty, description="Why it has that build tag")
+    url: str
+    "Upload address"
+    at: str
+    "Time of the upload (UTC, ISO 8601)"
+    filename: str = Field(default="", exclude_if=_empty)
+    "Name on the index, if it has a build tag"
+    reason: str = Field(default="", exclude_if=_empty)
+    "Why it has that build tag"
 
 
 class Record(Table):
     """record.json; docs/schema/record.json is its schema."""
 
-    format: Literal[1] = Field(default=1, description="Version of the format")
-    build_id: str = Field(description="Digest of all inputs")
-    recipe: str = Field(description="Name of the recipe")
-    name: str = Field(description="Name of the distribution")
-    version: str = Field(description="Version of the wheel, with its local part; of a failed build, that of the recipe")
-    stack: str = Field(description="Name of the stack")
-    interpreter: str | None = Field(default=None, description="The interpreter's name; None: the Python of the stack's root")
-    asked_sm: tuple[str, ...] | None = Field(default=None, description="Value of --sm; None: the stack's architectures")
-    asked_ptx: str | None = Field(default=None, description="Value of --ptx; None: that of recipe or stack")
-    from_source: tuple[str, ...] = Field(
-        default=(), description="Recipes whose trees were built instead of downloads, as with --llvm source"
-    )
-    asked_variant: bool = Field(default=False, description="Built with --variant")
-    inputs: dict[str, object] = Field(description="All inputs; also in the wheel's .dist-info/gracefarm.json")
-    toolchain: ToolchainKind = Field(default="sandbox", description="Kind of toolchain")
-    unconfirmed: tuple[str, ...] = Field(
-        default=(), description="Sentences about digests that were read at first use and not confirmed"
-    )
-    outcome: Literal["built", "failed"] = Field(description="Whether the build produced a wheel")
-    failure: Failure | None = Field(default=None, description="Why the build failed")
-    wheel: BuiltFile | None = Field(default=None, description="The wheel")
-    tree: str | None = Field(
-        default=None,
-        description="For a recipe with [tree]: sha256 of the paths, modes and digests of its files",
-    )
-    source: BuiltFile | None = Field(
-        default=None, description="The patched source, if the recipe publishes it next to the wheel"
-    )
-    torch_cxx11_abi: bool | None = Field(default=None, description="C++ ABI of the torch in the build environment")
-    jobs: Jobs | None = Field(default=None, description="Number of parallel compilations")
-    stages: tuple[Stage, ...] = Field(default=(), description="Steps of the build, in order")
-    units: dict[str, Unit] = Field(default_factory=dict, description="Costs by source file, relative to the source tree")
-    compiler_cache: CacheStatistics | None = Field(
-        default=None, description="Use of the compiler cache; None: it was off, or nothing was compiled"
-    )
-    device_code: DeviceStatistics | None = Field(default=None, description="Use of the device store; None: no device code")
-    shared_cache: SharedCacheUse | None = Field(
-        default=None, description="Use of the shared cache; None: it was off, or nothing was compiled"
-    )
-    verdicts: tuple[Verdict, ...] = Field(default=(), description="Verdicts of the gates")
-    judged_by: str = Field(
-        default="", description="Digest of the gates and smoke tests that judged the wheel; see docs/explanation/building.md"
-    )
-    smoke: SmokeResult | None = Field(default=None, description="Result of the smoke test")
-    device_digests: dict[str, str] = Field(
-        default_factory=dict,
-        description="Digests of the wheel's device code by sm; certificates are found by them (docs/howto/gpu.md)",
-    )
-    gpu: GpuResult | None = Field(default=None, description="Result of smoke_gpu.py; None: the recipe has no such script")
-    published: tuple[Publication, ...] = Field(default=(), description="Indexes that have the wheel")
-    provenance: dict[str, Any] | None = Field(
-        default=None,
-        description="DSSE envelope of the in-toto statement, equal to the file next to the wheel",
-    )
-    finished: str = Field(description="UTC, ISO 8601")
+    format: Literal[1] = 1
+    "Version of the format"
+    build_id: str
+    "Digest of all inputs"
+    recipe: str
+    "Name of the recipe"
+    name: str
+    "Name of the distribution"
+    version: str
+    "Version of the wheel, with its local part; of a failed build, that of the recipe"
+    stack: str
+    "Name of the stack"
+    interpreter: str | None = None
+    "The interpreter's name; None: the Python of the stack's root"
+    asked_sm: tuple[str, ...] | None = None
+    "Value of --sm; None: the stack's architectures"
+    asked_ptx: str | None = None
+    "Value of --ptx; None: that of recipe or stack"
+    from_source: tuple[str, ...] = ()
+    "Recipes whose trees were built instead of downloads, as with --llvm source"
+    asked_variant: bool = False
+    "Built with --variant"
+    inputs: dict[str, object]
+    "All inputs; also in the wheel's .dist-info/gracefarm.json"
+    toolchain: ToolchainKind = "sandbox"
+    "Kind of toolchain"
+    unconfirmed: tuple[str, ...] = ()
+    "Sentences about digests that were read at first use and not confirmed"
+    outcome: Literal["built", "failed"]
+    "Whether the build produced a wheel"
+    failure: Failure | None = None
+    "Why the build failed"
+    wheel: BuiltFile | None = None
+    "The wheel"
+    tree: str | None = None
+    "For a recipe with [tree]: sha256 of the paths, modes and digests of its files"
+    source: BuiltFile | None = None
+    "The patched source, if the recipe publishes it next to the wheel"
+    torch_cxx11_abi: bool | None = None
+    "C++ ABI of the torch in the build environment"
+    jobs: Jobs | None = None
+    "Number of parallel compilations"
+    stages: tuple[Stage, ...] = ()
+    "Steps of the build, in order"
+    units: dict[str, Unit] = Field(default_factory=dict)
+    "Costs by source file, relative to the source tree"
+    compiler_cache: CacheStatistics | None = None
+    "Use of the compiler cache; None: it was off, or nothing was compiled"
+    device_code: DeviceStatistics | None = None
+    "Use of the device store; None: no device code"
+    shared_cache: SharedCacheUse | None = None
+    "Use of the shared cache; None: it was off, or nothing was compiled"
+    verdicts: tuple[Verdict, ...] = ()
+    "Verdicts of the gates"
+    judged_by: str = ""
+    "Digest of the gates and smoke tests that judged the wheel; see docs/explanation/building.md"
+    smoke: SmokeResult | None = None
+    "Result of the smoke test"
+    device_digests: dict[str, str] = Field(default_factory=dict)
+    "Digests of the wheel's device code by sm; certificates are found by them (docs/howto/gpu.md)"
+    gpu: GpuResult | None = None
+    "Result of smoke_gpu.py; None: the recipe has no such script"
+    published: tuple[Publication, ...] = ()
+    "Indexes that have the wheel"
+    provenance: dict[str, Any] | None = None
+    "DSSE envelope of the in-toto statement, equal to the file next to the wheel"
+    finished: str
+    "UTC, ISO 8601"
 
     @property
     def like(self) -> Likeness:

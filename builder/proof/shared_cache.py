@@ -22,7 +22,6 @@ from typing import Literal
 import httpx
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from pydantic import Field
 
 from builder.planning.settings import Settings
 from builder.proof import signing
@@ -49,13 +48,20 @@ NAMED = 10
 class SharedCacheUse(Table):
     """Use of the shared cache in one compile. The numbers count entries; a translation unit has one or two."""
 
-    url: str = Field(description="URL of the index")
-    mode: Mode = Field(description="Value of --shared-cache")
-    hits: int = Field(default=0, description="Entries that were used")
-    misses: int = Field(default=0, description="Entries that did not exist or were refused")
-    written: int = Field(default=0, description="Entries that were sent")
-    refused: tuple[str, ...] = Field(default=(), description="Entries that were refused, with the reason")
-    off: str = Field(default="", description="Why reading or writing was stopped during the compile")
+    url: str
+    "URL of the index"
+    mode: Mode
+    "Value of --shared-cache"
+    hits: int = 0
+    "Entries that were used"
+    misses: int = 0
+    "Entries that did not exist or were refused"
+    written: int = 0
+    "Entries that were sent"
+    refused: tuple[str, ...] = ()
+    "Entries that were refused, with the reason"
+    off: str = ""
+    "Why reading or writing was stopped during the compile"
 
     @property
     def title(self) -> str:

@@ -24,31 +24,33 @@ from gracefarm.tables import Table
 class Together(Table):
     """The test of all wheels of the set in one clean environment; smoke.py next to set.toml runs after the imports."""
 
-    imports: tuple[str, ...] = Field(min_length=1, description="Modules to import, extensions included")
-    commands: tuple[tuple[str, ...], ...] = Field(
-        default=(), description="Commands that must succeed in the environment, as [['aphrodite', 'run', '--help']]"
-    )
+    imports: tuple[str, ...] = Field(min_length=1)
+    "Modules to import, extensions included"
+    commands: tuple[tuple[str, ...], ...] = ()
+    "Commands that must succeed in the environment, as [['aphrodite', 'run', '--help']]"
 
 
 class WheelSet(Table):
     """set.toml."""
 
-    name: str = Field(description="Name of the set and of its folder")
-    summary: str = Field(default="", description="Description in one line")
-    stack: str = Field(description="Stack that the recipes are built against")
-    target: Arch = Field(default=Arch.AARCH64, description="Architecture of the wheels")
-    recipes: tuple[str, ...] = Field(
-        min_length=1, description="Recipes of the wheels to build; a wheel that another requires is built first"
-    )
-    requirements: tuple[RequirementText, ...] = Field(
-        default=(),
-        description="Requirements that are resolved into the set's lock; empty: the set runs in the stack's environment",
-    )
-    resolved_before: str | None = Field(
-        default=None, description="Ignore files that were uploaded later (RFC 3339 date), so that the lock can be reproduced"
-    )
-    left_out: tuple[str, ...] = Field(default=(), description="Required distributions that the lock omits")
-    together: Together = Field(description="Common test of all wheels")
+    name: str
+    "Name of the set and of its folder"
+    summary: str = ""
+    "Description in one line"
+    stack: str
+    "Stack that the recipes are built against"
+    target: Arch = Arch.AARCH64
+    "Architecture of the wheels"
+    recipes: tuple[str, ...] = Field(min_length=1)
+    "Recipes of the wheels to build; a wheel that another requires is built first"
+    requirements: tuple[RequirementText, ...] = ()
+    "Requirements that are resolved into the set's lock; empty: the set runs in the stack's environment"
+    resolved_before: str | None = None
+    "Ignore files that were uploaded later (RFC 3339 date), so that the lock can be reproduced"
+    left_out: tuple[str, ...] = ()
+    "Required distributions that the lock omits"
+    together: Together
+    "Common test of all wheels"
 
     @model_validator(mode="after")
     def _dated(self) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from builder.planning.settings import Settings
 from builder.smoke import SmokeResult
@@ -15,42 +15,63 @@ from gracefarm.tables import Table
 class Locked(Table):
     """One wheel of the lock."""
 
-    name: str = Field(description="Name of the distribution")
-    version: str = Field(description="Version of the distribution")
-    filename: str = Field(description="File name of the wheel")
-    sha256: str = Field(description="sha256 of the wheel")
-    own: bool = Field(default=False, description="Built by this farm")
-    index: str = Field(default="", description="URL of the wheel's index; empty: the farm's index, or the Python index")
+    name: str
+    "Name of the distribution"
+    version: str
+    "Version of the distribution"
+    filename: str
+    "File name of the wheel"
+    sha256: str
+    "sha256 of the wheel"
+    own: bool = False
+    "Built by this farm"
+    index: str = ""
+    "URL of the wheel's index; empty: the farm's index, or the Python index"
 
 
 class Command(Table):
     """A command that succeeded."""
 
-    command: tuple[str, ...] = Field(description="The command")
-    wall_s: float = Field(description="Duration in seconds")
-    output: str = Field(description="End of its output")
+    command: tuple[str, ...]
+    "The command"
+    wall_s: float
+    "Duration in seconds"
+    output: str
+    "End of its output"
 
 
 class Tested(Table):
     """The result of the common test."""
 
-    smoke: SmokeResult = Field(description="Result of the imports and of smoke.py")
-    wall_s: float = Field(description="Duration in seconds")
-    commands: tuple[Command, ...] = Field(default=(), description="Commands that succeeded")
+    smoke: SmokeResult
+    "Result of the imports and of smoke.py"
+    wall_s: float
+    "Duration in seconds"
+    commands: tuple[Command, ...] = ()
+    "Commands that succeeded"
 
 
 class SetRecord(Table):
     """set.json."""
 
-    format: Literal[1] = Field(default=1, description="Version of the format")
-    set_id: str = Field(description="Digest of all inputs of the set")
-    name: str = Field(description="Name of the set")
-    stack: str = Field(description="Name of the stack")
-    target: str = Field(description="Architecture of the wheels")
-    builds: dict[str, str] = Field(description="Build ids by recipe")
-    wheels: tuple[Locked, ...] = Field(description="All wheels of the set's environment")
-    tested: Tested = Field(description="Result of the common test")
-    finished: str = Field(description="UTC, ISO 8601")
+    format: Literal[1] = 1
+    "Version of the format"
+    set_id: str
+    "Digest of all inputs of the set"
+    name: str
+    "Name of the set"
+    stack: str
+    "Name of the stack"
+    target: str
+    "Architecture of the wheels"
+    builds: dict[str, str]
+    "Build ids by recipe"
+    wheels: tuple[Locked, ...]
+    "All wheels of the set's environment"
+    tested: Tested
+    "Result of the common test"
+    finished: str
+    "UTC, ISO 8601"
 
 
 def folder(settings: Settings, set_id: str) -> Path:

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-from pydantic import Field
 
 from builder import elf
 from builder.box.host import uncut
@@ -55,13 +54,16 @@ class HostPython(Table):
 
     executable: Path
     implementation: str
-    version: str = Field(description="As 3.12.3")
-    real: Path = Field(description="The program that exports the C API")
+    version: str
+    "As 3.12.3"
+    real: Path
+    "The program that exports the C API"
     scripts: Path
     header: Path
     library: str
     sites: tuple[Path, ...]
-    distributions: Mapping[str, str] = Field(description="Version by canonical name")
+    distributions: Mapping[str, str]
+    "Version by canonical name"
 
     @property
     def minor(self) -> str:

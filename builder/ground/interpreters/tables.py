@@ -14,37 +14,41 @@ from gracefarm.tables import Sha256, Table, Url
 class Archive(Table):
     """A standalone CPython for one architecture: a .tar.gz with the folder python/."""
 
-    url: Url = Field(description="URL of the archive")
-    sha256: Sha256 = Field(description="sha256 of the archive")
+    url: Url
+    "URL of the archive"
+    sha256: Sha256
+    "sha256 of the archive"
 
 
 class ArchiveSource(Table):
     """Standalone CPython of python-build-standalone. It contains its libraries and runs on glibc 2.17 and later."""
 
-    kind: Literal["archive"] = Field(description="Selects this kind of source")
-    archives: dict[Arch, Archive] = Field(description="Archives by the architecture that the interpreter runs on")
+    kind: Literal["archive"]
+    "Selects this kind of source"
+    archives: dict[Arch, Archive]
+    "Archives by the architecture that the interpreter runs on"
 
 
 class DebianSource(Table):
     """The Python of a Debian suite, with that suite's C library and loader, which may be newer than the root's."""
 
-    kind: Literal["debian"] = Field(description="Selects this kind of source")
-    suite: str = Field(description="Debian suite, for example trixie")
-    packages: tuple[str, ...] = Field(
-        min_length=1, description="Packages to unpack, with their dependencies; packages.lock pins them"
-    )
+    kind: Literal["debian"]
+    "Selects this kind of source"
+    suite: str
+    "Debian suite, for example trixie"
+    packages: tuple[str, ...] = Field(min_length=1)
+    "Packages to unpack, with their dependencies; packages.lock pins them"
 
 
 class InterpreterTable(Table):
     """interpreter.toml."""
 
-    python: Annotated[str, StringConstraints(pattern=r"^3\.\d+t?$")] = Field(
-        description="Major and minor version, as 3.13; 3.13t is the free-threaded build"
-    )
-    version: str = Field(description="Full version, as 3.13.15")
-    source: Annotated[ArchiveSource | DebianSource, Field(discriminator="kind")] = Field(
-        description="Where the interpreter comes from"
-    )
+    python: Annotated[str, StringConstraints(pattern=r"^3\.\d+t?$")]
+    "Major and minor version, as 3.13; 3.13t is the free-threaded build"
+    version: str
+    "Full version, as 3.13.15"
+    source: Annotated[ArchiveSource | DebianSource, Field(discriminator="kind")]
+    "Where the interpreter comes from"
 
 
 class InterpreterLock(Table):
