@@ -110,7 +110,8 @@ class ClientGate:
                 self._release(client)
             if isinstance(error, TimeoutError):
                 raise TooManyError(
-                    f"other uploads took longer than {self.limits.longest_wait:g} seconds", remedy="upload it again"
+                    f"this upload waited {self.limits.longest_wait:g} seconds for other uploads to end",
+                    remedy="upload it again",
                 ) from None
             raise
         finally:
@@ -146,7 +147,9 @@ class ClientGate:
         """
         rate = self.limits.writes_per_second
         if not _bucket(self._writes, client, rate, max(2 * rate, 1)).take(time.monotonic()):
-            raise TooManyError(f"more than {rate:g} writes a second", remedy="wait a second, then continue")
+            raise TooManyError(
+                f"this address sends more than {rate:g} write requests per second", remedy="wait a second, then continue"
+            )
 
     def guessing(self, client: str) -> None:
         """Refuse to compute slow hashes for an address with too many wrong passwords.
@@ -156,7 +159,9 @@ class ClientGate:
         """
         bucket = self._failures.get(client)
         if bucket is not None and bucket.level + (time.monotonic() - bucket.moment) * bucket.rate < 1:
-            raise TooManyError("too many refused passwords from this address", remedy="wait a minute, then use the right one")
+            raise TooManyError(
+                "too many refused passwords from this address", remedy="wait a minute, then use the right password"
+            )
 
     def failure(self, client: str) -> None:
         """Count a refused token.

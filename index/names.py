@@ -149,9 +149,13 @@ def _wheel(filename: str, published: bool) -> Distribution:
     try:
         name, version, _build, tags = parse_wheel_filename(plain)
     except (InvalidWheelFilename, InvalidVersion) as error:
-        raise RefusedError(f"{filename} is not a wheel's name: {error}", remedy="see PEP 427") from None
+        raise RefusedError(
+            f"{filename} is not a wheel's name: {error}", remedy="name it NAME-VERSION-PYTHON-ABI-PLATFORM.whl (PEP 427)"
+        ) from None
     if label and not variants.is_label(label):
-        raise RefusedError(f"{filename}: {label!r} is not a variant label", remedy="use 0-9, a-z, '_' and '.' (PEP 825)")
+        raise RefusedError(
+            f"{filename}: {label!r} is not a variant label", remedy="use only the characters 0-9, a-z, '_' and '.' (PEP 825)"
+        )
     parts = plain.removesuffix(".whl").split("-")
     expected = [str(name).replace("-", "_"), str(version), *parts[2:-3], *(_sorted_tags(part) for part in parts[-3:])]
     canonical = "-".join([*expected, *([label] if label else [])]) + ".whl"
@@ -179,7 +183,9 @@ def _sdist(filename: str, published: bool) -> Distribution:
     try:
         name, version = parse_sdist_filename(filename)
     except (InvalidSdistFilename, InvalidVersion) as error:
-        raise RefusedError(f"{filename} is not an sdist's name: {error}", remedy="see PEP 625: NAME-VERSION.tar.gz") from None
+        raise RefusedError(
+            f"{filename} is not an sdist's name: {error}", remedy="name it NAME-VERSION.tar.gz (PEP 625)"
+        ) from None
     canonical = f"{str(name).replace('-', '_')}-{version}.tar.gz"
     if not published:
         _check_canonical(filename, canonical)
@@ -208,7 +214,7 @@ def _check_tags(filename: str, parts: list[str]) -> None:
             if not known.match(tag):
                 raise RefusedError(
                     f"{filename}: {tag!r} is not a known {kind} tag",
-                    remedy="no installer would select this file; see PEP 425 and 600",
+                    remedy="build it with tags of PEP 425 and PEP 600; no installer would select this file",
                 )
 
 
@@ -219,7 +225,9 @@ def check_set_name(name: str) -> str:
         RefusedError: it is not a path segment, or it would hide another address of the index.
     """
     if not _SET_NAME.match(name):
-        raise RefusedError(f"{name!r} is not a valid name for a set", remedy="use up to 64 of a-z, 0-9, '.', '_', '-'")
+        raise RefusedError(
+            f"{name!r} is not a valid name for a set", remedy="use at most 64 characters of a-z, 0-9, '.', '_' and '-'"
+        )
     if name in _RESERVED:
         raise RefusedError(f"{name!r} is already an address of the index", remedy=f"use another name, for example {name}-1")
     if _CUDA_VIEW.match(name):

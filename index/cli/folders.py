@@ -46,4 +46,6 @@ def import_(context: IndexContext, folder: Path, variants: bool) -> None:
     counts = f"{imported.created} imported, {imported.same} already stored, {len(imported.refused)} refused"
     context.console.result(asdict(imported), "\n".join([counts, *imported.refused]))
     if imported.refused:
-        raise SeveralError(f"{len(imported.refused)} files were refused", remedy="fix or remove them, then import again")
+        raise SeveralError(
+            f"{len(imported.refused)} files were refused", remedy="correct or remove these files, then repeat the import"
+        )

@@ -31,21 +31,21 @@ from index.store import auth, htpasswd
     "--passwords",
     "-P",
     type=click.Path(path_type=Path),
-    help="Let the users of this htpasswd file upload. Users removed from the file are revoked.",
+    help="Let the users of this htpasswd file upload. Users who are no longer in the file lose this permission.",
 )
 @click.option(
     "--authenticate",
     "-a",
     default="update",
     show_default=True,
-    help="Accepted for pypiserver's sake; the only valid value is update.",
+    help="Accepted for compatibility with pypiserver; the only valid value is update.",
 )
 @click.option(
     "--disable-fallback",
     is_flag=True,
     hidden=True,
     expose_value=False,
-    help="Accepted for pypiserver's sake; there is no fallback.",
+    help="Accepted for compatibility with pypiserver; there is no fallback.",
 )
 @click.option("--allow-new", is_flag=True, help="Let uploads create projects without `index host`.")
 @click.option("--variants", is_flag=True, help="Accept variant wheels too (PEP 825, a draft).")
@@ -69,37 +69,47 @@ from index.store import auth, htpasswd
     type=click.IntRange(1),
     help="Maximum bytes of one upload.",
 )
-@click.option("--idle", default=Limits.idle, show_default=True, type=float, help="Drop a client after this many idle seconds.")
+@click.option(
+    "--idle",
+    default=Limits.idle,
+    show_default=True,
+    type=float,
+    help="Close a connection after this many seconds without data.",
+)
 @click.option(
     "--connections-per-client",
     default=Limits.connections_per_client,
     show_default=True,
     type=click.IntRange(1),
-    help="Connections per address; above it, the most idle ones are closed.",
+    help="Maximum number of connections from one address; above it, the connections that are idle for longest are closed.",
 )
 @click.option(
-    "--open-uploads", default=Limits.open_uploads, show_default=True, type=click.IntRange(1), help="Concurrent uploads."
+    "--open-uploads",
+    default=Limits.open_uploads,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Maximum number of concurrent uploads.",
 )
 @click.option(
     "--open-uploads-per-client",
     default=Limits.open_uploads_per_client,
     show_default=True,
     type=click.IntRange(1),
-    help="Concurrent uploads per address.",
+    help="Maximum number of concurrent uploads from one address.",
 )
 @click.option(
     "--waiting-uploads",
     default=Limits.waiting_uploads,
     show_default=True,
     type=click.IntRange(0),
-    help="Uploads that may wait for a free place, at most half of them from one address.",
+    help="Maximum number of uploads that wait for others to end, at most half of them from one address.",
 )
 @click.option(
     "--writes-per-second",
     default=Limits.writes_per_second,
     show_default=True,
     type=float,
-    help="Writes per second and address.",
+    help="Maximum number of write requests per second from one address.",
 )
 def serve(
     context: IndexContext,
@@ -128,7 +138,7 @@ def serve(
     if set(authenticate.replace(",", " ").split()) != {"update"}:
         raise ConfigError(
             f"-a {authenticate} is not supported: uploads always require a token or a password, reads never do",
-            remedy="omit -a; to restrict reads, put a proxy in front",
+            remedy="omit -a; to restrict downloads, put a reverse proxy with authentication in front of the index",
         )
     if passwords is not None:
         auth.import_users(context.catalogue(), context.actor, htpasswd.read(passwords))
@@ -163,4 +173,4 @@ def _size(text: str) -> int:
     try:
         return 0 if text == "off" else parse_size(text)
     except ValueError as error:
-        raise UsageError(f"--cache-size: {error}", remedy="say 20GiB, or off") from error
+        raise UsageError(f"--cache-size: {error}", remedy="give a size, such as 20GiB, or off") from error

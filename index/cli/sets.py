@@ -38,11 +38,11 @@ def stage() -> None:
 @click.option(
     "--without", multiple=True, metavar="PROJECT", help="Allow the set to lack this requirement of its wheels. Repeatable."
 )
-@click.option("--nightly", is_flag=True, help="Put its files into the nightly channel.")
+@click.option("--nightly", is_flag=True, help="Publish its files in the nightly channel.")
 def create(
     context: IndexContext, name: str, expect: tuple[str, ...], matrix: Path | None, without: tuple[str, ...], nightly: bool
 ) -> None:
-    """Create a set, then upload its wheels to /stage/NAME/legacy/.
+    """Create a staged set. Uploads to /stage/NAME/legacy/ add wheels to it.
 
     \b
     index stage create spring --expect 'causal-conv1d==1.7.0 cp311,cp312 aarch64'
@@ -125,7 +125,7 @@ def put_pylock(context: IndexContext, name: str, file: Path) -> None:
 @in_context
 @click.argument("name")
 def drop(context: IndexContext, name: str) -> None:
-    """Drop a staged set with its hidden files.
+    """Drop a staged set and its hidden files.
 
     \b
     index stage drop spring

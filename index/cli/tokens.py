@@ -47,8 +47,8 @@ def create(
     """
     if (set_name is not None) + nightly + cache > 1 or (cache and project):
         raise UsageError(
-            "a token is for the nightly channel, for the compiler cache or for a set",
-            remedy="give one of --nightly, --cache and --set",
+            "--nightly, --cache and --set exclude each other, and --cache excludes --project",
+            remedy="give only one of them",
         )
     secret = auth.create(
         context.catalogue(),
@@ -60,7 +60,9 @@ def create(
     )
     context.console.result({"name": name, "token": secret}, secret)
     if cache and not context.console.as_json:
-        context.console.event("hint", "set GRACEFARM_CACHE_TOKEN to it on the machine that writes")
+        context.console.event(
+            "hint", "set the environment variable GRACEFARM_CACHE_TOKEN to this token on the machine that builds"
+        )
     elif not context.console.as_json:
         context.console.event(
             "hint",

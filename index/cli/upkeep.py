@@ -13,7 +13,7 @@ from index.store import upkeep
 
 @click.command("fsck")
 @in_context
-@click.option("--set-aside", is_flag=True, help="Unlist damaged files, so that they can be uploaded again.")
+@click.option("--set-aside", is_flag=True, help="Remove damaged files from the index, so that they can be uploaded again.")
 def fsck(context: IndexContext, set_aside: bool) -> None:
     """Check the sha256 of every stored file.
 
@@ -50,7 +50,11 @@ def gc(context: IndexContext) -> None:
 @click.command("prune")
 @in_context
 @click.option(
-    "--keep", default=14, show_default=True, type=click.IntRange(1), help="Nightlies to keep per project and variant."
+    "--keep",
+    default=14,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Number of nightlies to keep for each project, CUDA version, Python and platform.",
 )
 @click.option("--dry-run", is_flag=True, help="Only list the files that would be deleted.")
 def prune(context: IndexContext, keep: int, dry_run: bool) -> None:

@@ -230,7 +230,9 @@ def _join(change: Transaction, file_id: int, distribution: Distribution, destina
 def _add_member(change: Transaction, set_name: str, file_id: int) -> bool:
     state = change.execute("SELECT state FROM release_set WHERE name = ?", (set_name,)).fetchone()
     if state is None or state["state"] != "staged":
-        raise RefusedError(f"{set_name!r} is not a staged set", remedy="create one with `index stage create`")
+        raise RefusedError(
+            f"{set_name!r} is not a staged set", remedy="create a set with `index stage create NAME`, and upload to it"
+        )
     added = change.execute("INSERT OR IGNORE INTO member (set_name, file_id) VALUES (?, ?)", (set_name, file_id))
     return added.rowcount > 0
 
@@ -240,12 +242,13 @@ def _check_hosted(catalogue: Catalogue, distribution: Distribution, destination:
     if (project is None or not project["hosted"]) and not destination.allow_new:
         raise ForbiddenError(
             f"this index does not host {distribution.project}",
-            remedy=f"run `index host {distribution.project}`, or run `index serve` with --allow-new",
+            remedy=f"on the machine of the index, run `index host {distribution.project}`,"
+            " or start `index serve` with --allow-new",
         )
     if project is not None and project["status"] in ("archived", "quarantined"):
         raise ForbiddenError(
             f"the project {distribution.project} is {project['status']}",
-            remedy=f"run `index status {distribution.project} active` first",
+            remedy=f"run `index status {distribution.project} active` on the machine of the index, then upload again",
         )
 
 
@@ -292,8 +295,8 @@ def _check_release(catalogue: Catalogue, distribution: Distribution) -> None:
     spellings = {str(row["version"]) for row in releases}
     if spellings and distribution.version not in spellings:
         raise RefusedError(
-            f"{distribution.filename}: this index spells the release {min(spellings)}",
-            remedy=f"use the version {min(spellings)}; all files of a release use one spelling",
+            f"{distribution.filename}: this index already has files of this release, with the version {min(spellings)}",
+            remedy=f"build it with the version {min(spellings)}; all files of a release must have the same spelling of it",
         )
 
 

@@ -59,7 +59,10 @@ def _check_directory(filename: str, path: Path) -> None:
     with path.open("rb") as stream:
         start, size = _directory(filename, stream, path.stat().st_size)
         if size > MAX_DIRECTORY:
-            raise RefusedError(f"{filename} has a directory of {size} bytes", remedy="split the distribution")
+            raise RefusedError(
+                f"the central directory of {filename} has {size} bytes, more than {MAX_DIRECTORY}",
+                remedy="split the distribution",
+            )
         stream.seek(max(0, start))
         directory = stream.read(size)
     count = position = 0
@@ -67,7 +70,7 @@ def _check_directory(filename: str, path: Path) -> None:
         position += _ENTRY + sum(struct.unpack_from("<3H", directory, position + 28))
         count += 1
     if count > MAX_MEMBERS:
-        raise RefusedError(f"{filename} holds {count} files, more than {MAX_MEMBERS}", remedy="split the distribution")
+        raise RefusedError(f"{filename} contains {count} files, more than {MAX_MEMBERS}", remedy="split the distribution")
 
 
 def _directory(filename: str, stream: IO[bytes], length: int) -> tuple[int, int]:
@@ -94,11 +97,14 @@ def _directory(filename: str, stream: IO[bytes], length: int) -> tuple[int, int]
 
 def _check_sizes(filename: str, members: list[zipfile.ZipInfo], packed: int) -> None:
     if len(members) > MAX_MEMBERS:
-        raise RefusedError(f"{filename} holds {len(members)} files, more than {MAX_MEMBERS}", remedy="split the distribution")
+        raise RefusedError(
+            f"{filename} contains {len(members)} files, more than {MAX_MEMBERS}", remedy="split the distribution"
+        )
     unpacked = sum(member.file_size for member in members)
     if unpacked > MAX_UNPACKED or (unpacked > RATIO_FLOOR and unpacked > packed * MAX_RATIO):
         raise RefusedError(
-            f"{filename} unpacks from {packed} to {unpacked} bytes: a zip bomb", remedy="build it without the padding"
+            f"{filename} unpacks from {packed} to {unpacked} bytes: a zip bomb",
+            remedy="remove the files that compress to almost nothing, then build it again",
         )
 
 
@@ -115,22 +121,23 @@ def _check_names(filename: str, members: list[zipfile.ZipInfo]) -> None:
             or ":" in parts[0]
         ):
             raise RefusedError(
-                f"{filename} holds {name!r}, a path that leaves the archive", remedy="use relative paths with '/' only"
+                f"{filename} contains {name!r}, which is not a plain relative path",
+                remedy="name files by relative paths with '/', without '.', '..', ':' and backslashes",
             )
         folded = unicodedata.normalize("NFC", name)
         if folded in seen:
             raise RefusedError(
-                f"{filename} holds {name!r} twice", remedy="build it again; installers would disagree on which one to use"
+                f"{filename} contains {name!r} twice", remedy="build it again; installers would disagree on which one to use"
             )
         seen.add(folded)
         if member.flag_bits & 0x1:
-            raise RefusedError(f"{filename}: {name} is encrypted", remedy="store it unencrypted")
+            raise RefusedError(f"{filename}: {name} is encrypted", remedy="store the file unencrypted")
         if member.compress_type not in _KNOWN_METHODS:
             raise RefusedError(
                 f"{filename}: {name} uses compression method {member.compress_type}", remedy="use deflate or store (PEP 427)"
             )
         if (member.external_attr >> 28) == 0xA:
-            raise RefusedError(f"{filename}: {name} is a symbolic link", remedy="store the file itself")
+            raise RefusedError(f"{filename}: {name} is a symbolic link", remedy="store the file that the link points to")
 
 
 def _check_framing(filename: str, archive: zipfile.ZipFile, path: Path) -> None:
@@ -145,11 +152,13 @@ def _check_framing(filename: str, archive: zipfile.ZipFile, path: Path) -> None:
         for member in sorted(archive.infolist(), key=lambda item: item.header_offset):
             if member.header_offset != position:
                 raise RefusedError(
-                    f"{filename}: bytes outside any file before {member.filename}", remedy="create the archive again"
+                    f"{filename} has bytes that belong to no file, before {member.filename}", remedy="create the archive again"
                 )
             position = _end_of_member(filename, stream, member)
         if position != start:
-            raise RefusedError(f"{filename}: bytes outside any file before the directory", remedy="create the archive again")
+            raise RefusedError(
+                f"{filename} has bytes that belong to no file, before the central directory", remedy="create the archive again"
+            )
 
 
 def _end_of_member(filename: str, stream: IO[bytes], member: zipfile.ZipInfo) -> int:
@@ -164,7 +173,10 @@ def _end_of_member(filename: str, stream: IO[bytes], member: zipfile.ZipInfo) ->
     end: int = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length + member.compress_size
     if not flags & 0x8:
         if 0xFFFFFFFF not in header[7:9] and (header[7], header[8]) != (member.compress_size, member.file_size):
-            raise RefusedError(f"{filename}: two sizes for {member.filename}", remedy="create the archive again")
+            raise RefusedError(
+                f"{filename}: the local header and the central directory give different sizes of {member.filename}",
+                remedy="create the archive again",
+            )
         return end
     return end + _descriptor_length(stream, end, member)
 
@@ -181,5 +193,6 @@ def _descriptor_length(stream: IO[bytes], end: int, member: zipfile.ZipInfo) -> 
         ):
             return size
     raise RefusedError(
-        f"the data descriptor of {member.filename} disagrees with the directory", remedy="create the archive again"
+        f"the data descriptor of {member.filename} differs from the central directory",
+        remedy="create the archive again",
     )

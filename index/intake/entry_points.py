@@ -27,7 +27,7 @@ def check(raw: bytes, defects: Defects) -> None:
     if problems := list(_problems(raw)):
         defects.note(
             "entry_points.txt: " + "; ".join(problems[:3]),
-            remedy="write each as name = package.module:object, and build again",
+            remedy="write each entry as `name = package.module:object`, and build again",
         )
 
 

@@ -91,7 +91,10 @@ def _check_length(raw: bytes, distribution: Distribution) -> None:
     head = re.split(rb"\r?\n\r?\n|\r\r", raw, maxsplit=1)[0]
     count = sum(not line[:1].isspace() for line in head.splitlines())
     if count > MAX_FIELDS:
-        raise RefusedError(f"{distribution.filename}: its metadata has {count} fields", remedy=f"write at most {MAX_FIELDS}")
+        raise RefusedError(
+            f"{distribution.filename}: its metadata has {count} fields, more than {MAX_FIELDS}",
+            remedy="remove fields from the metadata and build again",
+        )
 
 
 def _check_encoding(raw: bytes, defects: Defects) -> None:
@@ -107,7 +110,7 @@ def _check_encoding(raw: bytes, defects: Defects) -> None:
         return
     raise RefusedError(
         f"{defects.distribution.filename}: its METADATA is not UTF-8: {where}",
-        remedy="write it as UTF-8 and build again; with this file, pip fails on every release of the project",
+        remedy="write METADATA as UTF-8 and build again; with this file, pip fails on every release of the project",
     )
 
 

@@ -65,7 +65,7 @@ class Form:
         """
         values = self.fields.get(name, [])
         if len(values) > 1:
-            raise RefusedError(f"the form contains {name} {len(values)} times", remedy="send it once")
+            raise RefusedError(f"the form contains {name} {len(values)} times", remedy="send this field once")
         return values[0].strip() if values else ""
 
     def discard(self) -> None:
@@ -198,7 +198,7 @@ class _Assembler:
     def _open(self) -> None:
         self._parts += 1
         if self._parts > MAX_PARTS:
-            raise TooLargeError(f"the form has more than {MAX_PARTS} fields", remedy="send fewer")
+            raise TooLargeError(f"the form has more than {MAX_PARTS} fields", remedy="send fewer fields")
         try:
             disposition, options = parse_options_header(self._headers.get("content-disposition", ""))
         except (UnicodeError, LookupError, ValueError):  # filename* names an unknown encoding
@@ -267,7 +267,9 @@ async def receive_form(
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise RefusedError("the upload is not multipart/form-data", remedy="use twine, uv publish or curl -F")
     if len(options[b"boundary"]) > 70:
-        raise RefusedError("the boundary is longer than 70 characters", remedy="see RFC 2046 5.1.1")
+        raise RefusedError(
+            "the boundary is longer than 70 characters", remedy="send a boundary of at most 70 characters (RFC 2046, 5.1.1)"
+        )
     _check_size(length or 0, limits)
     form = Form()
     reader = _Reader(options[b"boundary"])

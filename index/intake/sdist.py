@@ -33,7 +33,10 @@ class _Bounded:
 
     def read(self, size: int) -> bytes:
         if size > MAX_HEADER:
-            raise RefusedError(f"{self._filename} has a header of {size} bytes", remedy="build the sdist again")
+            raise RefusedError(
+                f"{self._filename} contains a tar header of {size} bytes, more than {MAX_HEADER}",
+                remedy="build the sdist again",
+            )
         self._check(self._stream.tell() + size)
         return self._stream.read(size)
 
@@ -46,7 +49,10 @@ class _Bounded:
 
     def _check(self, position: int) -> None:
         if position > self._bound:
-            raise RefusedError(f"{self._filename} unpacks to too many bytes", remedy="build it without the padding")
+            raise RefusedError(
+                f"{self._filename} unpacks to more than {self._bound} bytes",
+                remedy="remove the files that compress to almost nothing, then build the sdist again",
+            )
 
 
 def inspect(path: Path, defects: Defects) -> tuple[Metadata, None, None]:
@@ -101,7 +107,10 @@ def _walk(archive: tarfile.TarFile, distribution: Distribution, names: set[int])
         archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them for random access, which is not needed
         count += 1
         if count > MAX_MEMBERS or len(archive.pax_headers) > _MAX_GLOBAL:
-            raise RefusedError(f"{distribution.filename} unpacks to too many bytes", remedy="build it without the padding")
+            raise RefusedError(
+                f"{distribution.filename} has more than {MAX_MEMBERS} files, or too many global tar headers",
+                remedy="build the sdist again with fewer files",
+            )
         if any(key.startswith("GNU.sparse.") for key in member.pax_headers):
             raise _SparseError
         top = top or _own_folder(member, distribution)
@@ -150,5 +159,6 @@ def _check_member(member: tarfile.TarInfo, top: str, distribution: Distribution)
             leaves = leaves or (depth < 1 and part == "..")
         if leaves:
             raise RefusedError(
-                f"{distribution.filename}: {member.name} links out of its folder", remedy="build the sdist again"
+                f"{distribution.filename}: {member.name} is a link to a file outside of its folder",
+                remedy="build the sdist again",
             )

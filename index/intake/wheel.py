@@ -189,7 +189,7 @@ def _record(archive: zipfile.ZipFile, folder: str, distribution: Distribution) -
 def _digest(archive: zipfile.ZipFile, name: str, algorithm: str, distribution: Distribution) -> str:
     if algorithm not in _HASHES:
         raise RefusedError(
-            f"{distribution.filename}: RECORD has no sha256 (or a longer hash) for {name}",
+            f"{distribution.filename}: RECORD has neither a sha256 nor a longer hash of {name}",
             remedy="build the wheel again with a current tool",
         )
     digest = hashlib.new(algorithm)

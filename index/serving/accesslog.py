@@ -27,7 +27,8 @@ class AccessLog:
                 self._stream = open(target, "a", encoding="utf-8")  # noqa: SIM115, PTH123 - lives as long as the server
             except OSError as error:
                 raise HostError(
-                    f"the access log {target} cannot be written: {error.strerror}", remedy="name another with --access-log"
+                    f"the access log {target} cannot be written: {error.strerror}",
+                    remedy="give another file with --access-log",
                 ) from error
         self.enabled = self._stream is not None
         self._lines: list[str] = []

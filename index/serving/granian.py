@@ -102,7 +102,7 @@ def _bind(listen: Listen) -> socket.socket:
         listener.close()
         raise HostError(
             f"cannot listen on {listen.host} port {listen.port}: {error.strerror}",
-            remedy="stop the program that listens there, or give --port 0",
+            remedy="stop the program that listens there, or give another address with --host and --port (0: any free port)",
         ) from error
     return listener
 

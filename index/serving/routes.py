@@ -133,7 +133,7 @@ async def package(service: IndexService, request: Request) -> Response:
     wanted = filename.removesuffix(".metadata").removesuffix(provenance.SUFFIX)
     row = service.catalogue.row("SELECT sha256 FROM file WHERE filename = ? AND hidden = 0", (wanted,))
     if row is None:
-        raise NotFoundError(f"this index has no file {filename}", remedy="see the project's page")
+        raise NotFoundError(f"this index has no file {filename}", remedy="the project's page lists its files")
     return send_stored(service, request, *_locate(service, row["sha256"], filename))
 
 
@@ -159,7 +159,7 @@ async def bare_name(service: IndexService, request: Request) -> Response:
     """GET /NAME and /NAME/: redirect to the project's page, as in pypiserver."""
     name = name_in_address(request.path_params["name"])
     if not listings.files(service.catalogue, listings.ALL, name):
-        raise NotFoundError(f"this index has no project {name!r}", remedy="see / and /simple/")
+        raise NotFoundError(f"this index has no project {name!r}", remedy="/ and /simple/ list the projects")
     up = "../" if request.url.path.endswith("/") else ""
     return RedirectResponse(f"{up}simple/{name}/", status_code=303)
 
@@ -273,7 +273,7 @@ async def set_lock(service: IndexService, request: Request) -> Response:
         with service.catalogue.moment():
             view = listings.find(service.catalogue, prefix)
             if view is None or view.kind != "set":
-                raise NotFoundError(f"this index has no set {prefix[-1]!r}", remedy="see /sets/")
+                raise NotFoundError(f"this index has no set {prefix[-1]!r}", remedy="/sets/ lists the sets")
             return requirements.render(service.catalogue, view)
 
     text = await asyncio.get_running_loop().run_in_executor(service.workers, render)
@@ -284,7 +284,9 @@ def _send_record(service: IndexService, request: Request, row: sqlite3.Row | Non
     is_log = request.url.path.endswith("/log")
     digest = row["log_sha256" if is_log else "document_sha256"] if row is not None else None
     if digest is None:
-        raise NotFoundError(f"this index has no {'log' if is_log else 'record'} of {identifier}", remedy="see /board/")
+        raise NotFoundError(
+            f"this index has no {'log' if is_log else 'record'} of {identifier}", remedy="/board/ lists the builds"
+        )
     return send_stored(
         service, request, digest, "text/plain; charset=utf-8" if is_log else "application/json", cache="no-cache"
     )

@@ -80,7 +80,9 @@ async def get_pylock(service: IndexService, request: Request) -> Response:
     view = listings.find(service.catalogue, prefix)
     raw = staged.pylock_of(service.catalogue, view.argument) if view is not None and view.kind == "set" else None
     if raw is None:
-        raise NotFoundError(f"this index has no {pylock.FILENAME} of {prefix[-1]!r}", remedy="see /sets/")
+        raise NotFoundError(
+            f"this index has no {pylock.FILENAME} of {prefix[-1]!r}", remedy="/sets/ lists the sets and their files"
+        )
     etag = f'"{hashlib.sha256(raw).hexdigest()}"'
     headers = {"ETag": etag, "Cache-Control": "no-cache"}
     match = request.headers.get("if-none-match")

@@ -136,7 +136,7 @@ def _answering(handler: Handler) -> Handler:
     async def answer(request: Request) -> Response:
         try:
             if not negotiate.accepts(request.headers.get("accept"), MEDIA, "application/json"):
-                raise NotAcceptableError(f"this address returns {MEDIA}", remedy="send this type in Accept")
+                raise NotAcceptableError(f"this address returns {MEDIA}", remedy="send this type in the header Accept")
             answer = await handler(request)
         except RefusalError as error:
             answer = _problem(error)

@@ -39,6 +39,8 @@ from index.store.files import Store, disk_errors, flush
 MAX_FILE = Limits.upload
 "Maximum bytes of a file if upstream does not give its size."
 
+_UNTRUSTED = "do not trust this upstream index; set the environment variable GRACEFARM_PYTHON_INDEX to another one"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mirrored:
@@ -218,11 +220,13 @@ def _upstream(catalogue: Catalogue, upstream: PyPISimple, pin: Pin) -> list[_Ups
         page = upstream.get_project_page(pin.name)
     except NoSuchProjectError as error:
         raise FetchError(
-            f"the upstream index has no project {pin.name}", remedy="set GRACEFARM_PYTHON_INDEX to an index that has it"
+            f"the upstream index has no project {pin.name}",
+            remedy="set the environment variable GRACEFARM_PYTHON_INDEX to an index that has it",
         ) from error
     except (RequestException, UnsupportedContentTypeError, UnsupportedRepoVersionError) as error:
         raise FetchError(
-            f"the upstream index did not respond for {pin.name}: {type(error).__name__}", remedy="try again later"
+            f"cannot read the page of {pin.name} on the upstream index: {type(error).__name__}",
+            remedy="try again later, or set the environment variable GRACEFARM_PYTHON_INDEX to another index",
         ) from error
     files = [
         _upstream_file(package, digest, pin)
@@ -232,14 +236,15 @@ def _upstream(catalogue: Catalogue, upstream: PyPISimple, pin: Pin) -> list[_Ups
     if not files:
         raise FetchError(
             f"the upstream index has neither an sdist nor a plain wheel of {pin.name} {pin.version} with a locked sha256",
-            remedy="lock again, or set GRACEFARM_PYTHON_INDEX to the index that the lock was created with",
+            remedy="create the lock again, or set the environment variable GRACEFARM_PYTHON_INDEX to the index from which the"
+            " lock was created",
         )
     gone = {row["sha256"] for row in catalogue.rows("SELECT sha256 FROM mirrored WHERE withdrawn IS NOT NULL")}
     left = [item for item in files if item.sha256 not in gone]
     if not left:
         raise RefusedError(
             f"every locked file of {pin.name} {pin.version} was withdrawn from this index",
-            remedy="lock another version, or undo the withdrawal with `index withdraw --undo`",
+            remedy="lock another version, or undo the withdrawal with `index withdraw FILENAME --undo`",
         )
     return left
 
@@ -256,7 +261,7 @@ def _chosen(selection: Selection, pin: Pin, files: list[_UpstreamFile]) -> list[
     if not wheels and not others:
         raise FetchError(
             f"none of the {len(files)} locked files of {pin.name} {pin.version} matches {selection}",
-            remedy="choose --platform and --python as in the lock",
+            remedy="give --platform and --python for which the lock has files, or omit them",
         )
     return [*wheels, *others]
 
@@ -285,12 +290,13 @@ def _version(filename: str, pin: Pin) -> str:
         same = name == pin.name and version == Version(pin.version)
     except (RefusedError, InvalidWheelFilename, InvalidSdistFilename, InvalidVersion) as error:
         raise FetchError(
-            f"the upstream index gives a locked file the name {filename!r}", remedy="lock another file"
+            f"the upstream index names a locked file {filename!r}, which is not a file name of a wheel or sdist",
+            remedy="remove the hash of this file from the lock",
         ) from error
     if not same:
         raise FetchError(
-            f"the upstream index gives the locked file of {pin.name} {pin.version} the name {filename!r}",
-            remedy="do not use this index",
+            f"the upstream index names a locked file of {pin.name} {pin.version} {filename!r}, which is another release",
+            remedy=_UNTRUSTED,
         )
     return str(version)
 
@@ -382,7 +388,8 @@ def withdraw(catalogue: Catalogue, actor: str, filename: str, reason: str, *, un
         if not rows:
             raise UsageError(
                 f"no set has a {'withdrawn' if undo else 'mirrored'} file {filename!r}",
-                remedy="`index stage list --json` lists the files of sets; `index yank` and `index delete` are for own files",
+                remedy="`index stage list --json` lists the files of sets; for files that were uploaded to this index, use"
+                " `index yank` or `index delete`",
             )
         names = sorted(row["set_name"] for row in rows)
         change.note("set.unwithdraw" if undo else "set.withdraw", filename, sets=names, reason=reason)
@@ -416,7 +423,8 @@ def _download(store: Store, client: httpx.Client, item: _UpstreamFile) -> Iterat
                     count += len(chunk)
                     if count > bound:
                         raise DigestError(
-                            f"upstream sends more than the {bound} bytes of {item.filename}", remedy="do not use this index"
+                            f"upstream sends more than the {bound} bytes that {item.filename} may have",
+                            remedy=_UNTRUSTED,
                         )
                     digest.update(chunk)
                     stream.write(chunk)
@@ -428,7 +436,7 @@ def _download(store: Store, client: httpx.Client, item: _UpstreamFile) -> Iterat
         if digest.hexdigest() != item.sha256:
             raise DigestError(
                 f"upstream sent {item.filename} with sha256 {digest.hexdigest()}, expected {item.sha256}",
-                remedy="do not use this index",
+                remedy=_UNTRUSTED,
             )
         yield path
 
@@ -482,9 +490,7 @@ def _served_metadata(client: httpx.Client, item: _UpstreamFile, sha256: str) -> 
             f"failed to fetch the metadata of {item.filename} from upstream: {error}", remedy="try again later"
         ) from error
     if hashlib.sha256(raw).hexdigest() != sha256:
-        raise DigestError(
-            f"upstream sent metadata of {item.filename} that differs from the listed digest", remedy="do not use this index"
-        )
+        raise DigestError(f"upstream sent metadata of {item.filename} that differs from the listed digest", remedy=_UNTRUSTED)
     defects = Defects(distribution=parse_filename(item.filename, published=True))
     metadata.read(raw, defects, lambda _name: True)
     return raw, "\n".join(defects.sentences)

@@ -266,7 +266,8 @@ def _check_pylock(catalogue: Catalogue, complete: ReleaseSet) -> None:
     if raw is not None and (lacking := pylock.lacking(pylock.parse(raw), complete.digests)):
         raise RefusedError(
             f"the set {complete.name} lacks packages of its {pylock.FILENAME}: {'; '.join(lacking[:MAX_UNMET])}",
-            remedy=f"upload or mirror the files, or store the right {pylock.FILENAME}, then publish again",
+            remedy=f"upload or mirror the files, or store the right {pylock.FILENAME} with `index stage pylock`,"
+            " then publish again",
         )
 
 

@@ -160,11 +160,12 @@ def render(catalogue: Catalogue, view: View, project: str, form: Format, base_ur
     if not files:
         others = ", ".join(other.address for other in listings.other_views(catalogue, view, project))
         if others:
+            torch = f"torch {view.torch}" if view.torch else "every torch"
             raise NotFoundError(
-                f"the view {view.prefix[0]} has no {project} for {f'torch {view.torch}' if view.torch else 'every torch'}",
+                f"the view {view.prefix[0]} has no files of {project} that fit {torch}",
                 remedy=f"see {others}",
             )
-        raise NotFoundError(f"this index has no project {project!r}", remedy="the list of projects is one level up")
+        raise NotFoundError(f"this index has no project {project!r}", remedy="the address one level up lists the projects")
     files += listings.variants_json(catalogue, view, project, files)
     status = listings.status(catalogue, project)
     make = simple.project_json if form == "json" else simple.project_html

@@ -45,7 +45,7 @@ def render(catalogue: Catalogue, view: View) -> str:
         if len(versions) > 1:
             raise NotFoundError(
                 f"the set {view.argument} has several versions of {project} ({', '.join(versions)}), so it has no lock",
-                remedy="install from the lock that was created with the set",
+                remedy=f"install from /{view.argument}/simple/, and pin the version of {project}",
             )
         lines.append(pins.render(project, versions[0], {item.sha256 for item in files}))
     return "".join(lines)

@@ -142,7 +142,7 @@ def duration(text: str) -> timedelta:
     """
     match = _DURATION.match(text)
     if not match or not int(match[1]):
-        raise UsageError(f"{text!r} is not a duration", remedy="write 90d, 12h or 30m")
+        raise UsageError(f"{text!r} is not a duration", remedy="give a number and a unit, such as 90d, 12h or 30m")
     return timedelta(**{_UNITS[match[2]]: int(match[1])})
 
 
@@ -188,7 +188,10 @@ def identify_user(catalogue: Catalogue, authorization: str | None, memory: htpas
 
 def _living(catalogue: Catalogue, row: sqlite3.Row | None, good: bool) -> Token:
     if row is None or not good or row["revoked"] or (row["expires"] and row["expires"] <= timestamp()):
-        raise UnauthenticatedError("this index does not know this token", remedy="create one with `index token create`")
+        raise UnauthenticatedError(
+            "the token or password is unknown, revoked or expired",
+            remedy="create a token with `index token create` on the machine of the index",
+        )
     projects = frozenset((row["project"],)) if row["project"] is not None else None
     if row["minted"]:  # it covers the current projects of its publishers, and nothing once they are removed
         reached = catalogue.rows(

@@ -36,7 +36,9 @@ def check_matrix_name(name: str) -> str:
         RefusedError: it is not.
     """
     if not _NAME.match(name):
-        raise RefusedError(f"{name!r} is not a valid name for a matrix", remedy="use up to 64 of a-z, 0-9, '.', '_', '-'")
+        raise RefusedError(
+            f"{name!r} is not a valid name for a matrix", remedy="use at most 64 characters of a-z, 0-9, '.', '_' and '-'"
+        )
     return name
 
 
@@ -132,7 +134,8 @@ def put_certificate(store: Store, catalogue: Catalogue, token: Token, raw: bytes
         project = str(parse_wheel_filename(split_label(document.wheel.filename)[0])[0])
     except (InvalidWheelFilename, InvalidVersion) as error:
         raise RefusedError(
-            f"the certificate does not match its schema: wheel.filename: {error}", remedy="see PEP 427"
+            f"the certificate does not match its schema: wheel.filename: {error}",
+            remedy="name a wheel: NAME-VERSION-PYTHON-ABI-PLATFORM.whl (PEP 427)",
         ) from None
     with catalogue.change(token.actor) as change:
         row = change.execute("SELECT project FROM certificate WHERE digest = ?", (document.device_digest,)).fetchone()

@@ -60,7 +60,7 @@ def check_id(identifier: str) -> str:
     """
     if not _ID.match(identifier):
         raise RefusedError(
-            f"{identifier!r} is not a valid name for a record", remedy="use up to 128 letters, digits, '.', '_' and '-'"
+            f"{identifier!r} is not a valid name for a record", remedy="use at most 128 letters, digits, '.', '_' and '-'"
         )
     return identifier
 

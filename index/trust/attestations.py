@@ -20,7 +20,7 @@ MOST = 2
 SIGSTORE = "tuf-repo-cdn.sigstore.dev"
 "Address of Sigstore's current keys."
 
-_REMEDY = "upload without attestations, or with attestations by the publisher of this file"
+_REMEDY = "upload the file without attestations, or attest it in the workflow of its project's publisher"
 
 
 @dataclass(kw_only=True)

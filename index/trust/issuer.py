@@ -72,6 +72,7 @@ def _keys_url(issuer: str, place: str) -> str:
     keys = document.get("jwks_uri") if isinstance(document, dict) else None
     if not isinstance(keys, str) or not is_safe_url(keys) or document.get("issuer") != issuer:
         raise UnreachableError(
-            f"{place} does not describe this issuer", remedy="correct the issuer with `index publisher add --issuer`"
+            f"{place} names another issuer than {issuer}, or no https address of its keys",
+            remedy="run `index publisher remove`, then `index publisher add` with the right --issuer",
         )
     return keys

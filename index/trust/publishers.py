@@ -166,7 +166,9 @@ def is_safe_url(url: str) -> bool:
 
 def _check(publisher: TrustedPublisher) -> None:
     if not is_safe_url(publisher.issuer):
-        raise UsageError(f"{publisher.issuer!r} is not an https address", remedy="give the issuer as https://HOST")
+        raise UsageError(
+            f"{publisher.issuer!r} is not an https address", remedy="give the issuer's https address, such as https://HOST"
+        )
     if not _REPOSITORY[publisher.kind].fullmatch(publisher.repository):
         shape = "OWNER/NAME" if publisher.kind == "github" else "GROUP/NAME"
         raise UsageError(

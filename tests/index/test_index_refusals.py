@@ -152,7 +152,7 @@ def test_other_spellings_of_a_name_are_refused(shared: Server, filename: str) ->
 
 def test_one_release_has_one_spelling(shared: Server) -> None:
     assert shared.upload(*wheel("spelled_pkg", "1.0")).status_code == 200
-    refused(shared.upload(*wheel("spelled_pkg", "1.0.0")), "spells the release 1.0")
+    refused(shared.upload(*wheel("spelled_pkg", "1.0.0")), "files of this release, with the version 1.0")
 
 
 PLAIN = "is not a plain file name"
@@ -292,7 +292,7 @@ def test_a_zip_bomb_is_refused(shared: Server) -> None:
     "path", ["../out.py", "/etc/out.py", "a/../../out.py", "a\\..\\out.py", "C:/out.py", "./out.py", "a//b.py"]
 )
 def test_a_path_that_leaves_the_wheel_is_refused(shared: Server, path: str) -> None:
-    refused(shared.upload(*wheel("path_pkg", files={path: b"x"})), "leaves the archive")
+    refused(shared.upload(*wheel("path_pkg", files={path: b"x"})), "is not a plain relative path")
 
 
 def test_a_symlink_in_a_wheel_is_refused(shared: Server) -> None:
@@ -307,7 +307,7 @@ def test_a_symlink_in_a_wheel_is_refused(shared: Server) -> None:
 
 def test_bytes_around_the_archive_are_refused(shared: Server) -> None:
     name, content = wheel("around_pkg")
-    refused(shared.upload(name, b"#!/bin/sh\n" + content), "bytes outside")
+    refused(shared.upload(name, b"#!/bin/sh\n" + content), "bytes that belong to no file")
     refused(shared.upload(name, content + b"trailer"), "bytes after the end")
 
 
@@ -371,7 +371,7 @@ def test_a_bomb_in_the_headers_of_an_sdist_is_refused(tmp_path: Path, kind: byte
     assert path.stat().st_size < 3 << 20
     peak, sentence = peak_of(index.intake.sdist.inspect, path)
     assert peak < 16 << 20
-    assert "has a header of 314572800 bytes" in sentence
+    assert "a tar header of 314572800 bytes" in sentence
 
 
 def test_headers_upon_headers_are_refused(tmp_path: Path) -> None:
@@ -394,7 +394,7 @@ def test_a_zip_of_too_many_files_is_refused_before_it_is_read(tmp_path: Path, co
     path.write_bytes(directory + end)
     peak, sentence = peak_of(index.intake.wheel.inspect, path)
     assert peak < 40 << 20
-    assert ("bytes after the end" if comment else "holds 500000 files") in sentence
+    assert ("bytes after the end" if comment else "contains 500000 files") in sentence
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
