@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -142,20 +143,21 @@ def _judge(deployment: Deployment, console: Console, shown: Sequence[HostKey], *
             status=host_key.status,
         )
     if asked and not accept:
-        _confirm(console, asked)
+        _confirm(deployment, console, asked, repin=repin)
     if trusted := [*known, *asked]:
         hostkeys.pin(deployment.folder.known_hosts, [(host_key.name, host_key.key) for host_key in trusted])
 
 
-def _confirm(console: Console, asked: Sequence[HostKey]) -> None:
+def _confirm(deployment: Deployment, console: Console, asked: Sequence[HostKey], *, repin: bool) -> None:
     if console.interactive:
         if click.confirm("Are these the keys that the nodes' consoles show?", err=True):
             return
         raise SshError("the host keys were not accepted", remedy="repeat `deploy init` when you have compared the keys")
     raise SshError(
         f"{len(asked)} host keys are new: " + "; ".join(f"{host_key.name} {host_key.fingerprint}" for host_key in asked),
-        remedy="compare them on the nodes' consoles (ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub), then use --accept",
-        repeat="deploy init --accept",
+        remedy="compare the fingerprints on the nodes' consoles (`ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub`), then"
+        " repeat the command with --accept",
+        repeat=shlex.join(["deploy", "init", str(deployment.path), *(["--repin"] if repin else []), "--accept"]),
     )
 
 
@@ -188,7 +190,7 @@ def _propose(deployment: Deployment, asked: Facts, console: Console) -> None:
 
 
 @click.command()
-@click.option("--kept", is_flag=True, help="Show the stored facts without asking the nodes.")
+@click.option("--kept", is_flag=True, help="Show the stored facts without contacting the nodes.")
 @reporting
 def facts(context: DeployContext, kept: bool) -> None:
     """Collect the facts of all nodes, store them for `deploy plan`, and show them.

@@ -33,7 +33,12 @@ COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option(
-    "-k", "words", multiple=True, metavar="WORDS", help="Nodes, separated by commas: k1, 2-5, an address, head, rest, a group."
+    "-k",
+    "words",
+    multiple=True,
+    metavar="WORDS",
+    help="Nodes, separated by commas: a name (k1), numbers (2-5), an address, a group, head (the first node), rest (the"
+    " others).",
 )
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Stop the command after this many seconds.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
@@ -45,8 +50,8 @@ def run(context: DeployContext, words: tuple[str, ...], timeout: float | None, c
     deploy run -- nvidia-smi -L
     deploy run -k head,2-5 -- 'df -h | grep share'
 
-    A single word is passed to the shell of the node; several words are an argument list. The exit code is 0 if it is 0 on
-    all nodes.
+    If COMMAND is a single word, the node's shell runs it; several words are run as an argument list. The exit code is 0 if it
+    is 0 on all nodes.
     """
     deployment = context.deployment
     nodes = deployment.select([part for word in words for part in word.split(",") if part]) if words else deployment.nodes

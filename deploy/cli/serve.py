@@ -34,7 +34,7 @@ def up(context: DeployContext, start: str | None, skip: tuple[str, ...], no_wait
     deploy up --from weights
     deploy up --skip cache
 
-    After Ctrl-C or kill -9, the same command continues from there.
+    After Ctrl-C or kill -9, the same command continues where it stopped.
     """
 
     async def go(work: Work) -> bool:
@@ -101,7 +101,7 @@ def down(context: DeployContext, keep_ray: bool, no_wait: bool) -> None:
     \b
     deploy down
 
-    Unreachable nodes do not stop the others; they are listed at the end. Copies of secrets on the nodes are removed.
+    Unreachable nodes are skipped, and listed at the end. Copies of secrets on the nodes are removed.
     """
     with held(context, no_wait=no_wait) as keeper:
         try:
@@ -116,13 +116,14 @@ def down(context: DeployContext, keep_ray: bool, no_wait: bool) -> None:
 
 
 @click.command()
-@click.option("--share", is_flag=True, help="Also remove its environments in the shared folder.")
+@click.option("--share", is_flag=True, help="Also remove the deployment's environments in the shared folder.")
 @click.option("--weights", is_flag=True, help="Also remove the model's files, which other deployments may use.")
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @no_wait_option
 @reporting
 def purge(context: DeployContext, share: bool, weights: bool, yes: bool, no_wait: bool) -> None:
-    """Stop everything as `deploy down`, then remove the deployment's files from the nodes: logs, secrets, Ray's files, uv.
+    """Stop everything as `deploy down` does, then remove the deployment's files from the nodes: logs, secrets, Ray's files,
+    uv.
 
     \b
     deploy purge --share

@@ -110,5 +110,5 @@ def _in_background(context: DeployContext, port: int | None, dashboard_port: int
         time.sleep(0.05)
     if "forwards" not in message:
         cause = message.get("text") or f"the tunnel failed with exit code {process.returncode}"
-        raise SshError(cause, remedy=message.get("remedy", f"{log}"))
+        raise SshError(cause, remedy=message.get("remedy", f"see the log {log}"))
     _tell(context, message["forwards"])

@@ -43,7 +43,8 @@ _BAD = "bold red"
 )
 @reporting
 def status(context: DeployContext, canary: float) -> None:
-    """Show the state of all nodes and, by a completion of one token, of the service. /health does not detect a dead engine.
+    """Show the state of all nodes and of the service. A completion of one token tests the service, since /health does not
+    detect a dead engine.
 
     \b
     deploy status
@@ -211,7 +212,14 @@ async def _live(moments: AsyncIterator[Moment]) -> None:
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NODE]…")
-@click.option("-k", "words", multiple=True, metavar="WORDS", help="Nodes, separated by commas: k1, 2-5, head, rest.")
+@click.option(
+    "-k",
+    "words",
+    multiple=True,
+    metavar="WORDS",
+    help="Nodes, separated by commas: a name (k1), numbers (2-5), an address, a group, head (the first node), rest (the"
+    " others).",
+)
 @click.option("-f", "--follow", is_flag=True, help="Follow the log until Ctrl-C or the end of the engine.")
 @click.option("--ray", "only_ray", is_flag=True, help="Show Ray's logs, of all nodes unless some are named.")
 @click.option("-n", "--lines", default=50, show_default=True, type=click.IntRange(0), help="Number of last lines of each log.")
@@ -226,7 +234,7 @@ def logs(
     deploy logs --ray
     deploy logs k3
 
-    After a lost connection, following continues. Keys and tokens are redacted.
+    After a lost connection, -f continues. Keys and tokens are redacted.
     """
     deployment = context.deployment
     chosen = [name for word in (*names, *words) for name in word.split(",") if name]
@@ -323,7 +331,8 @@ async def _all(tasks: Sequence[asyncio.Task[None]]) -> None:
 )
 @reporting
 def collect(context: DeployContext, into: Path) -> None:
-    """Collect logs of all nodes, plan, state and facts in one redacted archive. summary.md starts with the first cause.
+    """Collect logs of all nodes, plan, state and facts in one redacted archive. Its summary.md starts with the first cause of
+    a failure.
 
     \b
     deploy collect --into /tmp

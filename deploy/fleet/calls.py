@@ -143,7 +143,8 @@ async def call(
     if ended.code == 127 or "not found" in last:
         raise HostError(f"{node.name}: {last}", remedy=f"install {python} on this node")
     raise HostError(
-        f"{node.name}: {function} ended without an answer: {last}", remedy="repeat the command; it continues where it stopped"
+        f"{node.name}: the program for {function} ended without an answer: {last}",
+        remedy="repeat the command; it continues where it stopped",
     )
 
 

@@ -148,7 +148,9 @@ def parse_jump(text: str) -> tuple[str | None, str, int]:
     try:
         return split_jump(text)
     except ValueError as error:
-        raise UsageError(str(error), remedy="correct jump in deploy.toml, or --jump") from error
+        raise UsageError(
+            str(error), remedy="correct the key jump in deploy.toml, or the option --jump of `deploy init`"
+        ) from error
 
 
 def explain(node: Node, error: BaseException) -> GracefarmError:
@@ -164,7 +166,7 @@ def explain(node: Node, error: BaseException) -> GracefarmError:
     if isinstance(error, asyncssh.PermissionDenied):
         return SshError(
             f"{where} refuses the key: {error.reason}",
-            remedy="set user and key in deploy.toml ([nodes]), or load the key: ssh-add",
+            remedy="set user and key in [nodes] of deploy.toml, or load the key: `ssh-add KEY`",
         )
     if isinstance(error, (asyncssh.KeyImportError, asyncssh.KeyEncryptionError)):
         key = node.key or f"{where}: a key in the configuration of ssh"
@@ -176,7 +178,9 @@ def explain(node: Node, error: BaseException) -> GracefarmError:
             f"the configuration of ssh cannot be read: {error}", remedy="fix that line, then check it with `ssh -G HOST`"
         )
     if isinstance(error, FileNotFoundError):
-        return SshError(f"{where}: no such file: {error.filename}", remedy="set key in deploy.toml")
+        return SshError(
+            f"{where}: no such file: {error.filename}", remedy="set key in [nodes] of deploy.toml to the path of a private key"
+        )
     text = (
         "no answer"
         if isinstance(error, TimeoutError)

@@ -75,7 +75,8 @@ async def forward_local(fleet: Fleet, node: Node, local_port: int, remote_port: 
         server = await asyncio.start_server(serve, "127.0.0.1", local_port)
     except OSError as error:
         raise SshError(
-            f"port {local_port} of this machine: {error.strerror}", remedy="set another --port; 0 selects a free port"
+            f"port {local_port} of this machine: {error.strerror}",
+            remedy="give another port with --port or --dashboard-port; 0 selects a free port",
         ) from error
     try:
         yield int(server.sockets[0].getsockname()[1])

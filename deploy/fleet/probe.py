@@ -73,8 +73,8 @@ def private_address(node: Node, answer: Mapping[str, object]) -> tuple[str, str,
             if node.private in (None, address) and node.nic in (None, name):
                 return address, name, _network(address, prefix)
         raise NodeError(
-            f"{node}: there is no {' on '.join(word for word in (node.private, node.nic) if word)} on this node",
-            remedy=f"correct private or nic in deploy.toml; the node has {known}",
+            f"{node}: this node has no {' on '.join(word for word in (node.private, node.nic) if word)}",
+            remedy=f"correct `private` or `nic` of this node in deploy.toml; its interfaces and addresses are: {known}",
         )
     if _loopback(node.address):  # a node on this machine
         return node.address, "lo", _network(node.address, 8)

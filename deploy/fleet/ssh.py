@@ -102,7 +102,7 @@ class Fleet(Connections):
         except TimeoutError:
             error = NodeError(
                 f"{node}: timed out after {seconds:g} s and was terminated",
-                remedy=f"increase --timeout, or check the node: `deploy ssh {node.name}`",
+                remedy=f"check the node: `deploy ssh {node.name}`; with `deploy run`, increase --timeout",
             )
         except (OSError, asyncssh.Error) as lost:
             error = NodeError(

@@ -122,7 +122,7 @@ def end_all(folder: Folder, *, seconds: float = 10) -> int:
                     if time.monotonic() > deadline:
                         raise HostError(
                             f"the tunnel (process {path.name}) did not stop within {seconds:g} s",
-                            remedy=f"run `kill -9 {path.name}`",
+                            remedy=f"kill it with `kill -9 {path.name}`",
                         )
                     time.sleep(0.05)
         path.unlink(missing_ok=True)

@@ -206,7 +206,8 @@ def load_deployment(path: Path | None = None) -> Deployment:
         data.local.format(user="u", node="k0")
     except (KeyError, IndexError, ValueError) as error:
         raise ConfigError(
-            f"{place}: key 'local': unknown placeholder; only {{user}} and {{node}} are replaced", remedy=f"see {DOCS}"
+            f"{place}: key 'local': unknown placeholder; only {{user}} and {{node}} are replaced",
+            remedy=f"remove the other placeholders; {DOCS} describes `local`",
         ) from error
     return Deployment(path=place, data=data, nodes=_nodes(place, data))
 

@@ -148,7 +148,7 @@ def load_facts(deployment: Deployment) -> Facts:
         ) from error
     except ValidationError as error:
         raise ConfigError(
-            f"{deployment.folder.facts} is damaged or from another version",
+            f"{deployment.folder.facts} is damaged or was written by another version of gracefarm",
             remedy="collect the facts again with `deploy facts`",
         ) from error
 

@@ -20,7 +20,7 @@ def share(deployment: Deployment) -> str:
     if deployment.data.share is None:
         raise ConfigError(
             f"{deployment.path}: the key share is missing",
-            remedy='set share = "/path" to the shared folder, which has the same path on all nodes',
+            remedy='add share = "/path" to it: a folder that all nodes share at the same path',
         )
     return deployment.data.share
 

@@ -24,11 +24,14 @@ def choose(question: Question) -> LayoutChoice:
         forced = forced.model_copy(update={"pipeline_parallel": len(forced.partition)})
     if not question.machines or not question.machines[0].gpus:
         raise LayoutError(
-            "the head has no usable GPU, but the engine's driver requires one", remedy="list a node with a GPU first"
+            "the head (the first node) has no usable GPU, but the engine's driver process requires one",
+            remedy="list a node with a GPU first in [nodes] of deploy.toml or in its file of addresses",
         )
     reason = engines.gpu_refusal(question.engine, question.model, min(_capabilities(question)))
     if reason:
-        raise LayoutError(reason, remedy="use a repository with 16-bit weights, or other GPUs")
+        raise LayoutError(
+            reason, remedy="set repo in [model] of deploy.toml to a repository with 16-bit weights, or use other GPUs"
+        )
     if forced.tensor_parallel and forced.pipeline_parallel:
         dp = forced.data_parallel or 1
         only = evaluate(question, forced.tensor_parallel, forced.pipeline_parallel, forced.partition, dp)

@@ -49,13 +49,13 @@ def node_env(deployment: Deployment, engine: Engine, layout: Layout, facts: Node
         if name in (engine.host_variable, engine.partition_variable):
             raise ConfigError(
                 f"[env] {name} is set by the plan",
-                remedy="remove it; set private of the node or partition of [layout] instead",
+                remedy="remove it from [env]; to change its value, set `private` of a [[node]], or `partition` in [layout]",
             )
         if layout.offload_gib and engine.offload_env.get(name, value) != value:
             raise ConfigError(
                 f"[env] {name} = {value}: with it, {engine.name} {engine.version} ignores the {layout.offload_gib:g} GiB of "
                 "weights in host memory that this layout needs",
-                remedy="remove it, or use more nodes",
+                remedy="remove it from [env], or use so many nodes that no weights are in host memory",
             )
         env[name] = value
     return env

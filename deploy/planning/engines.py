@@ -190,7 +190,10 @@ def require(engine_: Engine, model: Model, tp: int, *, expert_parallel: bool = F
     reason = refusal(engine_, model, tp, expert_parallel=expert_parallel)
     if reason:
         others = ", ".join(map(str, legal(engine_, model)))
-        raise LayoutError(reason, remedy=f"set tensor_parallel to {others}" if others else 'set engine = "vllm"')
+        raise LayoutError(
+            reason,
+            remedy=f"set tensor_parallel in [layout] to one of: {others}" if others else 'set engine = "vllm" in deploy.toml',
+        )
 
 
 def legal(engine_: Engine, model: Model, most: int = 64) -> tuple[int, ...]:
@@ -251,12 +254,12 @@ def _check_cache(engine_: Engine, given: Mapping[str, GivenValue], arch: str) ->
     if str(options_.get("kv-cache-dtype", "auto")).startswith("fp8"):
         raise ConfigError(
             "[engine_options] kv-cache-dtype: fp8 requires xformers in this version, but there is no xformers for aarch64",
-            remedy="remove it; the default is auto",
+            remedy="remove kv-cache-dtype from [engine_options]; the default is auto",
         )
     if int(str(options_.get("block-size", 16))) % 16:
         raise ConfigError(
             "[engine_options] block-size: a value not divisible by 16 requires xformers, but there is no xformers for aarch64",
-            remedy="remove it; the default is 16",
+            remedy="remove block-size from [engine_options]; the default is 16",
         )
 
 

@@ -242,7 +242,7 @@ def evaluate(question: Question, tp: int, pp: int, partition: Sequence[int] | No
         times = f" dp{dp}" if dp > 1 else ""
         raise LayoutError(
             f"tp{tp} pp{pp}{times} requires {tp * pp * dp} GPUs, but there are {question.gpus}",
-            remedy="use fewer stages or ranks, or more nodes",
+            remedy="set a smaller tensor_parallel, pipeline_parallel or data_parallel in [layout], or use more nodes",
         )
     stages = _partition(question, split, pp, partition)
     slots = place(question.machines, tp * pp * dp)
@@ -300,11 +300,14 @@ def _replicas(question: Question, world: int, dp: int, slots: Sequence[Slot]) ->
     if dp == 1:
         return
     if not question.engine.replicas:
-        raise LayoutError(f"dp {dp}: {question.engine.name} does not support replicas", remedy='set engine = "vllm"')
+        raise LayoutError(
+            f"dp {dp}: {question.engine.name} does not support replicas",
+            remedy='set engine = "vllm", or remove data_parallel from [layout]',
+        )
     if question.model.experts:
         raise LayoutError(
             f"dp {dp}: the planner does not know how {question.engine.name} distributes experts among replicas",
-            remedy="remove data_parallel, or set trust = true in [layout]",
+            remedy="in [layout], remove data_parallel, or set trust = true with tensor_parallel and pipeline_parallel",
         )
     counts = {len(slot.machine.gpus) for slot in slots}
     if len(counts) > 1 or (min(counts) % world and world % min(counts)):
@@ -320,16 +323,20 @@ def _partition(question: Question, split: Split, pp: int, given: Sequence[int] |
     engine, model = question.engine, question.model
     if given is None:
         if pp > model.layers:
-            raise LayoutError(f"pp {pp}: the model has only {model.layers} layers", remedy="use fewer stages")
+            raise LayoutError(
+                f"pp {pp}: the model has only {model.layers} layers",
+                remedy=f"set pipeline_parallel in [layout] to at most {model.layers}",
+            )
         return balance(engine, model, split, pp)
     if len(given) != pp:
         raise LayoutError(
-            f"partition has {len(given)} stages, but pp is {pp}", remedy="list the number of layers of each stage in partition"
+            f"partition has {len(given)} stages, but pp is {pp}",
+            remedy="give the number of layers of each stage in partition of [layout]",
         )
     if sum(given) != model.layers:
         raise LayoutError(
             f"partition has {sum(given)} layers, but the model has {model.layers}",
-            remedy="correct partition: the sum must be the number of layers",
+            remedy="correct partition in [layout]: the sum must be the number of layers",
         )
     return tuple(given)
 
@@ -352,7 +359,7 @@ def _offload(question: Question, name: str, held: Sequence[RankShare], budgets: 
             f"{name}: a GPU has {held[least].weights / GIB:.1f} GiB of weights"
             + (f" ({chosen:g} GiB of them offloaded)" if chosen else "")
             + f" and requires {RESERVE / GIB:.0f} GiB in addition, but the engine may use {budgets[least] / GIB:.1f} GiB",
-            remedy="use more nodes, weights in host memory (cpu_offload_gib), or a higher gpu_memory_utilization",
+            remedy="use more nodes, or set cpu_offload_gib (weights in host memory) or gpu_memory_utilization in [layout]",
         )
     return chosen
 
@@ -362,7 +369,7 @@ def _unified(name: str, chosen: float, forced: float | None) -> float:
     if forced:
         raise LayoutError(
             f"{name}: GPU and host share one memory, so {chosen:g} GiB of weights in host memory save nothing",
-            remedy="remove cpu_offload_gib",
+            remedy="remove cpu_offload_gib from [layout]",
         )
     return 0.0
 
@@ -388,7 +395,7 @@ def _swap(engine: Engine, tp: int, head: Machine) -> None:
         raise LayoutError(
             f"tp {tp}: {engine.name} requires {tp * SWAP / GIB:.0f} GiB of swap space on {head.name}, but allows at most "
             f"{engine.swap_share:.0%} of its {head.host / GIB:.0f} GiB of host memory",
-            remedy="use a smaller tp, or a head with more host memory",
+            remedy="set a smaller tensor_parallel in [layout], or use a first node (the head) with more host memory",
         )
 
 
@@ -398,20 +405,20 @@ def _sized(question: Question, split: Split, pp: int, stages: tuple[int, ...], o
     if forced.max_model_len and forced.max_model_len > model.max_len:
         raise LayoutError(
             f"max_model_len {forced.max_model_len}: the model was trained for {model.max_len} tokens",
-            remedy=f"set max_model_len to at most {model.max_len}",
+            remedy=f"set max_model_len in [layout] to at most {model.max_len}",
         )
     length = forced.max_model_len or max(BLOCK, min(model.max_len, int(request * SAFE) // 256 * 256 or request))
     if length > request:
         raise LayoutError(
             f"tp{tp} pp{pp}: max_model_len is {length}, but the KV cache has room for a request of {request} tokens"
             + ("" if question.engine.shared_cache or pp == 1 else f" (it has {pp} parts, one for each stage)"),
-            remedy=f"set max_model_len to at most {request}, or use a layout with more cache; `deploy plan` lists them",
+            remedy=f"set max_model_len in [layout] to at most {request}, or use a layout with more cache (`deploy plan`)",
         )
     seqs = forced.max_num_seqs or max(1, min(MOST_SEQS, int(request * SAFE) // USUAL_TOKENS))
     if seqs > BATCHED:
         raise LayoutError(
             f"max_num_seqs {seqs}: a step has {BATCHED} tokens, and each request needs at least one",
-            remedy=f"set max_num_seqs to at most {BATCHED}",
+            remedy=f"set max_num_seqs in [layout] to at most {BATCHED}",
         )
     return Layout(
         tp=tp,

@@ -30,6 +30,7 @@ ENDPOINT = "https://huggingface.co"
 TIMEOUT = 10.0
 WHOLE = "check that the file is the complete config.json of this model"
 SAME = "check that config.json and the weights are of the same model"
+_HUB = "correct the environment variable HF_ENDPOINT"
 TRUST = "to serve it without a prediction, set trust = true, tensor_parallel and pipeline_parallel in [layout]"
 
 
@@ -49,13 +50,12 @@ def from_config(config: object, *, repo: str, revision: str, source: str) -> Mod
         ConfigError: a number is missing or wrong.
     """
     if not isinstance(config, Mapping):
-        raise ConfigError(f"{source}: config.json is a {type(config).__name__}, not a table", remedy=WHOLE)
+        raise ConfigError(f"{source}: config.json contains a {type(config).__name__} instead of a JSON object", remedy=WHOLE)
     named = config.get("architectures")
-    name = str(named[0]) if isinstance(named, list) and named else "none named"
+    name = str(named[0]) if isinstance(named, list) and named else ""
     if name not in ARCHITECTURES:
-        raise UnknownModelError(
-            f"{repo}: the planner does not know the architecture {name} and cannot compute its memory", remedy=TRUST
-        )
+        why = f"the planner does not know the architecture {name}" if name else "config.json names no architecture"
+        raise UnknownModelError(f"{repo}: {why}, so the memory cannot be computed", remedy=TRUST)
     try:
         return architectures.model_of(name, config, repo=repo, revision=revision, source=source)
     except KeyError as error:
@@ -83,7 +83,9 @@ def from_file(path: Path, *, repo: str, revision: str) -> Model:
     try:
         config = json.loads(place.read_text())
     except FileNotFoundError as error:
-        raise ConfigError(f"{place}: no such file", remedy="set config of [model] to the path of a config.json") from error
+        raise ConfigError(
+            f"{place}: no such file", remedy="set config in [model] of deploy.toml to the path of a config.json"
+        ) from error
     except ValueError as error:
         raise ConfigError(f"{place}: not JSON: {error}", remedy=WHOLE) from error
     model = from_config(config, repo=repo, revision=revision, source=str(path))
@@ -188,7 +190,7 @@ def resolve(repo: str, revision: str, *, token: str | None = None) -> str:
     """The commit of a branch, tag or commit. This works for gated repositories too. Raises FetchError."""
     commit = str(_ask(f"api/models/{repo}/revision/{revision}", repo, revision, token).get("sha", ""))
     if not COMMIT.fullmatch(commit):
-        raise FetchError(f"{endpoint()} is not a Hub: unexpected response", remedy="check HF_ENDPOINT")
+        raise FetchError(f"{endpoint()} does not answer as the Hugging Face Hub does", remedy=_HUB)
     return commit
 
 
@@ -203,10 +205,11 @@ def _ask(path: str, repo: str, revision: str, token: str | None) -> dict[str, An
     except httpx.HTTPError as error:
         raise FetchError(
             f"{base} cannot be reached: {error or type(error).__name__}",
-            remedy="set HF_ENDPOINT to a mirror, or config of [model] to a local config.json",
+            remedy="set the environment variable HF_ENDPOINT to a mirror, or config in [model] of deploy.toml to a local"
+            " config.json",
         ) from error
     except ValueError as error:
-        raise FetchError(f"{base} is not a Hub: unexpected response", remedy="check HF_ENDPOINT") from error
+        raise FetchError(f"{base} does not answer as the Hugging Face Hub does", remedy=_HUB) from error
     return answer if isinstance(answer, dict) else {}
 
 
@@ -215,12 +218,18 @@ def _get(client: httpx.Client, url: str, repo: str, revision: str) -> httpx.Resp
     if answer.status_code in (401, 403):
         raise GatedError(
             f"{repo} is gated or private (HTTP {answer.status_code} from the Hub)",
-            remedy=f"accept its licence at {endpoint()}/{repo} and set HF_TOKEN, or set config of [model] to a local file",
+            remedy=f"accept its licence at {endpoint()}/{repo} and set HF_TOKEN in your shell; or set config in [model] of"
+            " deploy.toml to a local config.json",
         )
     if answer.status_code == 404:
-        raise FetchError(f"the Hub has no {repo} at revision {revision}", remedy="check repo and revision of [model]")
+        raise FetchError(
+            f"the Hub has no {repo} at revision {revision}", remedy="correct repo and revision in [model] of deploy.toml"
+        )
     if answer.status_code != 200:
-        raise FetchError(f"{url}: HTTP {answer.status_code}", remedy="try again later, or set another HF_ENDPOINT")
+        raise FetchError(
+            f"{url}: HTTP {answer.status_code}",
+            remedy="try again later, or set the environment variable HF_ENDPOINT to a mirror",
+        )
     return answer
 
 

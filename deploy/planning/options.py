@@ -110,7 +110,9 @@ def _number(text: str) -> bool:
 def _check_count(option: Option, values: Sequence[str]) -> None:
     bare = option.action in ("store_true", "switch")
     if bare and values:
-        raise ConfigError(f"--{option.name} does not accept a value", remedy="set it to true, or remove it")
+        raise ConfigError(
+            f"--{option.name} does not accept a value", remedy=f"set {option.name} = true in [engine_options], or remove it"
+        )
     if not bare and not values and option.nargs not in ("?", "*"):
         raise ConfigError(f"--{option.name} requires a value", remedy="set a value in [engine_options]")
 
@@ -121,7 +123,9 @@ def _check_value(option: Option, text: str) -> None:
     try:
         value = _parse(option, text)
     except ValueError as error:
-        raise ConfigError(f"--{option.name} {text}: not {_article(option.kind)}", remedy="correct the value") from error
+        raise ConfigError(
+            f"--{option.name} {text}: not {_article(option.kind)}", remedy="correct the value in [engine_options]"
+        ) from error
     if option.choices is not None and value not in option.choices:
         known = ", ".join(str(choice) for choice in option.choices if choice is not None)
         raise ConfigError(f"--{option.name} {text}: the value is not allowed", remedy=f"use one of {known}")

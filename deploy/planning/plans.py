@@ -205,14 +205,14 @@ def _machines(deployment: Deployment, known: Mapping[str, NodeFacts]) -> tuple[t
         if node.gpus is not None and node.gpus > len(gpus):
             raise LayoutError(
                 f"{node}: gpus is {node.gpus} in deploy.toml, but the node has {len(gpus)} GPUs",
-                remedy="correct gpus, or replace the node",
+                remedy="correct gpus in deploy.toml, or replace the node",
             )
         if gpus:
             machines.append(Machine(name=node.name, private=facts.private, gpus=gpus[: node.gpus], host=facts.memory.total))
         elif node.head:
             raise LayoutError(
                 f"{node}: the head has no usable GPU ({facts.cuda.text}), but the engine's driver requires one",
-                remedy="list a node with a GPU first; or fix the driver of this node, then run `deploy facts`",
+                remedy="list a node with a GPU first in deploy.toml; or fix the driver of this node, then run `deploy facts`",
             )
         else:
             notes.append(f"{node} cannot serve: {facts.cuda.text}")
@@ -251,7 +251,7 @@ def trusted(deployment: Deployment, facts: Facts, repo: str, revision: str) -> S
     if not (forced.tensor_parallel and forced.pipeline_parallel):
         raise ConfigError(
             "[layout] trust requires tensor_parallel and pipeline_parallel, since the planner does not know the model",
-            remedy="set both; their product is the number of GPUs",
+            remedy="set both in [layout]; their product is the number of GPUs",
         )
     engine = engines.engine(data.engine)
     known = {node.name: facts.node(node.name) for node in deployment.nodes}
@@ -273,7 +273,7 @@ def trusted(deployment: Deployment, facts: Facts, repo: str, revision: str) -> S
     if layout.world > there:
         raise LayoutError(
             f"{layout.name} requires {layout.world} GPUs, but there are {there}",
-            remedy="use fewer stages or ranks, or more nodes",
+            remedy="set a smaller tensor_parallel, pipeline_parallel or data_parallel in [layout], or use more nodes",
         )
     each = len(machines[0].gpus) // (layout.tp * layout.pp)
     layout = layout.model_copy(update={"local_replicas": max(1, min(layout.dp, each)), "spans": layout.dp > 1 and each == 0})

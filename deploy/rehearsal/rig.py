@@ -142,10 +142,10 @@ class Rig:
             if not line:
                 assert self._process.stderr
                 reason = last_line(self._process.stderr.read(), "it ended")
-                raise HostError(f"the rehearsal's namespaces: {reason}", remedy=_REMEDY)
+                raise HostError(f"cannot create the rehearsal's namespaces: {reason}", remedy=_REMEDY)
         answer: Json = json.loads(line)
         if "error" in answer:
-            raise HostError(f"the rehearsal's namespaces: {answer['error']}", remedy=_REMEDY)
+            raise HostError(f"cannot create the rehearsal's namespaces: {answer['error']}", remedy=_REMEDY)
         result: Json = answer["ok"]
         return result
 
@@ -165,7 +165,7 @@ class Rig:
         there = os.open(f"/proc/{self._process.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
             if libc.setns(there, CLONE_NEWNET):
-                raise HostError(f"entering the rehearsal's network: {os.strerror(ctypes.get_errno())}", remedy=_REMEDY)
+                raise HostError(f"cannot enter the rehearsal's network: {os.strerror(ctypes.get_errno())}", remedy=_REMEDY)
             try:
                 yield
             finally:

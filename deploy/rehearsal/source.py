@@ -120,7 +120,8 @@ def _upload(root: Path, wheel: standin.StandinWheel) -> None:
         process = subprocess.run([*publish, str(wheel.path)], env=env, capture_output=True, text=True, check=False)
         if process.returncode:
             raise HostError(
-                f"uploading the simulated engine: {process.stderr.strip()}", remedy=f"remove {root}, then repeat the command"
+                f"cannot upload the simulated engine: {process.stderr.strip()}",
+                remedy=f"remove {root}, then repeat the command",
             )
 
 

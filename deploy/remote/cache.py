@@ -173,12 +173,18 @@ def sudo(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     prefix = root()
     if prefix is None:
         raise WorkerError(
-            "node", "this requires root, but sudo asks for a password", "allow sudo without a password, or skip this step"
+            "node",
+            "this requires root, but sudo asks for a password",
+            "allow sudo without a password, or skip this step: `deploy up --skip cache`",
         )
     process = subprocess.run([*prefix, *command], capture_output=True, text=True, check=False)
     if check and process.returncode:
         last = last_line(process.stderr)
-        raise WorkerError("node", f"{' '.join(command)}: {last}", "run the command on this node yourself, or skip this step")
+        raise WorkerError(
+            "node",
+            f"{' '.join(command)}: {last}",
+            "run the command on this node yourself, or skip this step: `deploy up --skip cache`",
+        )
     return process
 
 

@@ -73,7 +73,7 @@ def _told_once(layers: dict[int, Counter[Entry]]) -> Json:
     for number in range(len(layers)):
         if number not in layers:
             raise WorkerError(
-                "fetch", f"the files have {len(layers)} layers, but layer {number} is missing", "fetch the files again"
+                "fetch", f"the files have {len(layers)} layers, but layer {number} is missing", "download the files again"
             )
         kind = sorted((*entry, count) for entry, count in layers[number].items())
         if kind not in kinds:
@@ -113,7 +113,9 @@ def shards(folder: Path, index: dict[str, str] | None) -> tuple[str, ...]:
     missing = [shard for shard in wanted if not (folder / shard).is_file()]
     if missing:
         raise WorkerError(
-            "fetch", f"{folder}: {len(missing)} of {len(wanted)} files are missing, such as {missing[0]}", "fetch the files"
+            "fetch",
+            f"{folder}: {len(missing)} of {len(wanted)} files are missing, such as {missing[0]}",
+            "download the missing files",
         )
     return wanted
 
@@ -152,4 +154,4 @@ def header(path: Path) -> Iterator[Entry]:
 
 
 def _wrong(path: Path, cause: str) -> WorkerError:
-    return WorkerError("fetch", f"{path}: {cause}", "fetch the file again")
+    return WorkerError("fetch", f"{path}: {cause}", "download the file again")

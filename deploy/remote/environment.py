@@ -31,7 +31,7 @@ from deploy.remote.wire import Json, WorkerError, event
 from gracefarm.process import last_line
 from gracefarm.uv import explain
 
-_MANAGED = 'set `python = "managed"` in deploy.toml to have one on the shared folder'
+_MANAGED = 'set `python = "managed"` in deploy.toml, so that uv installs Python in the shared folder'
 _BRING = (
     "check that the head reaches the releases of python-build-standalone; or set `python_mirror` in deploy.toml to a mirror "
     'of them; or install Python 3.11 on every node and set `python = "system"`'
@@ -206,10 +206,18 @@ def _failure(command: str, root: str, text: str) -> WorkerError:
         return WorkerError("disk", f"no space left while installing to {root}", "free space on it: `deploy env gc`")
     if command == "python":
         if kind == "digest":
-            return WorkerError("digest", f"the mirror has another file than uv pins: {words}", "use another python_mirror")
+            return WorkerError(
+                "digest",
+                f"the mirror has another file than uv pins: {words}",
+                "set python_mirror in deploy.toml to another mirror",
+            )
         return WorkerError("python", f"uv could not install Python: {words}", _BRING)
     if kind == "digest":
-        return WorkerError("digest", f"the index has another file than the lock pins: {words}", "use another index")
+        return WorkerError(
+            "digest",
+            f"the index has another file than the lock pins: {words}",
+            "set index in deploy.toml to the index of this lock",
+        )
     if kind in ("absent", "unsolved"):
         return WorkerError("install", f"the index lacks a package of the lock: {words}", "add the lock's wheels to the index")
     return WorkerError("install", f"uv {command}: {words}", "check that the index serves every file of the lock")
@@ -258,7 +266,9 @@ def switch(request: Json) -> Json:
     """Activate ROOT/envs/ID atomically, as a new generation of `link` (env or download), unless it is active already."""
     root, link = Path(request["root"]), request["link"]
     if not (root / "envs" / request["id"] / DESCRIPTION).is_file():
-        raise WorkerError("node", f"there is no complete environment {request['id']}", "see `deploy env list`")
+        raise WorkerError(
+            "node", f"there is no complete environment {request['id']}", "`deploy env list` shows the environments"
+        )
     with SharedLock(root / "locks" / f"switch-{link}"):
         if active(root, link) == request["id"]:
             return {"switched": False, "active": request["id"]}
@@ -317,7 +327,7 @@ def roll_back(request: Json) -> Json:
             if generation.name < current and target.name != now and (target / DESCRIPTION).is_file():
                 _point(root / link, Path(f"generations-{link}") / generation.name)
                 return {"from": now, "active": target.name, "generation": int(generation.name)}
-    raise WorkerError("nothing", "there is no earlier environment", "see `deploy env list`")
+    raise WorkerError("nothing", "there is no earlier environment", "`deploy env list` shows the environments")
 
 
 def listing(request: Json) -> Json:

@@ -29,6 +29,7 @@ ROOM = 1 << 20
 "Bytes that are written to the node's local disk as a test. Logs, secrets and Ray's sockets need it."
 STALE = 86400.0
 "Age in seconds after which a preflight's nonces are removed by another run."
+_PRIVATE = "correct `private` of this node in deploy.toml"
 
 
 def survey(request: Json) -> Json:
@@ -219,9 +220,7 @@ def _listen(address: str, ports: list[int]) -> tuple[list[socket.socket], dict[s
         except OSError as error:
             listener.close()
             if error.errno == 99:  # EADDRNOTAVAIL
-                raise WorkerError(
-                    "node", f"{address} is not an address of this node", "correct `private` in deploy.toml"
-                ) from error
+                raise WorkerError("node", f"{address} is not an address of this node", _PRIVATE) from error
             taken[str(port)] = holder(port)
         else:
             listener.listen(64)
@@ -300,7 +299,7 @@ def collective(request: Json) -> Json:
     """
     interface = interface_of(request["address"])
     if interface is None:
-        raise WorkerError("node", f"{request['address']} is not an address of this node", "correct `private` in deploy.toml")
+        raise WorkerError("node", f"{request['address']} is not an address of this node", _PRIVATE)
     os.environ.update({"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface})
     import datetime
 

@@ -52,7 +52,8 @@ def manifest(repo: str, commit: str, files: Iterable[Mapping[str, object]], *, s
     for file in kept:
         if not (file.sha256 or file.git):
             raise DigestError(
-                f"{repo}: the Hub has no digest for {file.path}", remedy="use a Hub that supports files_metadata"
+                f"{repo}: the Hub has no digest for {file.path}",
+                remedy="set the environment variable HF_ENDPOINT to a server that sends the digests of files (files_metadata)",
             )
         if file.path.startswith("/") or ".." in file.path.split("/"):
             raise DigestError(f"{repo}: the path {file.path!r} leaves its folder", remedy="do not use this repository")

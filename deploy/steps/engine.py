@@ -181,7 +181,7 @@ async def start_or_attach(fleet: Fleet, head: RemoteNode, spec: EngineSpec, cons
         who = next(iter(seen["holders"].values()))
         raise EngineError(
             f"{head.name}: port {port(spec.plan)} is used by {who}, which does not belong to this deployment",
-            remedy="stop that process, or set another port for engine in [ports] of deploy.toml",
+            remedy="stop that process, or set `engine` in [ports] of deploy.toml to another port",
         )
     elif left:
         console.step("engine", "stopping the engine of another plan or environment")
@@ -300,7 +300,8 @@ async def _give_up(fleet: Fleet, place: Node, spec: EngineSpec, progress: Progre
     await stop_job(fleet, place, paths.ENGINE_JOB)
     raise EngineError(
         f"no completion after {spec.load:g} s; the engine was {progress.phase} for {progress.elapsed():.0f} s and was stopped",
-        remedy="read its log with `deploy logs`; if it only needs more time, increase load_timeout in [options]",
+        remedy="read its log with `deploy logs`; if it only needs more time, increase load_timeout in [options] of"
+        " deploy.toml",
     )
 
 
@@ -334,7 +335,9 @@ async def _ended(spec: EngineSpec, status: JobStatus, progress: Progress) -> Eng
         status.state, "was killed"
     )
     if status.state != "exited" and cause.kind in ("unknown", "none"):
-        return EngineError(f"the engine {how} while {progress.phase}", remedy="repeat the command, or see `deploy logs`")
+        return EngineError(
+            f"the engine {how} while {progress.phase}", remedy="read its log with `deploy logs`, then repeat the command"
+        )
     if cause.kind == "none":
         return EngineError(f"the engine {how}: {cause.text}", remedy=cause.remedy)
     dead = await _dead(spec) if cause.consequence else []

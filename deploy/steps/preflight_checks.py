@@ -243,8 +243,8 @@ def _ports(seen: Pairs, expected: Expected) -> Judgement:
         port, who = next(iter(foreign.items()))
         return _bad(
             f"port {port} is used by {who}" + (f", and {len(foreign) - 1} more are in use" if len(foreign) > 1 else ""),
-            f"stop the process (`deploy down` stops our cluster; `ss -ltnp 'sport = :{port}'` shows others), or set other "
-            "ports in [ports]",
+            f"stop the process (`deploy down` stops those of this deployment; `ss -ltnp 'sport = :{port}'` shows others), or"
+            " set other ports in [ports]",
         )
     shut = [
         f"{peer}:{number}"
@@ -257,7 +257,7 @@ def _ports(seen: Pairs, expected: Expected) -> Judgement:
         text = ", ".join(shut[:3]) + (f" and {len(shut) - 3} more" if len(shut) > 3 else "")
         return _bad(f"cannot connect to {text}", "open these ports within the private network")
     if seen.taken:
-        return _ok(f"{', '.join(seen.taken)} used by our processes")
+        return _ok(f"{', '.join(seen.taken)} used by this deployment")
     return _ok("free and reachable" if seen.reached else "free")
 
 
@@ -268,7 +268,10 @@ def _clock(seen: Pairs) -> Judgement:
     peer, worst = max(offsets.items(), key=lambda item: abs(item[1]))
     apart = sum(abs(offset) > CLOCK_S for offset in offsets.values())
     if apart > len(offsets) / 2:  # the majority is right; with two nodes, both get a red cell
-        return _bad(f"{abs(worst):.1f} s from {peer}", "switch on time synchronisation: `timedatectl set-ntp true`")
+        return _bad(
+            f"the clock differs by {abs(worst):.1f} s from that of {peer}",
+            "switch on time synchronisation: `timedatectl set-ntp true`",
+        )
     return _ok(f"within {max(abs(worst) * 1e3, 0.1):.1f} ms" if not apart else f"only {peer} differs")
 
 
@@ -316,8 +319,8 @@ def _python(python: NodePython, environment: ActiveEnvironment | None, source: s
     if python.error and environment and source == "system":
         return _bad(
             python.error,
-            f'install the environment\'s interpreter {environment.interpreter} on this node, or set `python = "managed"` to '
-            "have one on the shared folder",
+            f'install the environment\'s interpreter {environment.interpreter} on this node, or set `python = "managed"` in '
+            "deploy.toml, so that uv installs it in the shared folder",
         )
     if python.error and environment:
         return _bad(
@@ -326,9 +329,7 @@ def _python(python: NodePython, environment: ActiveEnvironment | None, source: s
     if python.version != common:
         remedy = "check that this node has the same shared folder as the others"
         if source == "system":
-            remedy = (
-                'install the same patch release on all nodes, or set `python = "managed"` to have one on the shared folder'
-            )
+            remedy = 'install the same patch release on all nodes, or set `python = "managed"` in deploy.toml'
         return _bad(f"{python.version}, but the others have {common}", remedy)
     of = f"environment {environment.id[:12]}" if environment else "of the system; no environment is active yet"
     return _ok(f"{python.version}, {of}")
@@ -360,7 +361,9 @@ def _memory(cuda: Cuda) -> Judgement:
     worst = min(cuda.gpus, key=lambda gpu: gpu.free / gpu.total)
     text = f"{worst.free / GIB:.1f} of {worst.total / GIB:.1f} GiB free"
     if worst.free < 0.95 * worst.total:
-        return _bad(text, "stop the process that uses this GPU: `nvidia-smi` shows it; `deploy down` stops our processes")
+        return _bad(
+            text, "stop the process that uses this GPU: `nvidia-smi` shows it; `deploy down` stops those of this deployment"
+        )
     return _ok(text)
 
 

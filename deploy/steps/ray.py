@@ -353,5 +353,5 @@ async def verify(by_name: Mapping[str, RemoteNode], spec: ClusterSpec) -> tuple[
         raise EngineError(f"Ray does not see {', '.join(away)}{': ' + why if why else ''}", remedy=_remedy(by_name[node.name]))
     raise EngineError(
         f"Ray has {gpus:g} GPUs, but the plan requires exactly {plan.layout.world}",
-        remedy="compare with the GPUs of each node in `deploy plan`",
+        remedy="check the GPUs of the nodes with `deploy preflight`; `deploy plan` shows how many each node must have",
     )

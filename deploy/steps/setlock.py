@@ -41,8 +41,8 @@ def lock_text(deployment: Deployment, console: Console) -> str:
             return text
         raise ConfigError(
             f"{path}: no lock of the set {data.set}",
-            remedy=f"set index in deploy.toml to the farm's index (http://HOST:8080/{data.set}/simple/), set lock to the path "
-            f"of a lock, or build the set with `builder set build {data.set}`",
+            remedy=f"in deploy.toml, set index to the address of the set (http://HOST:8080/{data.set}/simple/) or lock to the"
+            f" path of a lock; or build the set with `builder set build {data.set}`",
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: the lock cannot be read: {error}", remedy="replace the file") from error

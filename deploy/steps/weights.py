@@ -202,8 +202,9 @@ class _Run:
             self._measure(shares, state)
             nodes = self._without(nodes, await self._round(nodes, shares))
         raise DigestError(
-            f"{', '.join(sorted(set(self.corrupt))[:3]) or 'some files'}: corrupt in {ROUNDS} rounds",
-            remedy="the Hub's files do not match their digests: try another HF_ENDPOINT, or a later commit",
+            f"{', '.join(sorted(set(self.corrupt))[:3]) or 'some files'}: corrupt in {ROUNDS} downloads",
+            remedy="set the environment variable HF_ENDPOINT to another server, or revision in [model] of deploy.toml to a"
+            " later commit",
         )
 
     @property
@@ -235,7 +236,7 @@ class _Run:
         if missing and state["free"] < missing + min(ROOM, missing):
             raise DiskFullError(
                 f"{dealing.told(missing)} are missing, but the shared folder has only {dealing.told(state['free'])} free",
-                remedy="free space on it: `deploy env gc`, or remove other models below weights/",
+                remedy=f"free space on it: `deploy env gc` removes old environments; {self.spec.root}/weights has the models",
             )
 
     async def _round(self, nodes: Sequence[RemoteNode], shares: Mapping[str, Portion]) -> dict[str, GracefarmError]:

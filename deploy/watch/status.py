@@ -136,7 +136,7 @@ def plan_of(folder: Folder) -> ServePlan | None:
         return None
     except ValidationError as error:
         raise ConfigError(
-            f"{path} is damaged or from another version", remedy="run `deploy serve`, which replaces it"
+            f"{path} is damaged or was written by another version of gracefarm", remedy="run `deploy serve`, which replaces it"
         ) from error
 
 
@@ -235,7 +235,7 @@ async def signs_of(watch: Watch, vitals: Mapping[str, Json], canary: float) -> S
 
     async def nodes() -> Nodes:
         if not vitals.get(head.name, {}).get("raylet"):
-            raise EngineError("Ray is not running on the head")
+            raise EngineError("Ray is not running on the head (the first node)")
         return seen_alive(await ask(), vitals)
 
     return await probe(watch.fleet, head, replace(spec, nodes=nodes), seconds=canary)

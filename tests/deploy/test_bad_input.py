@@ -62,15 +62,15 @@ def test_a_jump_host_that_is_none(tmp_path: Path, jump: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[]", "is a list, not a table"),
+        ("[]", "contains a list instead of a JSON object"),
         (json.dumps(SHAPE), "the quantisation awq"),
-        ('{"architectures": 7}', "the architecture none named"),
+        ('{"architectures": 7}', "config.json names no architecture"),
     ],
 )
 def test_a_config_json_of_another_kind(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "config.json").write_text(text)
     prepared(tmp_path, TOML + '[model]\nrepo = "a/b"\nconfig = "config.json"\n')
-    told(tmp_path, 64 if "table" not in words else 3, words, "plan", "--nodes", "10")
+    told(tmp_path, 3 if "JSON object" in words else 64, words, "plan", "--nodes", "10")
 
 
 @pytest.mark.parametrize("background", [(), ("--background",)])
