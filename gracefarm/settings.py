@@ -72,7 +72,7 @@ def read(kind: type[S]) -> S:
         try:
             values = tomllib.loads(tables.read_text(path))
         except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path}: {error}", remedy="fix or remove the file") from error
+            raise ConfigError(f"{path}: {error}", remedy="correct or remove the file") from error
     for key in values:
         if key not in known:
             raise ConfigError(f"{path}: unknown setting {key!r}", remedy=tables.nearest(key, known, "known settings"))

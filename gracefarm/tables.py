@@ -86,7 +86,7 @@ def read_text(path: Path) -> str:
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", remedy="restore the file") from error
+        raise ConfigError(f"cannot read {path}: {error.strerror}", remedy="make it a file that you can read") from error
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path} is not UTF-8: {error.reason} at byte {error.start}", remedy="save it as UTF-8, which TOML and pip require"
