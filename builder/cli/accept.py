@@ -75,4 +75,7 @@ def _ask(missing: Sequence[Gap], settings: Settings, console: Console, *, yes: b
             remedy="add --yes to accept them without confirmation",
         )
     if not click.confirm("Accept these files as they are now, and store their digests?", err=True):
-        raise UsageError("nothing was accepted", remedy="read the digests with `builder lock` and compare them")
+        raise UsageError(
+            "nothing was accepted",
+            remedy="write the digests with `builder lock NAME`, and compare them before you commit them",
+        )

@@ -36,7 +36,9 @@ from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageErr
 @aimed
 @click.option("--changed", is_flag=True, help="Build every recipe whose plan has no successful build yet.")
 @click.option(
-    "--matrix", "selector", help="Build each cell of this selector, or of the selector with this name in matrix.toml."
+    "--matrix",
+    "selector",
+    help="Build each combination of axis values (cell) of this selector, or of the selector with this name in matrix.toml.",
 )
 @parted
 @click.option("--jobs", type=click.IntRange(1), help="Maximum parallel compilations; default: from cores and memory.")
@@ -56,9 +58,11 @@ from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageErr
     type=click.Choice(MODES),
     default="read",
     show_default=True,
-    help="Use of the compiler cache that the setting shared_cache names.",
+    help="How to use the compiler cache of the index in the setting shared_cache. read: only read it; write: also add to it.",
 )
-@click.option("--no-device-store", is_flag=True, help="Compile all device code, also what another cell has compiled.")
+@click.option(
+    "--no-device-store", is_flag=True, help="Compile all device code, even what a build of another cell has already compiled."
+)
 @accept_option
 @yes_option
 @json_option
@@ -98,7 +102,7 @@ def build_command(
     asked = _asked(names, selector, part, aim, settings, changed=changed)
     _refuse_credentials(url)
     if accepts and changed:
-        raise UsageError("--accept-new requires names of recipes", remedy="name the recipes, and omit --changed")
+        raise UsageError("--accept-new requires names of recipes", remedy="give the names of the recipes, and omit --changed")
     if accepts:
         accept_new(_lacking(asked, aim, settings), settings, console, yes=yes)
     caches = Caches(compiler=not no_compiler_cache, device=not no_device_store)
@@ -149,9 +153,9 @@ def _farm(address: str | None, aim: Aim, console: Console) -> Iterator[Cluster |
         yield None
         return
     if aim.on.kind != "sandbox":
-        raise UsageError("--farm needs the sandbox", remedy=f"leave out --toolchain {aim.on.kind} or --farm")
+        raise UsageError("--farm requires the sandbox", remedy=f"omit --toolchain {aim.on.kind} or --farm")
     if aim.on.from_source:
-        raise UsageError("--farm builds no trees for other recipes", remedy="leave out --llvm source or --farm")
+        raise UsageError("--farm and --llvm source exclude each other", remedy="omit --llvm source or --farm")
     console.step("farm", f"connecting to {address}")
     with connected(address) as cluster:
         yield cluster
@@ -241,7 +245,7 @@ def _cells(names: Sequence[str], selector: str | None, part: Part, aim: Aim, set
     """
     if selector is None:
         if part != Part():
-            raise UsageError("--only and --shard take a part of a matrix", remedy="add --matrix, as --matrix default")
+            raise UsageError("--only and --shard require --matrix", remedy="add a selector, such as --matrix default")
         return None
     target = click.get_current_context().get_parameter_source("target") is click.core.ParameterSource.COMMANDLINE
     given = {
@@ -252,7 +256,10 @@ def _cells(names: Sequence[str], selector: str | None, part: Part, aim: Aim, set
     }
     for option, value in given.items():
         if value is not None:
-            raise UsageError(f"{option} and --matrix exclude each other", remedy=f"add the axis {option[2:]} to the selector")
+            raise UsageError(
+                f"{option} and --matrix exclude each other",
+                remedy=f"omit {option}, and give the selector the axis {option[2:]}",
+            )
     return cells_of(matrix.named(selector, settings.project), names, settings, part)
 
 

@@ -10,7 +10,7 @@ import click
 from builder import smoke
 from builder.audit.contents import plainly_named
 from builder.cli.check import trial_of
-from builder.cli.options import FILE, start, toolchained
+from builder.cli.options import FILE, cuda_option, start, tried
 from builder.flow import publishing
 from builder.planning import recipe
 from builder.planning.settings import Settings
@@ -24,12 +24,15 @@ from gracefarm.files import atomic_write, remove_tree
 
 @click.command("certify")
 @click.argument("wheel", type=FILE, required=False)
-@click.option("--recipe", "recipe_name", metavar="NAME", help="Recipe whose smoke_gpu.py tests the wheel.")
-@click.option("--stack", "stack_name", metavar="NAME", help="Stack whose environment to test it in; default: the recipe's.")
+@click.option("--recipe", "recipe_name", metavar="NAME", help="Test the wheel with the smoke_gpu.py of this recipe.")
+@click.option(
+    "--stack", "stack_name", metavar="NAME", help="Test the wheel in the environment of this stack; default: the recipe's."
+)
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="File to write; default: WHEEL.gpu.json.")
 @click.option("--accept", "accepted", type=FILE, metavar="REPORT", help="On the farm: check a report and sign it.")
 @click.option("--publish", "url", metavar="URL", help="With --accept: upload the certificates to this index.")
-@toolchained
+@cuda_option
+@tried
 @json_option
 def certify_command(
     wheel: Path | None,
@@ -64,7 +67,9 @@ def certify_command(
     place = report or Path(f"{wheel.name}.gpu.json")
     loaded = recipe.load(settings.project / "recipes", recipe_name)
     if loaded.smoke_gpu_script is None:
-        raise ConfigError(f"recipe {recipe_name} has no smoke_gpu.py", remedy="write one (docs/howto/gpu.md)")
+        raise ConfigError(
+            f"recipe {recipe_name} has no smoke_gpu.py", remedy="write this script, as docs/howto/gpu.md describes"
+        )
     scratch = settings.home / "smoke" / str(os.getpid())
     scratch.mkdir(parents=True)
     try:

@@ -31,7 +31,9 @@ from gracefarm.tables import parse_size
 @click.option(
     "--stack", "stack_name", required=True, metavar="NAME", help="Check against the torch, CUDA and libc of this stack."
 )
-@click.option("--recipe", "recipe_name", metavar="NAME", help="Also check against this recipe: name, version, files, sm.")
+@click.option(
+    "--recipe", "recipe_name", metavar="NAME", help="Also check name, version, files and architectures against this recipe."
+)
 @device_coded
 @json_option
 def audit_command(

@@ -33,8 +33,13 @@ NAMES: Mapping[str, Callable[[Settings], list[str]]] = {
 @click.argument("name", metavar="RECIPE|STACK|SET")
 @click.option("--python", metavar="NAME", help="With a stack: lock the wheels of this interpreter only.")
 @click.option("--digests", is_flag=True, help="With a stack: fill in its unknown digests instead of resolving it.")
-@click.option("--stack", "stack_name", metavar="NAME", help="With a recipe: the stack to fill in too; default: the recipe's.")
-@toolchain_option(help="Fill in the digests that only this toolchain requires too, such as the container's image.")
+@click.option(
+    "--stack",
+    "stack_name",
+    metavar="NAME",
+    help="With a recipe: also fill in the digests of this stack; default: the recipe's.",
+)
+@toolchain_option(help="Also fill in the digests that only this toolchain requires, such as that of the container's image.")
 @json_option
 def lock_command(name: str, python: str | None, digests: bool, stack_name: str | None, toolchain: ToolchainKind) -> None:
     """Write the locks of a recipe, stack, set or interpreter.

@@ -39,8 +39,8 @@ def parted(function: Callable[..., None]) -> Callable[..., None]:
     def with_part(*arguments: object, only: str | None, shard: str | None, **options: object) -> None:
         function(*arguments, part=Part(only=only, shard=shard), **options)
 
-    with_only = click.option("--only", metavar="AXES", help="Take only the cells with these axes, as stack=cu132.")
-    with_shard = click.option("--shard", metavar="I/N", help="Take only part I of N of the cells.")
+    with_only = click.option("--only", metavar="AXES", help="Only cells with these axis values, such as stack=cu132.")
+    with_shard = click.option("--shard", metavar="I/N", help="Only part I of N parts of the cells, such as 2/3.")
     return with_only(with_shard(with_part))
 
 
@@ -56,7 +56,7 @@ def parted(function: Callable[..., None]) -> Callable[..., None]:
 @parted
 @click.option("--publish", "url", metavar="URL", help="Send the cells to the index with this upload address, for its board.")
 @click.option("--as", "name", metavar="NAME", help="Name of the cells in the index; default: the selector's name.")
-@click.option("--prune", is_flag=True, help="List builds with an older torch than the releases that matrix.toml keeps.")
+@click.option("--prune", is_flag=True, help="List the builds whose torch is older than the releases that matrix.toml keeps.")
 @json_option
 def matrix_command(names: tuple[str, ...], selector: str, part: Part, url: str | None, name: str | None, prune: bool) -> None:
     """List the cells of recipes (built, served, failed, blocked or not tried), with CPU seconds and disk space.

@@ -30,13 +30,14 @@ from gracefarm.files import atomic_directory, lock, remove_tree
 @click.argument("name")
 @click.option("--version", metavar="V", help="Version of the sdist; default: the newest release.")
 @click.option("--stack", "stack_name", metavar="NAME", default="cu130", show_default=True, help="Stack of the recipe.")
-@click.option("--git", "url", metavar="URL", help="Take the source from this repository; needs --commit.")
+@click.option("--git", "url", metavar="URL", help="Take the source from this repository; requires --commit.")
 @click.option("--commit", metavar="ID", help="Full id of the commit.")
 @json_option
 def new_command(name: str, version: str | None, stack_name: str, url: str | None, commit: str | None) -> None:
-    """Write recipes/NAME for a package: recipe.toml, NOTES.md, smoke.py, and the lock of what it needs to build.
+    """Write recipes/NAME for a package: recipe.toml, NOTES.md, smoke.py, and the lock of its build requirements.
 
-    Says of each value in which file and line it was read, or why it was guessed. Nothing of the package is executed.
+    The command says for each value in which file and line it was found, or why it was guessed. It executes no code of the
+    package.
 
     \b
     builder new xformers
@@ -45,7 +46,9 @@ def new_command(name: str, version: str | None, stack_name: str, url: str | None
     """
     settings, console = start(writes=True)
     if (url is None) != (commit is None):
-        raise UsageError("--git and --commit go together", remedy="name the repository and the full id of a commit")
+        raise UsageError(
+            "--git and --commit require each other", remedy="give the repository's URL and the full id of a commit"
+        )
     key = canonicalize_name(name).replace("-", "_")
     folder = settings.project / "recipes" / key
     command = _command(name, version, stack_name, url, commit)

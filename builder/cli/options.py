@@ -53,15 +53,19 @@ _TOOLS = (
         "--environment",
         "own",
         type=_PLACE,
-        help="With host: Python or virtual environment to build against; default: the stack's lock.",
+        help="With the host toolchain: Python or virtual environment to build against; default: one from the stack's lock.",
     ),
     click.option(
         "--python",
         metavar="NAME",
-        help="Python of the target, from interpreters/, such as 3.13; default: the stack's. With host: path of an "
-        "interpreter on this machine.",
+        help="Python of the target, from interpreters/, such as 3.13; default: the stack's. With the host "
+        "toolchain: path of an interpreter on this machine.",
     ),
-    click.option("--cuda", type=_PLACE, help="With host: CUDA toolkit; default: CUDA_HOME, /usr/local/cuda, PATH."),
+    click.option(
+        "--cuda",
+        type=_PLACE,
+        help="With the host toolchain: folder of CUDA; default: CUDA_HOME, /usr/local/cuda, or that of nvcc on PATH.",
+    ),
 )
 _DEVICE_CODE = (
     click.option(
@@ -74,7 +78,7 @@ _DEVICE_CODE = (
     ),
 )
 _VARIANT = click.option(
-    "--variant", is_flag=True, help="Label the wheel as the variant that is measured of it (PEP 825, a draft)."
+    "--variant", is_flag=True, help="Give the wheel the variant label (PEP 825, a draft) that follows from its device code."
 )
 _TOOLCHAIN = (
     toolchain_option(
@@ -91,11 +95,13 @@ _TRIAL = (
         "--environment",
         "own",
         type=_PLACE,
-        help="With host: Python or virtual environment to install it in a copy of; default: one from the stack's lock.",
+        help="With the host toolchain: Python or virtual environment; the wheel is installed in a copy of it. Default: one"
+        " from the stack's lock.",
     ),
     _TOOLS[1],
 )
 
+cuda_option = _TOOLS[2]
 
 LLVM, SOURCE = "llvm", "source"
 _LLVM = click.option(
@@ -103,7 +109,8 @@ _LLVM = click.option(
     type=click.Choice(["archive", SOURCE]),
     default="archive",
     show_default=True,
-    help="Where a recipe that is linked with LLVM, as triton's, takes it from; source: recipe llvm is built first.",
+    help="LLVM for recipes that are linked with it, such as triton. archive: the pinned archive; source: the recipe llvm, "
+    "which is built first.",
 )
 
 

@@ -109,7 +109,10 @@ def _lines(planned: SetPlan, value: dict[str, Any]) -> str:
 @click.argument("name")
 @jobs_option
 @click.option(
-    "--index", "index_url", metavar="URL", help="Render pylock.toml with the address of the index that will serve the set."
+    "--index",
+    "index_url",
+    metavar="URL",
+    help="Write the files' URLs on this index, which will serve the set, into pylock.toml.",
 )
 @click.option("--stage", "stage_url", metavar="URL", help="Stage the set on this index, and publish it when it is complete.")
 @click.option("--as", "shown_as", metavar="NAME", help="Name of the set on the index; default: NAME.")

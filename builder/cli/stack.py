@@ -37,7 +37,9 @@ def stack_command() -> None:
 @click.argument("name")
 @click.option("--torch", "version", required=True, metavar="VERSION", help="Release of torch on the Python index.")
 @click.option(
-    "--like", metavar="STACK", help="Stack to copy root and other requirements from; default: the one with the newest torch."
+    "--like",
+    metavar="STACK",
+    help="Copy the root and the other requirements of this stack; default: the one with the newest torch.",
 )
 @json_option
 def new_command(name: str, version: str, like: str | None) -> None:
@@ -82,7 +84,7 @@ def _require_new(name: str, folder: Path) -> None:
         )
     if (folder / name).exists():
         raise UsageError(
-            f"the stack {name} already exists", remedy=f"choose another name, or renew its locks: builder lock {name}"
+            f"the stack {name} already exists", remedy=f"choose another name, or update its locks with `builder lock {name}`"
         )
 
 

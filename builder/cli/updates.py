@@ -21,7 +21,7 @@ from gracefarm.errors import FetchError
     default="7d",
     show_default=True,
     metavar="TIME",
-    help="Skip releases that are younger, as 7d or 12h: a bad release is often withdrawn in its first days.",
+    help="Skip releases that are younger than this, such as 7d or 12h: a bad release is often withdrawn in its first days.",
 )
 @json_option
 def updates_command(age: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import shlex
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -53,7 +55,7 @@ def verify_command(what: str, key_file: Path | None, envelope: Path | None, agai
     width = max(6, *(len(_status(check)) for check in checks))
     lines = [f"{_status(check):{width}} {check.name:10} {check.summary}" for check in checks]
     console.result([check.model_dump() for check in checks], "\n".join(lines))
-    verify.require(wheel, checks)
+    verify.require(wheel, checks, repeat=shlex.join(("builder", *sys.argv[1:])))
 
 
 def _status(check: WheelCheck) -> str:

@@ -48,9 +48,9 @@ def why_command(
     if every and ids:
         raise UsageError("--all excludes build ids", remedy="omit the build ids")
     if name is None and not every:
-        raise UsageError("give a recipe or --all", remedy="builder why --all")
+        raise UsageError("give a recipe or --all", remedy="run `builder why NAME` or `builder why --all`")
     if len(ids) not in (0, 2):
-        raise UsageError("give two build ids or none", remedy=f"builder why {name} ID ID")
+        raise UsageError("give two build ids or none", remedy=f"run `builder why {name} ID ID`")
     settings, console = start()
     if every:
         _every(name, own, python, cuda, settings, console)

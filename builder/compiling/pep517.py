@@ -50,7 +50,9 @@ def check_requirements(plan: Plan, source: Path) -> None:
     try:
         wanted = _requires(pyproject.read_bytes())
     except ValueError as error:
-        raise CompileError(f"pyproject.toml of {plan.recipe.data.name}: {error}", remedy="patch it in the recipe") from error
+        raise CompileError(
+            f"pyproject.toml of {plan.recipe.data.name}: {error}", remedy="correct the file with a patch in the recipe"
+        ) from error
     locked = plan.toolchain.installed(plan)
     marker = {"python_version": plan.stack.python.rstrip("t"), "platform_machine": plan.target.value}
     unmet = []
@@ -105,7 +107,7 @@ def judge(outcome: Outcome, plan: Plan, log: Path, start: int, source: Path) -> 
         raise MemoryBoundError(
             f"the build of {name} was killed at its limit of {outcome.memory_bound / 2**30:.1f} GiB of memory "
             f"({outcome.memory_by})",
-            remedy="raise memory_per_job in the recipe, list large sources in unit_memory, or use fewer --jobs",
+            remedy="in [build] of the recipe, raise memory_per_job or list large sources in unit_memory; or use fewer --jobs",
             repeat=f"{repeat} --jobs 1",
         )
     if outcome.reached:
@@ -120,7 +122,7 @@ def judge(outcome: Outcome, plan: Plan, log: Path, start: int, source: Path) -> 
     if DISK_FULL.search(error):
         raise DiskFullError(
             f"no space left during the build of {name}: {error}",
-            remedy="free space (`builder clean`) or move GRACEFARM_HOME",
+            remedy="free space with `builder clean`, or set GRACEFARM_HOME to a folder on a larger disk",
             repeat=repeat,
         )
     raise CompileError(

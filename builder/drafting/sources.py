@@ -23,7 +23,7 @@ from gracefarm.errors import FetchError
 if TYPE_CHECKING:
     from pypi_simple import DistributionPackage
 
-GIT_REMEDY = "name its repository instead: --git URL --commit COMMIT"
+GIT_REMEDY = "give its repository instead: --git URL --commit COMMIT"
 PinnedSource = SdistSource | GitSource
 
 
@@ -45,7 +45,8 @@ def of_index(project: str, version: str | None, settings: Settings) -> tuple[Sdi
     sha256 = package.digests.get("sha256")
     if sha256 is None:
         raise FetchError(
-            f"{package.filename}: the index {shown(index)} gives no sha256", remedy="name an index that gives digests"
+            f"{package.filename}: the index {shown(index)} gives no sha256",
+            remedy="set GRACEFARM_PYTHON_INDEX to an index that gives digests",
         )
     return SdistSource(kind="sdist", name=project, version=str(number), sha256=sha256), package.filename
 
@@ -62,17 +63,19 @@ def _newest(
         if not package.is_yanked:
             files.setdefault(number, []).append(package)
     if not files:
-        raise FetchError(f"{project}: the index {index} has no file of it", remedy=GIT_REMEDY)
+        raise FetchError(f"{project}: the index {index} has no files of this project", remedy=GIT_REMEDY)
     releases = [number for number in files if not number.is_prerelease] or list(files)
     wanted = Version(version) if version else max(releases)
     if wanted not in files:
         known = ", ".join(map(str, sorted(files)[-5:]))
-        raise FetchError(f"{project} {wanted}: the index {index} has not this version", remedy=f"choose one of these: {known}")
+        raise FetchError(
+            f"{project} {wanted}: the index {index} does not have this version", remedy=f"choose one of these: {known}"
+        )
     sdist = next((package for package in files[wanted] if package.package_type == "sdist"), None)
     if sdist is None:
         older = [number for number in releases if any(package.package_type == "sdist" for package in files[number])]
         names = ", ".join(package.filename for package in files[wanted][:2])
-        other = f"take the newest version with one, --version {max(older)}, or " if older else ""
+        other = f"give the newest version that has an sdist: --version {max(older)}; or " if older else ""
         raise FetchError(
             f"{project} {wanted} cannot be built from the index {index}: it has no sdist, only {names}",
             remedy=f"{other}{GIT_REMEDY}",

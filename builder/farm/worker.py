@@ -45,7 +45,7 @@ def _answer(job: Job, archive: bytes, console: Console) -> CellAnswer:
     if code.digest() != job.code:
         failure = HostError(
             f"this worker has gracefarm {code.title()}, and {job.gracefarm} sends the cells",
-            remedy="install the same gracefarm on both",
+            remedy="install the same version of gracefarm on both",
         )
         return CellAnswer(failure=record.failure(failure), unfit=True)
     settings = read(Settings)

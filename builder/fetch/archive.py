@@ -254,5 +254,6 @@ def _check_links(tree: Path, written: set[Path], name: str) -> None:
 
 def _refused(name: str, member: str, reason: str) -> SourceError:
     return SourceError(
-        f"{name}: {member!r} {reason}", remedy="nothing was unpacked; do not trust this archive, or pin its git commit"
+        f"{name}: {member!r} {reason}",
+        remedy="nothing was unpacked; do not trust this archive, and pin another one or a git commit",
     )

@@ -299,17 +299,18 @@ def _failure(pin: Pinned, url: str, message: str) -> FetchError:
         kind = "repository" if url == split_credentials(pin.url)[0] else "mirror"
         return FetchError(
             f"commit {pin.commit} cannot be fetched: {lacks} in the {kind} {shown(url)}",
-            remedy=f"complete that {kind} (`git fsck` in it names what is missing), or name another one in GRACEFARM_MIRRORS",
+            remedy=f"complete that {kind} (`git fsck` in it lists what is missing), or set GRACEFARM_MIRRORS to another"
+            " mirror",
         )
     if any(word in low for word in ABSENT):
         return FetchError(
-            f"{shown(url)} has no commit {pin.commit}", remedy="pin a commit that exists there, on a branch or a tag of it"
+            f"{shown(url)} has no commit {pin.commit}", remedy="pin a commit that is on a branch or a tag of this repository"
         )
     fatal = (line for line in message.splitlines() if line.startswith("fatal:"))
     reason = shown(next(fatal, last_line(message)))
     if any(word in low for word in REFUSED_ADDRESS):
         return FetchError(
             f"{shown(url)} does not exist or refuses access: {reason}",
-            remedy="correct the URL, give credentials in ~/.netrc or an ssh key, or name a mirror in GRACEFARM_MIRRORS",
+            remedy="correct the URL; or give credentials in ~/.netrc or an ssh key; or set GRACEFARM_MIRRORS to a mirror",
         )
     return FetchError(f"{shown(url)} cannot be fetched: {reason}", remedy=mirror_remedy(pin.url))

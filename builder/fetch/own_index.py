@@ -69,7 +69,10 @@ def _fitting(
         if Version(version) in (has, Version(has.public)) and not of.isdisjoint(tags):
             fitting.append((filename, package.url, package.digests.get("sha256")))
     if not fitting:
-        raise FetchError(f"{name} {version}: {shown(index)} has no wheel that fits the stack", remedy=mirror_remedy(index))
+        raise FetchError(
+            f"{name} {version}: {shown(index)} has no wheel that fits the stack",
+            remedy="pin a version in stack.toml for which this index has a wheel for the stack's Python and architecture",
+        )
     return fitting
 
 

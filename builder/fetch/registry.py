@@ -54,6 +54,6 @@ def token(client: httpx.Client, challenge: str) -> dict[str, str]:
     except (TypeError, ValueError) as error:
         raise FetchError(
             f"{wanted['realm']} returns no token: its answer is not a JSON object",
-            remedy="check which server answers there, or name a mirror",
+            remedy="check which server answers there, or set GRACEFARM_MIRRORS to a mirror",
         ) from error
     return {"Authorization": f"Bearer {body.get('token') or body.get('access_token')}"}

@@ -48,7 +48,7 @@ def pinned(source: SdistSource | FileSource) -> str:
     if source.sha256 is None:
         raise ConfigError(
             f"the digest of {source.origin} is unknown: {source.sha256_unknown}",
-            remedy="run `builder lock` with the recipe's name",
+            remedy="run `builder lock RECIPE`",
         )
     return source.sha256
 

@@ -24,7 +24,7 @@ from builder.fetch.urls import shown
 from gracefarm.errors import FetchError
 
 DEFAULT_INDEX = PYPI_SIMPLE_ENDPOINT
-INDEX_REMEDY = "check the network to the index, or name another one: GRACEFARM_PYTHON_INDEX=URL of its simple API"
+INDEX_REMEDY = "check the network to the index, or set GRACEFARM_PYTHON_INDEX to the URL of another index's simple API"
 TIMEOUT = (15.0, 30.0)
 "Seconds to connect and between two answers."
 

@@ -154,7 +154,8 @@ def _export(repository: Path, commit: str, into: Path) -> None:
         run_git(["checkout", "--quiet", "--detach", commit, "--"], cwd=into, config=config)
     except GitError as error:
         raise SourceError(
-            f"commit {commit} cannot be checked out: {str(error).strip()}", remedy=f"remove {repository} and fetch again"
+            f"commit {commit} cannot be checked out: {str(error).strip()}",
+            remedy=f"remove {repository}, then repeat the command",
         ) from error
 
 

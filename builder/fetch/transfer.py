@@ -25,7 +25,7 @@ def mirror_remedy(url: str) -> str:
     parts = urlsplit(url)
     prefix = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/"
     return (
-        f"check the network to {prefix}, or name a mirror that this machine reaches: GRACEFARM_MIRRORS='{prefix}=REPLACEMENT'"
+        f"check the network to {prefix}, or set a mirror that this machine can reach: GRACEFARM_MIRRORS='{prefix}=REPLACEMENT'"
     )
 
 
@@ -112,5 +112,5 @@ def absent(transfer: Transfer, reason: str) -> FetchError:
     """The error for a file that does not exist at its URL."""
     return FetchError(
         f"{transfer.download.what} does not exist: {shown(transfer.url)}: {reason}",
-        remedy="pin a file that exists, or name a mirror that has it: GRACEFARM_MIRRORS='PREFIX=REPLACEMENT'",
+        remedy="pin a file that exists, or set a mirror that has it: GRACEFARM_MIRRORS='PREFIX=REPLACEMENT'",
     )

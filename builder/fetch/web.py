@@ -86,7 +86,7 @@ def _check_status(transfer: Transfer, response: httpx.Response) -> None:
     if status in (httpx.codes.NOT_FOUND, httpx.codes.GONE):
         raise absent(transfer, f"HTTP status {status}")
     if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-        remedy = "give credentials for that host in ~/.netrc, or name another mirror in GRACEFARM_MIRRORS"
+        remedy = "give credentials for that host in ~/.netrc, or set GRACEFARM_MIRRORS to another mirror"
         raise FetchError(cause, remedy=remedy)
     if status in TRANSIENT:
         delay = response.headers.get("Retry-After", "")

@@ -174,7 +174,7 @@ def _check_binfmt(plan: Plan) -> None:
         raise HostError(
             f"{plan.recipe.key} executes programs for {plan.target.value}, which this kernel cannot run: {problem}",
             remedy="run `builder doctor --fix` as root",
-            repeat=f"builder build {plan.recipe.key}",
+            repeat=plan.repeat,
         )
 
 

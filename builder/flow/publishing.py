@@ -54,9 +54,7 @@ def refuse_tree(recipe: LoadedRecipe) -> None:
         PublishError: the recipe builds a tree.
     """
     if recipe.data.tree is not None:
-        raise PublishError(
-            f"{recipe.key} builds a tree for other recipes, which cannot be published", remedy="remove --publish"
-        )
+        raise PublishError(f"{recipe.key} builds a tree for other recipes, which cannot be published", remedy="omit --publish")
 
 
 def publish_build(built: Record, url: str, settings: Settings, console: Console) -> Record:

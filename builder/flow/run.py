@@ -65,7 +65,7 @@ def local_index(settings: Settings, *options: str) -> Iterator[tuple[str, str]]:
                 raise HostError(f"index serve did not start: {words}", repeat=" ".join(serve))
             yield url, _token(folder)
         except PublishError as error:
-            remedy = f"if it has another build of the same file, which cannot be replaced: mv {folder} {folder}.old"
+            remedy = f"if this index has another build of the same file, start with an empty index: mv {folder} {folder}.old"
             raise PublishError(error.cause, remedy=remedy, repeat=error.repeat) from error
         finally:
             server.terminate()

@@ -41,7 +41,7 @@ def keep(made: Path, plan: Plan, settings: Settings, epoch: int) -> str:
         what = f"has no {', '.join(lacking)}" if lacking else f"has a link out of it: {strays[0].relative_to(made)}"
         raise CompileError(
             f"the tree of {plan.recipe.key} {what}",
-            remedy="correct `commands` of [tree], which install into $OUT, or `holds`",
+            remedy="correct `commands` or `holds` of [tree] in the recipe; the commands must install into $OUT",
             repeat=plan.repeat,
         )
     final = record.tree_path(settings, plan.build_id)

@@ -24,7 +24,7 @@ from gracefarm.errors import FetchError, HostError, RootError
 from gracefarm.process import die_with_us
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-MIRROR_REMEDY = "name a Debian mirror that this machine reaches: GRACEFARM_DEBIAN_MIRROR=URL"
+MIRROR_REMEDY = "set GRACEFARM_DEBIAN_MIRROR to the URL of a Debian mirror that this machine can reach"
 
 
 def table(name: str, debs: Iterable[Deb]) -> list[str]:
@@ -153,8 +153,8 @@ def fetch(debs: Sequence[Deb], suite: str, stack: str, settings: Settings, tick:
     except FetchError as error:
         raise FetchError(
             error.cause,
-            remedy=f"{MIRROR_REMEDY}; for a package that Debian has replaced use a snapshot mirror, "
-            f"or write the lock again: builder lock {stack}",
+            remedy=f"{MIRROR_REMEDY}; if Debian has replaced the package, use a snapshot mirror, "
+            f"or write the lock again with `builder lock {stack}`",
             repeat=error.repeat,
         ) from error
 

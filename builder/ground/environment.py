@@ -86,7 +86,8 @@ def ensure_toolchain(stack: LoadedStack, host: Arch, settings: Settings, tick: T
     locked = pins.toolchain_wheels(stack, host)
     if not locked and stack.data.toolchain.debian is None:
         raise ConfigError(
-            f"stack {stack.data.name} has no CUDA compiler", remedy="list its wheels in [toolchain] requirements"
+            f"stack {stack.data.name} has no CUDA compiler",
+            remedy="list its wheels in `requirements` of [toolchain] in stack.toml",
         )
     name = pins.toolchain_digest(stack, host)
     final = settings.home / "toolchains" / name
@@ -181,7 +182,7 @@ def add(into: Path, wheel: Path, glibc: str) -> None:
         wheel,
         ["--python", sys.executable, f"--target={site}", f"--python-version={python}", f"--python-platform={platform}"],
         lambda message: InstallError(
-            f"{wheel.name} cannot be installed: {message}", remedy="run `builder audit` on the wheel"
+            f"{wheel.name} cannot be installed: {message}", remedy="check the wheel with `builder audit WHEEL --stack NAME`"
         ),
     )
     _relocate_scripts(into, site)

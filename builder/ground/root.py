@@ -163,7 +163,8 @@ def _link_compilers(folder: Path, gcc: int, target: Arch) -> None:
         own = f"{prefix}{versioned}-{gcc}"
         if not (tools / own).exists():
             raise RootError(
-                f"the root has no /usr/bin/{own}", remedy="correct [root], or gcc of [toolchain], in stack.toml, then lock"
+                f"the root has no /usr/bin/{own}",
+                remedy="correct [root], or gcc of [toolchain], in stack.toml, then run `builder lock STACK`",
             )
         for name in (plain, f"{prefix}{plain}"):
             _link(links / name, f"/usr/bin/{own}")
@@ -191,7 +192,9 @@ def _lay_out_python(folder: Path, python: str, host: Arch, target: Arch) -> None
     interpreter = folder / f"usr/bin/python{python}"
     native = folder / NATIVE_PYTHON[1:]
     if not interpreter.is_file():
-        raise RootError(f"the root has no /usr/bin/python{python}", remedy="correct [root] in stack.toml, then lock")
+        raise RootError(
+            f"the root has no /usr/bin/python{python}", remedy="correct [root] in stack.toml, then run `builder lock STACK`"
+        )
     if host is target:
         native.symlink_to(f"/usr/bin/python{python}")
     else:

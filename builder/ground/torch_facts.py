@@ -35,7 +35,8 @@ def check(stack: LoadedStack, site: Path) -> None:
     if cuda != wanted.cuda:
         raise RootError(
             f"the locked torch {wanted.version} is built for CUDA {cuda}, but the stack has CUDA {wanted.cuda}",
-            remedy="lock a wheel of torch with that CUDA; torch/version.py in the wheel names its CUDA",
+            remedy=f"pin a wheel of torch for CUDA {wanted.cuda} in stack.toml; torch/version.py in the wheel has its CUDA"
+            " version",
         )
 
 

@@ -81,7 +81,8 @@ def _error(output: str, failure: Callable[[str], GracefarmError]) -> Exception:
             )
         case "absent" | "unreachable":
             return FetchError(
-                f"the Python index failed: {message}", remedy="use an index that has the wheels: GRACEFARM_PYTHON_INDEX=URL"
+                f"the Python index failed: {message}",
+                remedy="set GRACEFARM_PYTHON_INDEX to the URL of an index that has the wheels",
             )
         case _:
             return failure(message)

@@ -26,8 +26,8 @@ def require_digests(stack: LoadedStack, locked: Sequence[LockedWheel]) -> None:
         if not wheel.sha256:
             raise ConfigError(
                 f"{wheel.name} {wheel.version} of stack {stack.data.name} has no digest yet (index: {shown(wheel.index)})",
-                remedy="fill it in on a machine that reaches that index, or name a mirror: "
-                f"GRACEFARM_MIRRORS='{wheel.index}=REPLACEMENT'",
+                remedy=f"run `builder lock {stack.data.name} --digests` on a machine that can reach that index; or run it here"
+                f" with a mirror in the environment: GRACEFARM_MIRRORS='{wheel.index}=REPLACEMENT'",
                 repeat=f"builder lock {stack.data.name} --digests",
             )
 

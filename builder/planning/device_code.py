@@ -49,7 +49,7 @@ def parse(text: str) -> tuple[str, ...]:
             where = "" if value == text else f" in {text!r}"
             raise UsageError(
                 f"{value!r}{where} is not an architecture",
-                remedy="name architectures as 90, 90a or 100f, and join those of one wheel with '+', as 90+100",
+                remedy="write architectures like 90, 90a or 100f, and join those of one wheel with '+', such as 90+100",
             )
     return tuple(sorted(values, key=_order))
 
@@ -62,7 +62,7 @@ def parse_ptx(text: str) -> str:
     """
     if text != _NONE and not (text.isdecimal() and _VALUE.fullmatch(text)):
         raise UsageError(
-            f"{text!r} is not an architecture for PTX", remedy=f"name an architecture without a letter, as 90, or {_NONE}"
+            f"{text!r} is not an architecture for PTX", remedy=f"give an architecture without a letter, such as 90, or {_NONE}"
         )
     return text
 
@@ -90,7 +90,7 @@ def require(recipe: LoadedRecipe, stack: LoadedStack, ptx: str | None) -> None:
         if stack.data.torch is not None and value in _UNKNOWN_TO_TORCH:
             raise ConfigError(
                 f"torch {stack.data.torch.version} of stack {stack.data.name} does not support sm_{value}",
-                remedy="remove it from the list of architectures",
+                remedy="choose other architectures with --sm, or remove it from `sm` of the stack",
             )
         if value.endswith("f") and value[:-1] in stack.sm:
             raise ConfigError(
@@ -101,7 +101,8 @@ def require(recipe: LoadedRecipe, stack: LoadedStack, ptx: str | None) -> None:
         if value not in supported:
             raise ConfigError(
                 f"{recipe.key} does not support sm_{value}: its recipe lists {', '.join(supported)}",
-                remedy="choose one of them with --sm, or add it to sm_supported under [wheel] if its source supports it",
+                remedy="choose one of them with --sm, or add it to sm_supported of [wheel] in the recipe if its source"
+                " supports it",
             )
 
 

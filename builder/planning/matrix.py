@@ -112,7 +112,7 @@ def parse(text: str) -> dict[str, tuple[str, ...]]:
             raise UsageError(f"the axis {axis} is given twice", remedy="join its values with a comma")
         values[axis] = tuple(value for value in given.split(",") if value)
         if not values[axis]:
-            raise UsageError(f"the axis {axis} has no value", remedy=f"write {axis}=VALUE, or leave it out")
+            raise UsageError(f"the axis {axis} has no value", remedy=f"write {axis}=VALUE, or omit the axis")
     return values
 
 
@@ -167,7 +167,7 @@ def shard(cells: Sequence[Cell], text: str) -> list[Cell]:
     """
     number, slash, count = text.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise UsageError(f"{text!r} is not a part of the cells", remedy="write the second of three parts as 2/3")
+        raise UsageError(f"{text!r} is not a part of the cells", remedy="write I/N, such as 2/3 for the second of three parts")
     groups = list(dict.fromkeys((cell.recipe, cell.stack) for cell in cells))
     own = set(groups[int(number) - 1 :: int(count)])
     return [cell for cell in cells if (cell.recipe, cell.stack) in own]
@@ -231,8 +231,9 @@ def _within(version: str | None, value: str, axis: str) -> bool:
     try:
         start, end = Version(first), Version(last if dots else first)
     except InvalidVersion:
+        example = "cuda=13.0 or cuda=12.4..13.0" if axis == "cuda" else f"{axis}=2.11.0 or {axis}=2.4..2.11"
         raise UsageError(
-            f"{axis}={value} is not a version or a range", remedy=f"write {axis}=2.11.0 or {axis}=2.4..2.11"
+            f"{axis}={value} is not a version or a range", remedy=f"give a version or a range, such as {example}"
         ) from None
     if version is None:
         return False

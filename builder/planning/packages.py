@@ -77,7 +77,8 @@ def of_root(stack: LoadedStack, host: Arch, target: Arch) -> tuple[Deb, ...]:
     if key not in locked.roots:
         raise ConfigError(
             f"{stack.root_lock} has no root for target {target} on an {host} host",
-            remedy=f"it has {', '.join(sorted(locked.roots))}; add the pair to [root] hosts in stack.toml and lock it",
+            remedy=f"it has roots for {', '.join(sorted(locked.roots))} (host-target); add {target} to {host} in [root.hosts]"
+            " of stack.toml, then write the lock again",
             repeat=again,
         )
     debs = locked.roots[key].packages

@@ -64,7 +64,7 @@ def verify(wheel: Path, envelope: Path | None, key: Ed25519PublicKey | None) -> 
     ]
 
 
-def require(wheel: Path, checks: list[WheelCheck]) -> None:
+def require(wheel: Path, checks: list[WheelCheck], *, repeat: str) -> None:
     """Raise if a check failed.
 
     Raises:
@@ -76,7 +76,7 @@ def require(wheel: Path, checks: list[WheelCheck]) -> None:
         raise VerifyError(
             f"{wheel.name} failed its verification. {'; '.join(failed)}",
             remedy="do not install it; download it again from its index",
-            repeat=f"builder verify {wheel}",
+            repeat=repeat,
         )
     if unchecked:
         raise VerifyError(

@@ -145,5 +145,6 @@ def _in_order(own: Iterable[LoadedRecipe], name: str) -> list[LoadedRecipe]:
     except CycleError as error:
         circle = " > ".join(map(str, error.args[1]))
         raise ConfigError(
-            f"recipes of set {name} require each other: {circle}", remedy="correct `requires` of [wheel]"
+            f"recipes of set {name} require each other: {circle}",
+            remedy="correct `requires` of [wheel] in one of these recipes",
         ) from error

@@ -48,6 +48,7 @@ def ask(at: SetAddress, method: str, action: str = "", **more: Any) -> dict[str,
         words = first_line(answer.text, answer.reason_phrase)[:500]
         raise PublishError(
             f"{url} returned HTTP status {answer.status_code}: {words}",
-            remedy="stage at an index of this project, with a token for the set: TWINE_USERNAME=__token__, TWINE_PASSWORD",
+            remedy="give the URL of a gracefarm index, and a token for the set: TWINE_USERNAME=__token__,"
+            " TWINE_PASSWORD=TOKEN",
         )
     return value

@@ -26,12 +26,12 @@ def make_plan(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch
     if reason is not None:
         raise ConfigError(
             f"{recipe.key} cannot be built with --toolchain {toolchain.kind}: {reason}",
-            remedy=f"choose another: {', '.join(kind for kind in KINDS if kind not in recipe.data.refuses)}",
+            remedy=f"choose another --toolchain: {', '.join(kind for kind in KINDS if kind not in recipe.data.refuses)}",
         )
     stack = recipe.on(toolchain.facts(stack))
     if target not in stack.data.glibc:
         known = ", ".join(arch.value for arch in stack.data.glibc)
-        raise ConfigError(f"stack {stack.data.name} has no target {target.value}", remedy=f"targets: {known}")
+        raise ConfigError(f"stack {stack.data.name} has no target {target.value}", remedy=f"give one of its targets: {known}")
     if host is Arch.AARCH64 and target is Arch.X86_64:
         raise ConfigError("an aarch64 host can build only for aarch64", remedy="build x86_64 wheels on an x86_64 machine")
     recipe = recipe.for_host(host).against(stack)
@@ -56,11 +56,13 @@ def _tree_plan(
     if toolchain.kind != "sandbox":
         raise ConfigError(
             f"{taker.key} uses the tree of {tree.recipe}, whose compilers differ from those of --toolchain {toolchain.kind}",
-            remedy="remove --toolchain",
+            remedy="omit --toolchain",
         )
     source = recipe.load(taker.folder.parent, tree.recipe)
     if source.data.tree is None:
-        raise ConfigError(f"{taker.key} uses the tree of {source.key}, which builds a wheel", remedy="correct [[trees]]")
+        raise ConfigError(
+            f"{taker.key} uses the tree of {source.key}, which builds a wheel", remedy="correct [[trees]] in the recipe"
+        )
     return make_plan(source, stack.load(base.folder.parent, source.data.stack), host, target)
 
 

@@ -99,14 +99,14 @@ class ContainerToolchain(SandboxToolchain):
         if plan.stack.interpreter is not None:
             raise ConfigError(
                 f"an image has its own Python: --python {plan.stack.interpreter.name} is only for the sandbox",
-                remedy="remove --toolchain container",
+                remedy="omit --python or --toolchain container",
             )
         image = plan.stack.data.container.get(plan.target)
         if image is None or (plan.recipe.data.build.cuda and image.cuda is None):
             lacks = "names no container image" if image is None else "names no CUDA in its container image"
             raise ConfigError(
                 f"stack {plan.stack.data.name} {lacks} for {plan.target.value}",
-                remedy=f"complete [container.{plan.target.value}] in its stack.toml, or remove --toolchain container",
+                remedy=f"complete [container.{plan.target.value}] in its stack.toml, or omit --toolchain container",
             )
 
     def inputs(self, plan: Plan) -> Inputs:

@@ -63,7 +63,7 @@ def _venv(tools: HostTools, into: Path, *besides: Path) -> None:
     if process.returncode:
         raise HostError(
             f"{tools.interpreter.executable} cannot create a virtual environment: {tail(process.stdout + process.stderr)}",
-            remedy="install its module venv, or name another Python",
+            remedy="install the module venv of this Python, or give another Python with --python",
         )
     others = [*besides, *(() if tools.locked else tools.interpreter.sites)]
     if others:
@@ -84,7 +84,7 @@ def fresh(tools: HostTools, base: Path, into: Path, wheel: Path) -> Path:
         wheel,
         ["--python", str(into / "bin" / "python3")],
         lambda message: InstallError(
-            f"{wheel.name} cannot be installed: {message}", remedy="run `builder audit` on the wheel"
+            f"{wheel.name} cannot be installed: {message}", remedy="check the wheel with `builder audit WHEEL --stack NAME`"
         ),
     )
     return into

@@ -182,7 +182,7 @@ def _interpreter(base: LoadedStack, wanted: Wanted) -> HostPython:
     if place is None:
         raise HostError(
             f"python{python}, which the lock of stack {base.data.name} requires, is not on PATH",
-            remedy="install it, name it with --python PATH, or name a Python with its own torch: --environment PATH",
+            remedy="install it; or give its path: --python PATH; or give an environment that has torch: --environment PATH",
         )
     if place.is_dir():
         place = place / "bin" / "python3"
@@ -190,7 +190,7 @@ def _interpreter(base: LoadedStack, wanted: Wanted) -> HostPython:
     if wanted.environment is None and interpreter.minor != python:
         raise HostError(
             f"{place} is Python {interpreter.minor}, but the lock of stack {base.data.name} is for {python}",
-            remedy=f"name a Python {python} with --python PATH, or use one with its own torch: --environment PATH",
+            remedy=f"give a Python {python} with --python PATH, or an environment that has torch with --environment PATH",
         )
     if not interpreter.header.is_file():
         raise HostError(f"{interpreter.header} of {place} is missing", remedy=f"install python{interpreter.minor}-dev")
@@ -216,16 +216,18 @@ def probe(executable: Path) -> HostPython:
             [executable, "-c", _PROBE], capture_output=True, text=True, check=False, env=kept, cwd="/", timeout=120
         )
     except OSError as error:
-        raise HostError(f"{executable} does not run: {error.strerror}", remedy="name a working Python interpreter") from error
+        raise HostError(f"{executable} does not run: {error.strerror}", remedy="give a working Python interpreter") from error
     if process.returncode:
         answer = last_line(process.stderr)
-        raise HostError(f"{executable} cannot be used to build: {answer}", remedy="name another Python interpreter")
+        raise HostError(f"{executable} cannot be used to build: {answer}", remedy="give another Python interpreter")
     try:
         answer = json.loads(process.stdout)
     except ValueError as error:
-        raise HostError(f"{executable} is not a working Python interpreter", remedy="name another one") from error
+        raise HostError(
+            f"{executable} is not a working Python interpreter", remedy="give another Python interpreter"
+        ) from error
     if answer["implementation"] != "cpython":
-        raise HostError(f"{executable} is {answer['implementation']}", remedy="name a CPython interpreter")
+        raise HostError(f"{executable} is {answer['implementation']}", remedy="give a CPython interpreter")
     versions = {canonicalize_name(name): version for name, version in answer["distributions"].items() if name}
     return HostPython.model_validate(answer | {"executable": executable.absolute(), "distributions": versions})
 
@@ -244,8 +246,9 @@ def _check_torch(base: LoadedStack, wanted: Wanted, interpreter: HostPython) -> 
     cuda = torch_facts.read(site).get("cuda") if site else None
     if Version(version).public != Version(stack.torch.version).public or cuda != stack.torch.cuda:
         raise HostError(
-            f"its torch is {version} for CUDA {cuda}, but stack {stack.name} has {stack.torch.version} for {stack.torch.cuda}",
-            remedy="name the stack with this torch (--stack), or an environment with the stack's torch",
+            f"the environment of {interpreter.executable} has torch {version} for CUDA {cuda}, but stack {stack.name} has"
+            f" torch {stack.torch.version} for CUDA {stack.torch.cuda}",
+            remedy="give a stack with this torch (--stack), or an environment with the stack's torch (--environment)",
         )
 
 
@@ -309,11 +312,11 @@ def _toolkit(base: LoadedStack, wanted: Wanted) -> Path:
     if seen:
         raise HostError(
             f"stack {base.data.name} requires CUDA {release}, but {', '.join(seen)}",
-            remedy=f"name a toolkit {release} with --cuda PATH, or a stack for this toolkit with --stack",
+            remedy=f"give the folder of CUDA {release} with --cuda PATH, or a stack for this CUDA with --stack",
         )
     where = str(wanted.cuda) if wanted.cuda else "CUDA_HOME, /usr/local/cuda and the folders of PATH"
     raise HostError(
-        f"no CUDA compiler (nvcc) was found in {where}", remedy=f"install CUDA {release}, or name it with --cuda PATH"
+        f"no CUDA compiler (nvcc) was found in {where}", remedy=f"install CUDA {release}, or give its folder with --cuda PATH"
     )
 
 
@@ -326,7 +329,8 @@ def check_headers(arch: Arch, cuda: str, glibc: str) -> None:
     if problem := unread_headers(arch, cuda, glibc):
         raise HostError(
             problem,
-            remedy="remove --toolchain host: the sandbox has older headers; or build on Ubuntu 22.04, Debian 12 or Rocky 9",
+            remedy="omit --toolchain host, since the sandbox has older headers; or build on Ubuntu 22.04, Debian 12 or Rocky"
+            " 9",
         )
 
 

@@ -285,7 +285,7 @@ def _allow_namespaces(problem: str) -> None:
     elif CLONE.exists() and CLONE.read_text().strip() == "0":
         _as_root(["sysctl", "--write", "kernel.unprivileged_userns_clone=1"])
     else:
-        raise HostError(problem, remedy="in a container: allow user namespaces and mounts")
+        raise HostError(problem, remedy="if this machine is a container, allow user namespaces and mounts in it")
 
 
 def register(target: Arch, settings: Settings) -> None:

@@ -85,7 +85,7 @@ def parse_age(text: str) -> timedelta:
     """
     match = _AGE.fullmatch(text)
     if match is None:
-        raise UsageError(f"{text!r} is not an age", remedy="write days or hours, as 7d or 12h")
+        raise UsageError(f"{text!r} is not an age", remedy="give days or hours, such as 7d or 12h")
     return timedelta(days=int(match[1])) if match[2] == "d" else timedelta(hours=int(match[1]))
 
 
@@ -194,7 +194,9 @@ def _of_tags(url: str, settings: Settings) -> Callable[[], list[Release]]:
         except FileNotFoundError as error:
             raise HostError("git is not installed", remedy="run `builder doctor`") from error
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            raise FetchError(f"the tags of {url} cannot be listed", remedy="name a mirror in GRACEFARM_MIRRORS") from error
+            raise FetchError(
+                f"the tags of {url} cannot be listed", remedy="check the network to it, or set GRACEFARM_MIRRORS to a mirror"
+            ) from error
         matches = map(_TAG.search, process.stdout.splitlines())
         return [Release(version=match[1], at=None) for match in matches if match is not None]
 

@@ -79,7 +79,7 @@ def test_a_farm_builds_in_the_sandbox_alone(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend(QUICK))
     ended = farm.run("build", "tiny", "--toolchain", "host", "--farm", "local")
     assert ended.code == 2
-    assert "--farm needs the sandbox remedy: leave out --toolchain host" in ended.said
+    assert "--farm requires the sandbox remedy: omit --toolchain host" in ended.said
 
 
 def test_without_ray_the_extra_is_named(farm: Farm, tmp_path: object) -> None:

@@ -213,7 +213,7 @@ def test_a_worker_of_another_gracefarm_is_named_and_left_out(cluster: Cluster, w
         alone = cluster.laptop.run(*cluster.command("picky"))
         assert alone.code == 4, alone.said
         assert "this worker has gracefarm" in alone.said
-        assert "remedy: install the same gracefarm on both" in alone.said
+        assert "remedy: install the same version of gracefarm on both" in alone.said
         workers.append(cluster.room.worker(cluster.head, "new", core=1))
         wait_for_workers(cluster, 2)
         ended = cluster.laptop.run(*cluster.command("picky"))

@@ -105,7 +105,7 @@ def test_a_build_that_downloads_is_told_the_variable_of_its_setup_py_that_avoids
     ("files", "others", "options", "code", "said"),
     [
         ({}, ("thing-1.2-py3-none-any.whl",), (), 10, "it has no sdist, only thing-1.2-py3-none-any.whl"),
-        (FILES, ("thing-1.3-py3-none-any.whl",), (), 10, "take the newest version with one, --version 1.2"),
+        (FILES, ("thing-1.3-py3-none-any.whl",), (), 10, "give the newest version that has an sdist: --version 1.2"),
         (FILES, (), ("--version", "7"), 10, "choose one of these: 1.2"),
         ({"setup.py": SETUP, "PKG-INFO": FILES["PKG-INFO"]}, (), (), 13, "it lacks core.c, which setup.py:7 compiles"),
         (
@@ -146,4 +146,4 @@ def test_a_commit_brings_its_submodules_with_their_licences(farm: Farm, server: 
     assert (module.commit, module.license) == (pinned, "MIT")
     assert farm.run("fetch", "thing").code == 0
     alone = new(farm, server, "other", "--git", outer.url)
-    assert (alone.code, "go together" in alone.said) == (2, True), alone.said
+    assert (alone.code, "--git and --commit require each other" in alone.said) == (2, True), alone.said

@@ -259,7 +259,7 @@ def test_an_index_without_stages_says_so(farm: Farm, third_party: str) -> None:
     write_set(farm, "tiny", ["tiny"], ["tiny"])
     done = farm.run("set", "build", "tiny", "--stage", f"{third_party.removesuffix('/simple/')}/no-index-here")
     assert done.code == 40, done.said
-    assert "stage at an index of this project" in done.said
+    assert "give the URL of a gracefarm index" in done.said
     done = farm.run("set", "build", "tiny", "--stage", "http://user:secret@localhost:1/")
     assert done.code == 2
     assert "secret" not in done.said

@@ -380,7 +380,7 @@ def test_another_torch_than_the_stacks_is_refused(
     aim = ("--toolchain", "host", "--environment", str(place), "--cuda", str(toolkit.parent))
     code, cause = called(farm, monkeypatch, "build", "tiny_c", *aim)
     assert code == 4, cause
-    assert f"its torch is {version} for CUDA {cuda}, but stack cu130 has 2.11.0 for 13.0" in cause
+    assert f"has torch {version} for CUDA {cuda}, but stack cu130 has torch 2.11.0 for CUDA 13.0" in cause
 
 
 CUT_OFF = """
