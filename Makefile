@@ -6,7 +6,7 @@ NODES = 3
 # The tests of deploy wait for most of their time, and share one process; the other two keep two cores busy.
 PYTEST = $(PYTHON) -m pytest -n 3
 
-.PHONY: run test test-all lint bench rehearse setup setup-test setup-rehearse
+.PHONY: run test test-slow test-all lint bench rehearse setup setup-test setup-rehearse
 
 run: setup
 	$(PYTHON) -m builder run causal_conv1d
@@ -14,8 +14,11 @@ run: setup
 test: setup-test lint
 	$(PYTEST) -m "not slow"
 
-test-all: test
+# An hour or more; five objects of flash-attn take most of one of the two processes.
+test-slow: setup-test
 	$(PYTHON) -m pytest -n 2 -m slow
+
+test-all: test test-slow
 
 lint: setup-test
 	$(PYTHON) -m ruff check .
