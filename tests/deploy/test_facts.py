@@ -50,7 +50,7 @@ def test_the_private_address_is_chosen_by_rule(asked: Node, answer: dict[str, ob
 
 @pytest.mark.parametrize("more", [{"nic": "eth7"}, {"private": "10.9.0.8"}, {"nic": "eth1", "private": "10.9.0.9"}])
 def test_what_deploy_toml_says_and_the_node_has_not_is_named(more: dict[str, str]) -> None:
-    with pytest.raises(NodeError, match="there is no") as caught:
+    with pytest.raises(NodeError, match="this node has no") as caught:
         private_address(node(**more), said())
     assert "eth1 192.168.7.9" in caught.value.remedy
 
