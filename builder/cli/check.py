@@ -106,10 +106,13 @@ def smoke_command(
         loaded = recipe.load(settings.project / "recipes", recipe_name)
         imports = imports or loaded.data.imports
         script = script or (loaded.smoke_gpu_script if gpu else loaded.smoke_script)
-    if not imports or (gpu and script is None):
+    if not imports:
         raise UsageError(
-            "the command names neither modules nor a recipe",
-            remedy="add --recipe NAME, or --import MODULE and, for --gpu, --script FILE",
+            "no module to import is given", remedy="add --import MODULE, or --recipe NAME for the recipe's modules"
+        )
+    if gpu and script is None:
+        raise UsageError(
+            "--gpu requires a test script", remedy="add --script FILE, or --recipe NAME of a recipe that has a smoke_gpu.py"
         )
     scratch = settings.home / "smoke" / str(os.getpid())
     scratch.mkdir(parents=True)

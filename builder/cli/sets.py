@@ -49,7 +49,7 @@ def list_command() -> None:
 @click.argument("name")
 @json_option
 def plan_command(name: str) -> None:
-    """Show all digests of NAME, unknown ones, the order of its builds, and which builds exist.
+    """Show the digests of all inputs of NAME, the unknown ones, the order of the builds, and which builds exist.
 
     \b
     builder set plan gh200-cu124

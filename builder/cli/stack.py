@@ -39,14 +39,14 @@ def stack_command() -> None:
 @click.option(
     "--like",
     metavar="STACK",
-    help="Copy the root and the other requirements of this stack; default: the one with the newest torch.",
+    help="Stack whose root and settings, except torch and CUDA, are taken over; default: the one with the newest torch.",
 )
 @json_option
 def new_command(name: str, version: str, like: str | None) -> None:
     """Create the stack NAME for a release of torch, with its locks.
 
-    The stack uses the CUDA version and compiler that torch's wheels on the Python index require. It gets a lock for each
-    Python of interpreters/ with torch wheels.
+    The stack uses the CUDA version that torch's wheels on the Python index require, and nvcc of that version. It gets a lock
+    for each Python in interpreters/ for which torch has wheels.
 
     \b
     builder stack new cu132 --torch 2.15.0

@@ -119,9 +119,13 @@ def _ended(address: str) -> Iterator[None]:
         # Ray's client raises a plain Exception once it has lost the head.
         if not isinstance(error, (RayError, ConnectionError, RuntimeError, TimeoutError)) and type(error) is not Exception:
             raise
+        reason = f"has ended or does not answer: {first_line(str(error), type(error).__name__)}"
+        if address == LOCAL:  # the command itself starts it
+            raise FarmError(
+                f"the local Ray cluster {reason}", remedy="repeat the command: finished builds are kept"
+            ) from error
         raise FarmError(
-            f"the farm at {address} has ended or does not answer: {first_line(str(error), type(error).__name__)}",
-            remedy=f"start its head and its workers again, {_REPEAT}",
+            f"the farm at {address} {reason}", remedy=f"start its head and its workers again, {_REPEAT}"
         ) from error
 
 

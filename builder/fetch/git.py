@@ -110,15 +110,17 @@ def check_submodules(source: GitSource, settings: Settings) -> None:
     """
     for path, module in sorted(source.submodules.items()):
         parent, inner = enclosing(path, source.submodules)
-        commit = source.submodules[parent].commit if parent else source.commit
+        outer = source.submodules[parent] if parent else source
+        commit = outer.commit
         listed = run_git(
             ["ls-tree", "-z", commit, "--", inner], cwd=repository_path(settings, commit), config=git_config(settings.home)
         )
         mode, _, entry = listed.split("\t")[0].partition(" ")
         if mode != "160000":
             raise DigestError(
-                f"{shown(source.url)}: commit {commit} has no submodule at {inner!r}",
-                remedy="correct the path in [source.submodules]; `git ls-tree -r COMMIT | grep ^160000` lists them",
+                f"{shown(outer.url)}: commit {commit} has no submodule at {inner!r}",
+                remedy="correct the path in [source.submodules]; in a clone of this repository,"
+                " `git ls-tree -r COMMIT | grep ^160000` lists the paths of its submodules",
             )
         if entry != f"commit {module.commit}":
             raise DigestError(

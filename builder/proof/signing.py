@@ -79,7 +79,10 @@ def _parse(text: bytes, where: str) -> Ed25519PrivateKey:
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         # Without the library's message and without a cause, which could contain a part of the key.
-        raise ConfigError(f"{where} has no ed25519 key in PEM", remedy="create one: builder key create") from None
+        fault = f"{where} has no ed25519 key in PEM"
+        if where == VARIABLE:
+            raise ConfigError(fault, remedy="set it to the content of a key file, or unset it") from None
+        raise ConfigError(fault, remedy="move the file away, then create a key", repeat="builder key create") from None
     return key
 
 

@@ -32,15 +32,15 @@ LOOKS = (
 @click.option("--keep", is_flag=True, help="Keep the nodes running until Ctrl-C.")
 @reporting
 def rehearse(context: DeployContext, count: int, keep: bool) -> None:
-    """Rehearse a deployment, from ips.txt to streamed tokens, on nodes that are namespaces of this machine.
+    """Rehearse a deployment, from ips.txt to streamed tokens, on simulated nodes: Linux namespaces of this machine.
 
     \b
     deploy rehearse
     deploy rehearse --nodes 10
 
-    Every node has a real OpenSSH server. Ray is real, installed from a local index with checked hashes. The engine is
-    simulated: it has the options of aphrodite and fails in the same ways. The command requires root, but no GPU, and leaves
-    nothing running.
+    Every node has a real OpenSSH server. Ray is real: it is installed from a local index, and the hashes of its wheels are
+    checked. The engine is simulated: it accepts aphrodite's options and reproduces aphrodite's failures. The
+    command requires root, but no GPU, and leaves nothing running.
     """
     extras.require("index")
     console, here = context.console, settings.load()

@@ -166,13 +166,13 @@ def speed_of(moment: Moment) -> str:
 @click.option("--count", type=click.IntRange(1), help="Stop after this many refreshes; default: run until Ctrl-C.")
 @reporting
 def top(context: DeployContext, every: float, canary_every: float, count: int | None) -> None:
-    """Show the state live, with tokens/s, requests and cost from the engine's counters, until Ctrl-C.
+    """Show the state, tokens/s, requests and cost live, until Ctrl-C.
 
     \b
     deploy top
     deploy top --every 10
 
-    Each test completion costs one token. Between them, only counters are read.
+    Each test completion costs one token. The other refreshes read only the engine's counters and the nodes' GPUs and disks.
     """
     console = context.console
 
@@ -220,9 +220,11 @@ async def _live(moments: AsyncIterator[Moment]) -> None:
     help="Nodes, separated by commas: a name (k1), numbers (2-5), an address, a group, head (the first node), rest (the"
     " others).",
 )
-@click.option("-f", "--follow", is_flag=True, help="Follow the log until Ctrl-C or the end of the engine.")
-@click.option("--ray", "only_ray", is_flag=True, help="Show Ray's logs, of all nodes unless some are named.")
-@click.option("-n", "--lines", default=50, show_default=True, type=click.IntRange(0), help="Number of last lines of each log.")
+@click.option("-f", "--follow", is_flag=True, help="Follow the logs until Ctrl-C; the engine's log until the engine ends.")
+@click.option("--ray", "only_ray", is_flag=True, help="Show Ray's logs of the named nodes, or of all nodes if none is named.")
+@click.option(
+    "-n", "--lines", default=50, show_default=True, type=click.IntRange(0), help="Show the last N lines of each log."
+)
 @reporting
 def logs(
     context: DeployContext, names: tuple[str, ...], words: tuple[str, ...], follow: bool, only_ray: bool, lines: int
@@ -234,7 +236,7 @@ def logs(
     deploy logs --ray
     deploy logs k3
 
-    After a lost connection, -f continues. Keys and tokens are redacted.
+    With -f, the command reconnects after a lost connection. Keys and tokens are redacted.
     """
     deployment = context.deployment
     chosen = [name for word in (*names, *words) for name in word.split(",") if name]

@@ -171,7 +171,9 @@ def explain(node: Node, error: BaseException) -> GracefarmError:
     if isinstance(error, (asyncssh.KeyImportError, asyncssh.KeyEncryptionError)):
         key = node.key or f"{where}: a key in the configuration of ssh"
         return SshError(
-            f"{key}: {error}", remedy="use a private key in OpenSSH's format; load a key that has a passphrase with ssh-add"
+            f"{key}: {error}",
+            remedy="use a private key in OpenSSH's format; if it has a passphrase, load it with `ssh-add` and remove"
+            " `key` from [nodes] in deploy.toml",
         )
     if isinstance(error, asyncssh.ConfigParseError):
         return SshError(

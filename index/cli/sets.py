@@ -65,7 +65,7 @@ def create(
 @stage.command("list")
 @in_context
 def list_(context: IndexContext) -> None:
-    """List all sets with their missing wheels.
+    """List all sets, with the state and the missing wheels of each.
 
     \b
     index stage list --json
@@ -98,7 +98,7 @@ def add(context: IndexContext, name: str, filenames: tuple[str, ...]) -> None:
 @in_context
 @click.argument("name")
 def publish(context: IndexContext, name: str) -> None:
-    """Make the whole set visible, at /NAME/simple/ and in the other views.
+    """Make the whole set visible at /NAME/simple/, and its uploaded files on the other pages too.
 
     \b
     index stage publish spring
@@ -125,7 +125,7 @@ def put_pylock(context: IndexContext, name: str, file: Path) -> None:
 @in_context
 @click.argument("name")
 def drop(context: IndexContext, name: str) -> None:
-    """Drop a staged set and its hidden files.
+    """Drop a staged set, and delete its unpublished files that no other set contains.
 
     \b
     index stage drop spring

@@ -159,7 +159,7 @@ async def bare_name(service: IndexService, request: Request) -> Response:
     """GET /NAME and /NAME/: redirect to the project's page, as in pypiserver."""
     name = name_in_address(request.path_params["name"])
     if not listings.files(service.catalogue, listings.ALL, name):
-        raise NotFoundError(f"this index has no project {name!r}", remedy="/ and /simple/ list the projects")
+        raise NotFoundError(f"/simple/ has no project {name!r}", remedy="/ and /simple/ list the projects")
     up = "../" if request.url.path.endswith("/") else ""
     return RedirectResponse(f"{up}simple/{name}/", status_code=303)
 
