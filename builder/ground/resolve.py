@@ -129,14 +129,21 @@ def root_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_tick) -> s
     """
     spec = stack.root
     pairs = [(host, target) for host, targets in spec.hosts.items() for target in targets]
-    text = _head("Every .deb of the roots", stack, spec.suite)
+    text, with_rust = _head("Every .deb of the roots", stack, spec.suite), []
     for number, (host, target) in enumerate(pairs):
         tick(number, len(pairs), f"packages of {spec.suite} for {target} on {host}")
         with debian.solver(spec.suite, host, [target] if target is not host else [], settings) as apt:
-            debs = {*apt.solve(packages.requests(stack, host, target)), *apt.alone(packages.alone(stack, host, target))}
-        text += debian.table(f"roots.{host}-{target}", debs)
+            wanted = packages.requests(stack, host, target)
+            debs = {*apt.solve(wanted), *apt.alone(packages.alone(stack, host, target))}
+            text += debian.table(f"roots.{host}-{target}", debs)
+            if spec.rust is not None:
+                rust = {
+                    *apt.solve([*wanted, *packages.rust_requests(stack, host)]),
+                    *apt.alone(packages.rust_alone(stack, host, target)),
+                }
+                with_rust += debian.table(f"rust.{host}-{target}", rust - debs)
     tick(len(pairs), len(pairs), "")
-    return "\n".join(text) + "\n"
+    return "\n".join([*text, *with_rust]) + "\n"
 
 
 def toolchain_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_tick) -> str | None:

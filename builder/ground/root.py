@@ -78,6 +78,8 @@ def lost(folder: Path, stack: LoadedStack, host: Arch, target: Arch) -> str | No
     """The first required program that is missing in an assembled root; None if all exist."""
     gcc = f"{target.triplet}-gcc-{stack.data.toolchain.gcc}"
     programs = [f"/usr/bin/python{stack.data.python}", NATIVE_PYTHON, f"/usr/bin/{gcc}"]
+    if stack.uses_rust:
+        programs += ["/usr/bin/cargo", "/usr/bin/rustc"]
     if host is not target:
         programs.insert(0, f"/usr/bin/qemu-{target}-static")
     return next((program for program in programs if not os.path.lexists(folder / program[1:])), None)

@@ -6,7 +6,9 @@ import hashlib
 import json
 from importlib.resources import files
 
-from builder.planning.stack import Arch, LoadedStack
+from pydantic import Field
+
+from builder.planning.stack import Arch, LoadedStack, RustPackages
 from gracefarm import tables
 from gracefarm.errors import ConfigError
 from gracefarm.tables import InsidePath, Sha256, Table
@@ -56,6 +58,8 @@ class RootLock(Table):
     suite: str
     roots: dict[str, Packages]
     "By HOST-TARGET"
+    rust: dict[str, Packages] = Field(default_factory=dict)
+    "Additional packages of roots with Rust"
 
 
 class ToolchainLock(Table):
@@ -66,10 +70,10 @@ class ToolchainLock(Table):
 
 
 def of_root(stack: LoadedStack, host: Arch, target: Arch) -> tuple[Deb, ...]:
-    """The packages that root.lock pins for that host and target.
+    """The packages that root.lock pins for that host and target; with those of Rust if the recipe requires Rust.
 
     Raises:
-        ConfigError: the lock is missing or damaged, has no such root, or does not match stack.toml.
+        ConfigError: the lock is missing or damaged, has no such root, or does not match stack.toml; or the stack has no Rust.
     """
     locked = tables.read(stack.root_lock, RootLock)
     key = f"{host}-{target}"
@@ -82,8 +86,12 @@ def of_root(stack: LoadedStack, host: Arch, target: Arch) -> tuple[Deb, ...]:
             repeat=again,
         )
     debs = locked.roots[key].packages
+    wanted = [*requests(stack, host, target), *alone(stack, host, target)]
+    if stack.uses_rust:
+        debs = (*debs, *locked.rust.get(key, Packages(packages=())).packages)
+        wanted += [*rust_requests(stack, host), *rust_alone(stack, host, target)]
     have = {f"{deb.name}:{deb.arch}" for deb in debs} | {deb.name for deb in debs if deb.arch == "all"}
-    for request in (*requests(stack, host, target), *alone(stack, host, target)):
+    for request in wanted:
         if request not in have and request.partition(":")[0] not in have:
             raise ConfigError(
                 f"{stack.root_lock} does not have {request} of stack.toml in its packages for {key}",
@@ -107,6 +115,34 @@ def alone(stack: LoadedStack, host: Arch, target: Arch) -> list[str]:
     """Packages to unpack without dependencies, such as the host's Python, which cannot be installed next to the target's."""
     native = [] if host is target else [f"{native_python(stack)}:{host.debian}"]
     return [*stack.root.alone, *native]
+
+
+def rust_requests(stack: LoadedStack, host: Arch) -> list[str]:
+    """The packages with cargo and rustc that stack.toml requests from apt, as NAME:ARCH.
+
+    Raises:
+        ConfigError: the stack has no Rust.
+    """
+    return [f"{name}:{host.debian}" for name in _rust(stack).host]
+
+
+def rust_alone(stack: LoadedStack, host: Arch, target: Arch) -> list[str]:
+    """The packages with the target's standard library. On the target itself, rustc's dependencies have them.
+
+    Raises:
+        ConfigError: the stack has no Rust.
+    """
+    return [] if host is target else [f"{name}:{target.debian}" for name in _rust(stack).target]
+
+
+def _rust(stack: LoadedStack) -> RustPackages:
+    if stack.root.rust is None:
+        raise ConfigError(
+            f"the recipe requires Rust, and stack {stack.data.name} has no Rust",
+            remedy="add [root.rust] to the stack.toml with its root, then lock it",
+            repeat=stack.root_lock_command,
+        )
+    return stack.root.rust
 
 
 def native_python(stack: LoadedStack) -> str:

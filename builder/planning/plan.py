@@ -83,6 +83,8 @@ class Toolchain(Protocol):
     "Uses this machine's tools, so that options may name them, and builds only for its architecture."
     measured: ClassVar[bool] = True
     "The memory and seconds in a record were measured at the compilers."
+    has_rust: ClassVar[bool] = False
+    "Builds recipes that require Rust."
     closed: ClassVar[str | None] = None
     "Why `builder shell` cannot open a finished build; None: it can."
     unsealed: ClassVar[str | None] = None
@@ -226,7 +228,9 @@ class Plan:
     def inputs(self) -> Inputs:
         """Everything that can change the bytes; not job count, paths, time, comments and white space."""
         data, stack, interpreter = self.recipe.data, self.stack.data, self.stack.interpreter
-        build = data.build.model_dump(mode="json", exclude={"requires", "memory_per_job", "unit_memory", "unit_seconds"})
+        build = data.build.model_dump(
+            mode="json", exclude={"requires", "memory_per_job", "unit_memory", "unit_seconds", "rust"}
+        )
         return {
             "format": FORMAT,
             "recipe": {

@@ -77,6 +77,11 @@ class Build(Table):
         "The build requires the CUDA compiler and torch. With false, the environment has torch only if `requires` of the "
         "build or of the wheel names it"
     )
+    rust: bool = False
+    (
+        "The build requires Rust: the root has cargo, rustc and the target's standard library, and the crates of the source's "
+        "Cargo.lock are fetched by their checksums before the build"
+    )
     memory_per_job: Size = "4GiB"
     "Peak memory of one compile job; limits the number of jobs"
     unit_memory: dict[str, Size] = Field(default_factory=dict)
@@ -367,8 +372,15 @@ class LoadedRecipe:
         return replace(self, from_source=names)
 
     def on(self, stack: LoadedStack) -> LoadedStack:
-        """The stack for this recipe: with its build requirements, and without torch if the recipe does not use it."""
-        return replace(stack, build_requirements=self.build_requirements, uses_torch=self.against(stack).data.uses_torch)
+        """The stack for this recipe: with its build requirements, with Rust if it requires Rust, without torch if it does not
+        use torch.
+        """
+        return replace(
+            stack,
+            build_requirements=self.build_requirements,
+            uses_torch=self.against(stack).data.uses_torch,
+            uses_rust=self.data.build.rust,
+        )
 
     @property
     def build_requirements(self) -> BuildRequirements | None:

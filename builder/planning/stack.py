@@ -155,6 +155,15 @@ class Image(PinnedDownload):
         return f"https://{_HUB.get(host, host)}/v2/{repository}/manifests/{self.tag}"
 
 
+class RustPackages(Table):
+    """Packages with Rust, which only the roots of recipes with `rust = true` have."""
+
+    host: tuple[str, ...] = Field(min_length=1)
+    "Packages of the host's architecture: rustc and cargo"
+    target: tuple[str, ...] = Field(min_length=1)
+    "Packages of the target's architecture, unpacked without dependencies: its standard library"
+
+
 class RootSpec(Table):
     """The Debian suite and packages of the root file system."""
 
@@ -170,6 +179,8 @@ class RootSpec(Table):
     "Additional packages if host and target are the same"
     alone: tuple[str, ...] = ()
     "Packages to unpack without their dependencies, such as data for the interpreter"
+    rust: RustPackages | None = None
+    "Packages with Rust; None: the stack has no Rust"
     hosts: dict[Arch, tuple[Arch, ...]]
     "Targets to lock for each host"
 
@@ -278,6 +289,8 @@ class LoadedStack:
     "Those of the recipe, if it has any."
     uses_torch: bool = True
     "False: the recipe does not use torch, so its environment does not have torch."
+    uses_rust: bool = False
+    "True: the recipe requires Rust, so its root has Rust."
 
     @property
     def torch(self) -> Torch | None:
@@ -308,7 +321,7 @@ class LoadedStack:
     @property
     def base(self) -> LoadedStack:
         """The stack with the root's Python, whose lock pins the compilers, and without additions of a recipe."""
-        return replace(self, interpreter=None, build_requirements=None, uses_torch=True)
+        return replace(self, interpreter=None, build_requirements=None, uses_torch=True, uses_rust=False)
 
     @property
     def lock_command(self) -> str:

@@ -18,8 +18,8 @@ def make_plan(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch
     """The plan of a build; without `toolchain`: in the sandbox.
 
     Raises:
-        ConfigError: the recipe refuses the toolchain, the stack does not have the target or does not meet the toolchain's
-            requirements, or this host cannot build for the target.
+        ConfigError: the recipe refuses the toolchain, or requires Rust and the toolchain has no Rust; the stack does not have
+            the target or does not meet the toolchain's requirements; or this host cannot build for the target.
     """
     toolchain = toolchain or SandboxToolchain()
     reason = recipe.data.refuses.get(toolchain.kind)
@@ -27,6 +27,10 @@ def make_plan(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch
         raise ConfigError(
             f"{recipe.key} cannot be built with --toolchain {toolchain.kind}: {reason}",
             remedy=f"choose another --toolchain: {', '.join(kind for kind in KINDS if kind not in recipe.data.refuses)}",
+        )
+    if recipe.data.build.rust and not toolchain.has_rust:
+        raise ConfigError(
+            f"{recipe.key} requires Rust, which --toolchain {toolchain.kind} does not have", remedy="remove --toolchain"
         )
     stack = recipe.on(toolchain.facts(stack))
     if target not in stack.data.glibc:

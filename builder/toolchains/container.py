@@ -55,6 +55,7 @@ class ContainerToolchain(SandboxToolchain):
     """cibuildwheel compiles in the stack's image; the sandbox's root and environment are used to judge the wheel."""
 
     kind: ClassVar[ToolchainKind] = "container"
+    has_rust: ClassVar[bool] = False
     measured: ClassVar[bool] = False  # its record has the figures of cibuildwheel
     closed: ClassVar[str | None] = "ran in a container, which was removed"
     unsealed: ClassVar[str | None] = "in a container, with the image's compilers and without a watched network"

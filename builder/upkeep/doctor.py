@@ -15,8 +15,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 
 import httpx
@@ -209,9 +210,10 @@ def _stacks(settings: Settings) -> list[HostCheck]:
             continue
         suites.add(loaded.root.suite)
         checks.append(HostCheck(f"stack {loaded.data.name}", True, f"locks complete; {ready}"))
-        for target in loaded.root.hosts.get(host, ()):
-            place = _root_of(loaded, target, settings)
-            if place.is_dir() and (program := root.lost(place, loaded, host, target)):
+        with_rust = [replace(loaded, uses_rust=True)] if loaded.root.rust is not None else []
+        for target, variant in product(loaded.root.hosts.get(host, ()), (loaded, *with_rust)):
+            place = _root_of(variant, target, settings)
+            if place.is_dir() and (program := root.lost(place, variant, host, target)):
                 remedy = "remove the root with `builder doctor --fix`; the next build assembles it again from the store"
                 checks.append(HostCheck(f"root {place.name}", False, f"{program} is missing", remedy))
     return [*(_mirror(suite, settings) for suite in sorted(suites)), *checks]

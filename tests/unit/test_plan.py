@@ -195,6 +195,7 @@ WHOLE: dict[str, Any] = {
         "config_settings": {"key": "value"},
         "cmake": {"NAME": "value"},
         "cuda": True,
+        "rust": True,
         "memory_per_job": "4GiB",
         "unit_memory": {"large.cu": "9GiB"},
         "unit_seconds": {"long.cu": 100},
@@ -285,6 +286,7 @@ STACK_EXEMPT = {
     "root.cross": "how the lock is made",
     "root.native": "how the lock is made",
     "root.alone": "how the lock is made",
+    "root.rust": "how the lock is made; root.lock says what a recipe with Rust uses",
 }
 
 
@@ -522,6 +524,8 @@ def test_in_a_container_the_image_by_digest_its_cuda_and_cibuildwheel_change_the
     whole: tuple[LoadedRecipe, LoadedStack],
 ) -> None:
     one, base = whole
+    build = one.data.build.model_copy(update={"rust": False})  # which a container does not have
+    one = replaced(one, data=one.data.model_copy(update={"build": build}))
 
     def contained(base: LoadedStack, engine: str = "podman", cibuildwheel: str = "4.3.5") -> str:
         on = ContainerToolchain(engine=engine, cibuildwheel=cibuildwheel)
