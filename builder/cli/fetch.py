@@ -45,7 +45,7 @@ def fetch_command(names: tuple[str, ...], stack_name: str | None) -> None:
 
 def _fetch_one(name: str, stack_name: str | None, settings: Settings, console: Console) -> None:
     from builder import fetch
-    from builder.fetch import source
+    from builder.fetch import crates, source
 
     loaded = recipe.load(settings.project / "recipes", name).for_host(stack.host_arch())
     loaded = loaded.against(stack.load(settings.project / "stacks", stack_name or loaded.data.stack))
@@ -57,6 +57,8 @@ def _fetch_one(name: str, stack_name: str | None, settings: Settings, console: C
     with lock(settings.home / "locks" / f"{FETCHED}-{loaded.key}"):
         try:
             source.unpack(loaded, fetched, tree, epoch, lambda text: console.step("source", text))
+            with console.progress("fetch") as tick:
+                crates.vendor(loaded, tree, tree / ".crates", settings, tick, lambda text: console.step("fetch", text))
         finally:
             remove_tree(tree)
     missing = gaps.of_recipe(loaded)

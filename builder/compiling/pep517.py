@@ -26,11 +26,11 @@ FIRST_ERROR = (
     ),
     re.compile(
         r"^(?:\w+\.)*\w*(?:Error|Exception)\b(?!.*returned non-zero exit status)(?::.*|$)"
-        r"|^\s*CMake Error\b|^\S*meson\.build:\d+:\d+: ERROR: "
+        r"|^\s*CMake Error\b|^\s*Caused by: |^\S*meson\.build:\d+:\d+: ERROR: "
     ),
     re.compile(r"^(?:make(?:\[\d+\])?: \*\*\*|ninja: error|FAILED: )"),
 )
-"From most to least specific: messages of compilers, Python exceptions, messages of CMake and Meson, of build tools."
+"From most to least specific: messages of compilers, Python exceptions, messages of CMake, maturin and Meson, of build tools."
 CMAKE = re.compile(r"^(?P<indent>\s*)CMake Error(?: \(\w+\))?(?:: (?P<reason>.+)| (?P<place>(?:at|in) .+):)\s*$")
 "The first line of CMake's message. If it has a place, the reason follows in indented paragraphs."
 LONGEST_REASON = 300

@@ -12,6 +12,7 @@ from builder.fetch.sdist import fetch_sdist, pinned
 from builder.fetch.store import download, store_path
 from builder.fetch.transfer import Download
 from builder.fetch.urls import shown
+from builder.planning.cargo_lock import REGISTRY
 from builder.planning.recipe import Recipe
 from builder.planning.settings import Settings
 from builder.planning.sources import File, FileSource, GitSource, SdistSource
@@ -78,7 +79,7 @@ def fetch(recipe: Recipe, settings: Settings, tick: Tick = no_tick, say: Say = s
 
 
 def absent(recipe: Recipe, settings: Settings) -> list[str]:
-    """URLs of what a build would fetch: pinned, and not on this machine yet."""
+    """URLs of what a build would fetch: pinned, and not on this machine yet. Crates are known when the source is unpacked."""
     source = recipe.source
     checkouts: list[tuple[str, str]] = [(repository.url, repository.commit) for repository in recipe.repositories]
     files = {file.sha256: file.origin for file in recipe.files if file.sha256}
@@ -88,7 +89,8 @@ def absent(recipe: Recipe, settings: Settings) -> list[str]:
     elif source.sha256 is not None:
         files[source.sha256] = source.origin
     commits = [f"{shown(url)} commit {commit}" for url, commit in checkouts if not repository_path(settings, commit).is_dir()]
-    return commits + [shown(url) for sha256, url in files.items() if not store_path(settings, sha256).exists()]
+    crates = [f"{REGISTRY}/: the crates in the source's Cargo.lock that are not here"] if recipe.build.rust else []
+    return commits + [shown(url) for sha256, url in files.items() if not store_path(settings, sha256).exists()] + crates
 
 
 def _evidence(file: File) -> str:

@@ -12,6 +12,7 @@ from builder.audit.verdict import Verdict
 from builder.box import meter
 from builder.compiling.jobs import Jobs
 from builder.compiling.units import CacheStatistics, DeviceStatistics, Unit
+from builder.planning.cargo_lock import Crate
 from builder.planning.plan import Caches, Plan
 from builder.planning.settings import Settings
 from builder.proof import judges, record
@@ -45,6 +46,7 @@ class Attempt:
     folder: Path
     stages: list[Stage] = field(default_factory=list)
     jobs: Jobs | None = None
+    crates: tuple[Crate, ...] = ()
     known: dict[str, Unit] = field(default_factory=dict)
     "Costs of translation units from earlier runs."
     units: dict[str, Unit] = field(default_factory=dict)
@@ -105,6 +107,7 @@ class Attempt:
             tree=self.tree,
             source=next(map(record.product, sorted(wheel.parent.glob("*.tar.gz"))), None) if wheel else None,
             torch_cxx11_abi=self.torch_cxx11_abi,
+            crates=self.crates,
             jobs=self.jobs,
             stages=tuple(self.stages),
             units=self.units,

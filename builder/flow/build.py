@@ -181,7 +181,9 @@ def _check_binfmt(plan: Plan) -> None:
 def _audited(attempt: Attempt, raw: Path, ground: Ground, epoch: int) -> Path:
     """The wheel after all gates, with its measured version, tag and label, and with the build's inputs in it."""
     expected = policy.of_plan(attempt.plan, ground, attempt.work)
-    wheel = embed.embed(raw, attempt.plan, epoch, attempt.folder / record.LICENSES, attempt.folder / "embedded")
+    wheel = embed.embed(
+        raw, attempt.plan, epoch, attempt.folder / record.LICENSES, attempt.folder / "embedded", attempt.crates
+    )
     remove_tree(attempt.folder / "repaired")
     if not expected.objects_only:
         wheel = audit.repair(wheel, expected, attempt.folder / "repaired", epoch)

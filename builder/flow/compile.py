@@ -12,17 +12,18 @@ from builder import audit
 from builder.compiling import cxx_runtime, jobs, pep517, units
 from builder.compiling.jobs import Jobs
 from builder.compiling.units import CacheStatistics, DeviceStatistics, Note, Unit
-from builder.fetch import Fetched, source
+from builder.fetch import Fetched, crates, source
 from builder.flow import history
 from builder.flow.attempt import Attempt
 from builder.flow.sharing import shared
+from builder.planning.cargo_lock import Crate
 from builder.planning.ground import Ground
 from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from builder.proof import record
 from builder.proof.record import Stage
 from builder.proof.shared_cache import SharedCacheUse
-from builder.toolchains import device_store
+from builder.toolchains import device_store, rust
 from builder.toolchains.wrappers import SCHEDULE
 from gracefarm.errors import GracefarmError
 from gracefarm.files import atomic_write, remove_tree, sha256_file
@@ -38,7 +39,8 @@ def prepare(attempt: Attempt, fetched: Fetched, epoch: int) -> bool:
     """Create the source tree, before root, environment and compilers are downloaded; False: an earlier run has compiled it.
 
     Raises:
-        SourceError: an archive, a patch, a substitution or a licence text does not fit.
+        SourceError: an archive, a patch, a substitution or a licence text does not fit, or the crates are not pinned.
+        FetchError, DigestError: a crate cannot be fetched, or differs from its checksum in Cargo.lock.
         CompileError: the stack does not meet a build requirement of the package.
     """
     if _finished(attempt) is not None:
@@ -81,6 +83,7 @@ def _saved(attempt: Attempt) -> Path | None:
         return None
     raw, noted = finished
     attempt.jobs = Jobs.model_validate(noted["jobs"])
+    attempt.crates = tuple(Crate.model_validate(crate) for crate in noted.get("crates", ()))
     attempt.units = {name: Unit.model_validate(unit) for name, unit in noted["units"].items()}
     attempt.compiler_cache = noted["compiler_cache"] and CacheStatistics.model_validate(noted["compiler_cache"])
     attempt.device_code = noted["device_code"] and DeviceStatistics.model_validate(noted["device_code"])
@@ -164,6 +167,7 @@ def _source_tree(attempt: Attempt, fetched: Fetched, epoch: int) -> Path:
         remove_tree(work)
         work.mkdir(parents=True)
         source.unpack(recipe, fetched, tree, epoch)
+        attempt.crates = crates.vendor(recipe, tree, work / rust.CRATES, attempt.settings)
         source.keep_licenses(recipe.data, tree, attempt.folder / record.LICENSES)
         if recipe.data.wheel.source_archive:
             source.pack(tree, attempt.folder / "raw-source", epoch)
@@ -199,6 +203,7 @@ def _keep(attempt: Attempt, wheel: Path, count: Jobs) -> Path:
         "sha256": sha256_file(raw),
         "jobs": count.model_dump(),
         "stage": attempt.stages[-1].model_dump(mode="json"),
+        "crates": [crate.model_dump() for crate in attempt.crates],
         "units": {name: unit.model_dump() for name, unit in attempt.units.items()},
         "compiler_cache": attempt.compiler_cache and attempt.compiler_cache.model_dump(),
         "device_code": attempt.device_code and attempt.device_code.model_dump(),

@@ -7,11 +7,12 @@ from pathlib import Path
 from builder import fetch
 from builder.box.place import Place
 from builder.compiling import pep517
-from builder.fetch import source
+from builder.fetch import crates, source
 from builder.flow import compile, tree
 from builder.planning.ground import Ground
 from builder.planning.plan import Caches, Plan
 from builder.planning.settings import Settings
+from builder.toolchains import rust
 from gracefarm.console import Console
 
 
@@ -37,6 +38,7 @@ def reopen(plan: Plan, folder: Path, settings: Settings, console: Console) -> Pl
         for name in ("out", "tmp"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         source.unpack(plan.recipe, fetched, folder / "source", epoch)
+        crates.vendor(plan.recipe, folder / "source", folder / rust.CRATES, settings)
     memory = pep517.bound(settings)
     ground = lay_ground(plan, settings, console)
     jobs = compile.count_jobs(plan, settings, memory).count

@@ -20,6 +20,7 @@ from builder.audit import dependence, variant
 from builder.audit.contents import UNREADABLE, opened
 from builder.audit.policy import Policy
 from builder.planning import local_version
+from builder.planning.cargo_lock import Crate
 from builder.planning.plan import Plan
 from builder.proof import sbom
 from gracefarm import variants
@@ -31,12 +32,12 @@ LICENSE_FILES_SINCE = Version("2.4")
 REMEDY = "see the log of the package's build, and fix its metadata with a patch in the recipe"
 
 
-def embed(wheel: Path, plan: Plan, epoch: int, licenses: Path, into: Path) -> Path:
+def embed(wheel: Path, plan: Plan, epoch: int, licenses: Path, into: Path, crates: Sequence[Crate] = ()) -> Path:
     """The wheel with its measured version, with the deterministic part of the record in .dist-info/gracefarm.json, and with an
     updated RECORD. All times are `epoch`.
 
     `licenses` is the folder of the texts that the recipe names, with their paths in the source tree. They are copied to
-    .dist-info/licenses with the same paths (PEP 639).
+    .dist-info/licenses with the same paths (PEP 639). The SBOM lists the `crates`.
 
     Raises:
         WheelError: the file is not a wheel.
@@ -55,7 +56,7 @@ def embed(wheel: Path, plan: Plan, epoch: int, licenses: Path, into: Path) -> Pa
     filename = wheel.name
     if version is not None:
         filename, information = _rename(tree, information, filename, version)
-    _write(information, plan, epoch, licenses, _version_of(filename))
+    _write(information, plan, licenses, sbom.of(plan, epoch, _version_of(filename), crates))
     return _pack(tree, into / filename, epoch)
 
 
@@ -116,12 +117,12 @@ def _rename(tree: Path, information: Path, filename: str, version: str) -> tuple
     return f"{name}-{version}-{rest}", information
 
 
-def _write(information: Path, plan: Plan, epoch: int, licenses: Path, version: str) -> None:
+def _write(information: Path, plan: Plan, licenses: Path, document: str) -> None:
     """Write our files into .dist-info."""
     text = json.dumps({"build_id": plan.build_id, "inputs": plan.inputs}, indent=2, sort_keys=True) + "\n"
     (information / "gracefarm.json").write_text(text)
     (information / "sboms").mkdir(exist_ok=True)
-    (information / "sboms" / sbom.FILENAME).write_text(sbom.of(plan, epoch, version))
+    (information / "sboms" / sbom.FILENAME).write_text(document)
     texts = plan.recipe.data.wheel.licenses
     for name in texts:
         place = information / "licenses" / name

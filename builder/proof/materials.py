@@ -8,6 +8,7 @@ from typing import Any
 
 from packaging.utils import canonicalize_name
 
+from builder.planning.cargo_lock import Crate
 from builder.planning.sources import origin_of
 
 
@@ -65,6 +66,18 @@ def wheel(name: str, version: str, sha256: str | None) -> Material:
     """A file of the Python index."""
     uri = f"pkg:pypi/{canonicalize_name(name)}@{version}"
     return Material(what=name, version=version, uri=uri, algorithm="sha256", digest=sha256 or None)
+
+
+def crate(pinned: Crate) -> Material:
+    """A crate of crates.io."""
+    return Material(
+        what=pinned.name,
+        version=pinned.version,
+        uri=pinned.purl,
+        algorithm="sha256",
+        digest=pinned.sha256,
+        license=pinned.license,
+    )
 
 
 def _git(what: str, pinned: Mapping[str, Any]) -> Material:

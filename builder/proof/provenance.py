@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from builder.planning.cargo_lock import Crate
 from builder.planning.settings import Settings
 from builder.proof import certificates, materials, record, signing
 from builder.proof.certificates import Certificate
@@ -33,7 +34,7 @@ def statement(of: Record, builder_id: str, certified: Sequence[Certificate] = ()
         "buildType": BUILD_TYPE,
         "externalParameters": {"recipe": of.recipe, "stack": of.stack, "target": inputs["target"]},
         "internalParameters": {"buildId": of.build_id, "inputs": inputs, "toolchain": of.toolchain},
-        "resolvedDependencies": _dependencies(inputs),
+        "resolvedDependencies": _dependencies(inputs, of.crates),
     }
     run = {
         "builder": {"id": builder_id, "version": {"gracefarm": version("gracefarm")}},
@@ -48,11 +49,11 @@ def statement(of: Record, builder_id: str, certified: Sequence[Certificate] = ()
     }
 
 
-def _dependencies(inputs: Any) -> list[dict[str, Any]]:
-    """Sources, environment and compilers, by digest."""
+def _dependencies(inputs: Any, crates: Sequence[Crate]) -> list[dict[str, Any]]:
+    """Sources, crates, environment and compilers, by digest."""
     fetched = [
         {"name": material.what, "uri": material.uri, "digest": {material.algorithm: material.digest}}
-        for material in materials.of(inputs)
+        for material in (*materials.of(inputs), *map(materials.crate, crates))
         if material.digest
     ]
     ground = {name: inputs["stack"][name] for name in ("environment", "toolchain", "root")}

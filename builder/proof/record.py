@@ -13,6 +13,7 @@ from builder.audit.verdict import Verdict
 from builder.box.sandbox import Outcome
 from builder.compiling.jobs import Jobs
 from builder.compiling.units import CacheStatistics, DeviceStatistics, Unit
+from builder.planning.cargo_lock import Crate
 from builder.planning.plan import Plan
 from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import Settings
@@ -76,6 +77,10 @@ def _empty(text: str) -> bool:
     return not text
 
 
+def _none(values: tuple[object, ...]) -> bool:
+    return not values
+
+
 class Publication(Table):
     """Where the wheel was published."""
 
@@ -132,6 +137,8 @@ class Record(Table):
     "The patched source, if the recipe publishes it next to the wheel"
     torch_cxx11_abi: bool | None = None
     "C++ ABI of the torch in the build environment"
+    crates: tuple[Crate, ...] = Field(default=(), exclude_if=_none)
+    "Crates of the source's Cargo.lock, for a recipe that requires Rust"
     jobs: Jobs | None = None
     "Number of parallel compilations"
     stages: tuple[Stage, ...] = ()

@@ -15,6 +15,7 @@ from typing import Any
 from packaging.utils import canonicalize_name
 
 from builder.planning import pins
+from builder.planning.cargo_lock import Crate
 from builder.planning.plan import Plan, id_of
 from builder.proof import materials
 from builder.proof.materials import Material
@@ -56,20 +57,23 @@ class Besides:
     created: str
     "Time of the source (ISO 8601 with Z), so that the same inputs give the same document."
     bundled: tuple[BundledFile, ...] = ()
+    crates: tuple[Material, ...] = ()
+    "Crates of the source's Cargo.lock."
     installed: tuple[Material, ...] = ()
     "Distributions of the build environment."
     unconfirmed: tuple[ReadAtFirstUse, ...] = ()
     "Sorted by digest."
 
 
-def of(plan: Plan, epoch: int, version: str) -> str:
-    """The document of a plan's wheel with that version; `epoch` is its SOURCE_DATE_EPOCH."""
+def of(plan: Plan, epoch: int, version: str, crates: Sequence[Crate] = ()) -> str:
+    """The document of a plan's wheel with that version and crates; `epoch` is its SOURCE_DATE_EPOCH."""
     data = plan.recipe.data
     besides = Besides(
         license=data.license,
         version=version,
         created=datetime.fromtimestamp(epoch, tz=UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         bundled=tuple(BundledFile(path=file.path, license=file.license, sha256=file.sha256) for file in data.wheel.bundled),
+        crates=tuple(map(materials.crate, crates)),
         installed=tuple(_installed(plan)),
         unconfirmed=unconfirmed(plan),
     )
@@ -104,6 +108,7 @@ def render(inputs: Mapping[str, Any], besides: Besides) -> str:
     ]
     groups: list[tuple[list[dict[str, Any]], str, bool]] = [
         (_numbered("source", sources, besides.unconfirmed), "GENERATED_FROM", True),
+        (_numbered("crate", besides.crates, ()), "GENERATED_FROM", True),
         (bundled, "CONTAINS", True),
         (_numbered("environment", besides.installed, besides.unconfirmed), "BUILD_DEPENDENCY_OF", False),
     ]
@@ -122,7 +127,11 @@ def render(inputs: Mapping[str, Any], besides: Besides) -> str:
         "packages": [own, *(package for packages, _, _ in groups for package in packages)],
         "relationships": relations,
     }
-    declared = [besides.license, *(file.license for file in besides.bundled), *(source.license or "" for source in sources)]
+    declared = [
+        besides.license,
+        *(file.license for file in besides.bundled),
+        *(source.license or "" for source in (*sources, *besides.crates)),
+    ]
     if references := sorted(set(_REFERENCE.findall(" ".join(declared)))):
         document["hasExtractedLicensingInfos"] = [
             {"licenseId": reference, "extractedText": "No licence of SPDX's list; its text comes with the files that have it."}
@@ -150,6 +159,9 @@ def read(text: str) -> tuple[str, Besides]:
                 for package in packages
                 if package["SPDXID"].startswith("SPDXRef-bundled-")
             ),
+            crates=tuple(
+                materials.crate(_crate(package)) for package in packages if package["SPDXID"].startswith("SPDXRef-crate-")
+            ),
             installed=tuple(
                 materials.wheel(package["name"], package["versionInfo"], _checksum(package))
                 for package in packages
@@ -169,6 +181,16 @@ def read(text: str) -> tuple[str, Besides]:
         return str(document["documentNamespace"]).rpartition(":")[2], besides
     except (KeyError, TypeError, StopIteration, AttributeError) as error:
         raise ValueError(f"it is not an SBOM that this program wrote: {error!r}") from error
+
+
+def _crate(package: Mapping[str, Any]) -> Crate:
+    declared = package["licenseDeclared"]
+    return Crate(
+        name=package["name"],
+        version=package["versionInfo"],
+        sha256=_checksum(package) or "",
+        license=None if declared == "NOASSERTION" else declared,
+    )
 
 
 def _checksum(package: Mapping[str, Any]) -> str | None:

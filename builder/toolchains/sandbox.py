@@ -19,7 +19,7 @@ from builder.planning.plan import Caches, Inputs, Plan, Toolchain, Wanted
 from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
-from builder.toolchains import ccache, cuda_home, device_store, meson, wrappers
+from builder.toolchains import ccache, cuda_home, device_store, meson, rust, wrappers
 from builder.toolchains.headers import unread_headers
 from builder.toolchains.sandbox_trial import SandboxTrialEnvironment
 from gracefarm.console import Tick, no_tick
@@ -31,6 +31,7 @@ class SandboxToolchain(Toolchain):
     """The stack's compilers, environment and root."""
 
     kind: ClassVar[ToolchainKind] = "sandbox"
+    has_rust: ClassVar[bool] = True
 
     @classmethod
     def find(cls, stack: LoadedStack, wanted: Wanted, *, cuda: bool) -> Self:
@@ -78,7 +79,8 @@ class SandboxToolchain(Toolchain):
         """See Toolchain: parts that only some builds use."""
         tools = pins.tool_wheels(plan.stack, plan.host)
         own: Inputs = {"tools": pins.digest_of("tools", plan.stack.python, plan.host, tools)} if tools else {}
-        return own | ({"meson": meson.digest(plan)} if meson.needed(plan) else {})
+        own |= {"meson": meson.digest(plan)} if meson.needed(plan) else {}
+        return own | ({"rust": rust.digest(plan)} if rust.needed(plan) else {})
 
     def lay(
         self, stack: LoadedStack, host: Arch, target: Arch, settings: Settings, tick: Tick = no_tick, *, cuda: bool
@@ -134,6 +136,9 @@ class SandboxToolchain(Toolchain):
         if meson.needed(plan):
             (folder / meson.FILE).write_text(meson.text(plan))
         variables = wrappers.variables(plan, jobs=jobs, epoch=epoch, tools=[f"{wrappers.TOOLS}/{name}" for name in tools])
+        if rust.needed(plan):
+            rust.lay(plan, folder)
+            variables = rust.variables(plan) | {"CARGO_BUILD_JOBS": str(jobs)} | variables
         if caches.compiler and ccache.enabled(settings):
             mounts += ccache.mounts(plan, settings)
             variables |= ccache.variables(plan, settings, shared=(folder / ccache.SOCKET).is_socket())
