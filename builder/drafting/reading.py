@@ -41,6 +41,8 @@ _DISTRIBUTIONS: Mapping[str, str] = MappingProxyType(
     | {"yaml": "pyyaml", "pkg_resources": "setuptools", "distutils": "setuptools", "wheel": "wheel", "packaging": "packaging"}
 )
 "Distributions of modules that build scripts import without saying so in build-system.requires."
+_RUST_TOOLS = ("maturin", "setuptools-rust")
+"Build backends that run cargo."
 _ARCHS = re.compile(r"(?:^|_)CUDA_ARCH(?:S|ES|_LIST)?$")
 _OPS = re.compile(r"_(?:BUILD|WITH)_(?:OPS|CUDA(?:_EXT)?)$")
 _LETTERED = re.compile(r"(?:sm|compute)_(\d{2,3}[af])\b|\b(\d{1,2})\.(\d[af])\b")
@@ -64,6 +66,7 @@ class Draft:
     "File, text and its replacement."
     environment: dict[str, str] = field(default_factory=dict)
     cuda: bool = False
+    rust: bool = False
     memory: str = "2GiB"
     sm_extra: dict[str, list[str]] = field(default_factory=dict)
     imports: list[str] = field(default_factory=list)
@@ -98,6 +101,7 @@ def draft(tree: Path, name: str, metadata: SourceMetadata, ground: StackFacts) -
     made.findings.read("build backend", metadata.backend.value, metadata.backend.place)
     _cuda(made, script, files)
     _requirements(made, metadata, script, ground, tree)
+    _rust(made, tree, metadata)
     _environment(made, tree, metadata, script)
     _downloads(made, tree, script)
     _device_code(made, tree, script, files)
@@ -184,6 +188,21 @@ def _requirements(made: Draft, metadata: SourceMetadata, script: BuildScript, gr
             made.findings.read("build.requires", distribution, f"{at}, which imports {module}")
         elif distribution is None and not _known(module, tree, ground):
             made.findings.warnings.append(f"{at} imports {module}, which neither the stack nor build-system.requires has")
+
+
+def _rust(made: Draft, tree: Path, metadata: SourceMetadata) -> None:
+    """Rust, if maturin or setuptools-rust builds the package; a build also requires a Cargo.lock."""
+    required = [canonicalize_name(Requirement(text).name) for text in made.requires]
+    tool = next((name for name in _RUST_TOOLS if name in required), None)
+    if tool is None:
+        return
+    made.rust = True
+    places = [place for requirement, _, place in metadata.build_requires if canonicalize_name(requirement.name) == tool]
+    made.findings.read("build.rust", "true", f"{places[0] if places else 'the build script'}, which requires {tool}")
+    if not any(tree.rglob("Cargo.lock")):
+        made.findings.warnings.append(
+            "the source has no Cargo.lock, which pins its crates; write it with `cargo generate-lockfile`, and add a patch"
+        )
 
 
 def _known(module: str, tree: Path, ground: StackFacts) -> bool:

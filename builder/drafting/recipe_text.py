@@ -68,6 +68,9 @@ def _build(draft: Draft) -> Iterator[str]:
     yield from draft.findings.comments("build.cuda")
     if not draft.cuda:
         yield "cuda = false"
+    if draft.rust:
+        yield from draft.findings.comments("build.rust")
+        yield "rust = true"
     yield from draft.findings.comments("build.memory_per_job")
     yield f"memory_per_job = {_text(draft.memory)}"
     yield ""

@@ -58,6 +58,7 @@ def test_what_a_build_without_a_gpu_needs_is_set_and_says_where_it_comes_from(tm
     (memory,) = draft.findings.of("build.memory_per_job")
     assert not memory.read
     made = as_recipe(draft)
+    assert not made.build.rust
     assert made.build.environment == draft.environment
     assert made.build.cuda
 
@@ -87,6 +88,17 @@ def test_an_import_of_the_build_script_that_nothing_declares_is_listed_or_told(t
     assert draft.requires == ["cython"]
     (warning,) = draft.findings.warnings
     assert warning.startswith("setup.py:2 imports odd_helper")
+
+
+def test_a_package_of_maturin_requires_rust_and_a_missing_cargo_lock_is_told(tmp_path: Path) -> None:
+    pyproject = '[build-system]\nrequires = ["maturin>=1,<2"]\nbuild-backend = "maturin"\n'
+    draft = drafted(write(tmp_path, pyproject_dot_toml=pyproject, src__lib_dot_rs=""))
+    assert as_recipe(draft).build.rust
+    (rust,) = draft.findings.of("build.rust")
+    assert (rust.read, rust.origin) == (True, "pyproject.toml:2, which requires maturin")
+    assert [warning for warning in draft.findings.warnings if "has no Cargo.lock" in warning]
+    draft = drafted(write(tmp_path, Cargo_dot_lock=""))
+    assert not [warning for warning in draft.findings.warnings if "Cargo.lock" in warning]
 
 
 def test_cmake_is_told_to_take_cuda_where_its_option_is_off(tmp_path: Path) -> None:
