@@ -88,11 +88,15 @@ def test_a_run_killed_after_its_build_does_not_stand_in_the_way_of_the_next(
     assert "it imports" in again.said
 
 
+NOT_HERE = {"licence", "variant"}
+"Gates for packages with code of others, and for variants of a wheel."
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("name", "inapplicable"),
-    [("causal_conv1d", set()), ("torch_scatter", {"python-abi"})],  # its libraries are loaded by torch.ops
+    [("causal_conv1d", NOT_HERE), ("torch_scatter", {*NOT_HERE, "python-abi"})],  # its libraries are loaded by torch.ops
 )
 def test_a_real_cuda_wheel_for_aarch64(farm: Farm, name: str, inapplicable: set[str]) -> None:
     """The main job, and a second recipe of another upstream: minutes each on two cores."""
