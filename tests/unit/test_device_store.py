@@ -91,7 +91,7 @@ def test_a_record_counts_what_each_key_found() -> None:
     assert found is not None
     assert (found.text, found.nvvm, found.ptx, found.misses, found.not_kept) == (1, 1, 1, 1, {"option -g": 1})
     assert units.device_title(found) == (
-        "device code: 3 passes from the store (1 by text, 1 by NVVM code, 1 by PTX), 1 compiled; 1 x option -g; 10 CPU s used, "
-        "about 54 CPU s saved"
+        "device code: 3 passes from the store (1 by text, 1 by NVVM code, 1 by PTX), 1 compiled; 1 x option -g; "
+        "10 CPU s used, about 54 CPU s saved"
     )
     assert units.device_statistics([note.model_copy(update={"device": ()})]) is None
