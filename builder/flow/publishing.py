@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from builder.planning import licences
+from builder.planning import device_code, licences
 from builder.planning.recipe import LoadedRecipe
 from builder.planning.settings import Settings
 from builder.planning.stack import Stack
@@ -169,10 +169,11 @@ def _refuse_other_cell(built: Record, filename: str, before: str, url: str, logi
     stack = built.inputs["stack"]
     own, there = (tuple(stack["sm"]) if isinstance(stack, dict) else ()), publish.offered_sm(before, url, login)
     if own and there and set(own) != set(there):
+        theirs, every = device_code.parse("+".join(there)), device_code.parse("+".join((*own, *there)))
         raise PublishError(
-            f"{url} has {before} for sm {', '.join(there)}, but this {filename} is for sm {', '.join(own)}: "
+            f"{url} has {before} for sm {', '.join(theirs)}, but this {filename} is for sm {', '.join(own)}: "
             "installers would use the newer one for all GPUs",
-            remedy="build one wheel for all of them (--sm 90+100), or label each (--variant)",
+            remedy=f"build one wheel for all of them (--sm {'+'.join(every)}), or label each (--variant)",
         )
 
 
