@@ -36,6 +36,17 @@ class DeployContext:
 pass_context = click.make_pass_decorator(DeployContext)
 
 
+nodes_option = click.option(
+    "-k",
+    "words",
+    multiple=True,
+    metavar="WORDS",
+    help="Nodes, separated by commas: a name (k1), numbers (2-5), an address, a group, head (the first node), rest (the"
+    " others).",
+)
+"Chooses nodes; the command receives `words`."
+
+
 def reporting(command: Callable[Concatenate[DeployContext, P], R]) -> Callable[P, R]:
     """Pass the DeployContext to the command, and accept --json."""
     return json_option(pass_context(command))

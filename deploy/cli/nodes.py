@@ -21,7 +21,7 @@ import click
 from rich.console import Console as RichConsole
 from rich.markup import escape
 
-from deploy.cli.common import DeployContext, reporting
+from deploy.cli.common import DeployContext, nodes_option, reporting
 from deploy.fleet.connections import parse_jump
 from deploy.fleet.results import CommandResult
 from deploy.fleet.ssh import open_fleet
@@ -32,14 +32,7 @@ COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
-@click.option(
-    "-k",
-    "words",
-    multiple=True,
-    metavar="WORDS",
-    help="Nodes, separated by commas: a name (k1), numbers (2-5), an address, a group, head (the first node), rest (the"
-    " others).",
-)
+@nodes_option
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Stop the command after this many seconds.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @reporting

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from deploy.cli.common import DeployContext, output, reporting
+from deploy.cli.common import DeployContext, nodes_option, output, reporting
 from deploy.cli.nodes import COLOURS
 from deploy.fleet.jobs import JobStatus
 from deploy.fleet.shells import remote_nodes
@@ -212,14 +212,7 @@ async def _live(moments: AsyncIterator[Moment]) -> None:
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NODE]…")
-@click.option(
-    "-k",
-    "words",
-    multiple=True,
-    metavar="WORDS",
-    help="Nodes, separated by commas: a name (k1), numbers (2-5), an address, a group, head (the first node), rest (the"
-    " others).",
-)
+@nodes_option
 @click.option("-f", "--follow", is_flag=True, help="Follow the logs until Ctrl-C; the engine's log until the engine ends.")
 @click.option("--ray", "only_ray", is_flag=True, help="Show Ray's logs of the named nodes, or of all nodes if none is named.")
 @click.option(
