@@ -1,5 +1,5 @@
 #!/bin/sh
-# Real vLLM and Ray through `deploy` on a machine with two GPUs and no network: each GPU is a node with its own sshd and address.
+# Real vLLM and Ray through `deploy` on a machine with GPUs and no network: each GPU is a node with its own sshd and address.
 # docs/howto/gpu.md says how.
 # usage: bench/serve_gpu.sh prepare | take | model | setup | start SCENE... | stop | wait SECONDS | results FOLDER
 #
@@ -74,6 +74,7 @@ model) # detached, while pieces arrive: models, and what transformers computes w
         $python -m bench._serving.model make models/${SHAPE:-llama-8b}.part ${SHAPE:-llama-8b} &&
         $python -m bench._serving.model shape models/llama-405b-16 llama-405b 16 &&
         $python -m bench._serving.model shape models/llama-405b-8 llama-405b 8 &&
+        $python -m bench._serving.model shape models/llama-405b-32 llama-405b 32 &&
         $python -m bench._serving.model reference models/${SHAPE:-llama-8b}.part reference.json &&
         mv models/${SHAPE:-llama-8b}.part models/llama-8b; echo \$? >model.rc" </dev/null >/dev/null 2>&1
     ;;

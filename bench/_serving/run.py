@@ -2,7 +2,8 @@
 
     python -m bench._serving.run WORK SCENE…     on the machine with the GPUs, after bench/serve_gpu.sh has set it up
 
-Nodes are the rehearsal's: namespaces with an sshd each. k0 has the first GPU, k1 the second, k2 both.
+Nodes are the rehearsal's: namespaces with an sshd each. Each GPU is a node of its own, k0, k1 and so on, and one more node has
+the first two GPUs.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from deploy.rehearsal.source import listening
 from deploy.remote.wire import Json
 
 SMALL, LARGE, HALF = "random/Llama-3.1-8B", "random/Llama-3.1-405B-16-layers", "random/Llama-3.1-405B-8-layers"
+DOUBLE = "random/Llama-3.1-405B-32-layers"
 "Repositories of the Hub that runs here, and the folders of WORK/models that they come from."
-MODELS = {SMALL: "llama-8b", LARGE: "llama-405b-16", HALF: "llama-405b-8"}
+MODELS = {SMALL: "llama-8b", LARGE: "llama-405b-16", HALF: "llama-405b-8", DOUBLE: "llama-405b-32"}
 INDEX_PORT, HUB_PORT = 8090, 8091
 LEVELS = "1,4,16,64,256"
 TIMES = 3.0
@@ -62,6 +64,10 @@ class Stage:
     room: Rig
     folder: Path
     endpoints: Mapping[str, str]
+    single: Sequence[str]
+    "Names of the nodes with one GPU each."
+    pair: str
+    "Name of the node with the first two GPUs."
     seen: dict[str, Any] = field(default_factory=dict)
     begun: float = field(default_factory=time.monotonic)
 
@@ -138,8 +144,8 @@ class Stage:
             raise RuntimeError(f"ask.py {verb}: {answer.stderr.strip() or answer.stdout.strip()}")
         return json.loads(answer.stdout)
 
-    heads: Sequence[str] = ("k0", "k1")
-    "Nodes of the rig that the deployment has."
+    heads: Sequence[str] = ()
+    "Nodes of the deployment, the head first."
 
     def configure(self, repo: str, layout: Mapping[str, int], *, launcher: str = "ray", **options: object) -> None:
         """deploy.toml as a person would edit it."""
@@ -276,8 +282,12 @@ def differences(ours: Sequence[Mapping[str, float]], others: Sequence[Mapping[st
 @contextmanager
 def stage(work: Path) -> Iterator[Stage]:
     """Nodes and servers until the block ends."""
-    gpus = os.environ.get("GPUS", "0 1").split()
-    sets = {"k0": gpus[:1], "k1": gpus[1:2], "k2": gpus[:2]}
+    gpus = os.environ.get("GPUS", "").split() or sorted(
+        (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")), key=int
+    )
+    single = [f"k{rank}" for rank in range(len(gpus))]
+    pair = f"k{len(gpus)}"
+    sets = {**{name: [gpu] for name, gpu in zip(single, gpus, strict=True)}, pair: gpus[:2]}
     specs = {name: NodeSpec(env=QUIET, variables={"RIG_GPUS": " ".join(numbers)}) for name, numbers in sets.items()}
     folder = work / "deployment"
     folder.mkdir(exist_ok=True)
@@ -300,7 +310,7 @@ def stage(work: Path) -> Iterator[Stage]:
             endpoints[repo] = stack.enter_context(listening(room.command([*hub, "--repo", repo, "--folder", str(source)])))
         files = room.command([sys.executable, "-m", "bench._serving.files", GATEWAY, str(INDEX_PORT), str(work / "index")])
         stack.enter_context(listening(files))
-        yield Stage(work=work, room=room, folder=folder, endpoints=endpoints)
+        yield Stage(work=work, room=room, folder=folder, endpoints=endpoints, single=single, pair=pair)
 
 
 def main() -> None:

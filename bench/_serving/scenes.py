@@ -7,8 +7,9 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from typing import Literal
 
-from bench._serving.run import HALF, LARGE, SMALL, Stage
+from bench._serving.run import DOUBLE, HALF, LARGE, SMALL, Stage
 from deploy.rehearsal.rig import MOUNT
 from deploy.remote.wire import Json
 
@@ -16,8 +17,10 @@ Scene = Callable[[Stage], None]
 TWO = {"tensor_parallel": 2, "pipeline_parallel": 1}
 STAGES = {"tensor_parallel": 1, "pipeline_parallel": 2}
 REPLICAS = {"tensor_parallel": 1, "pipeline_parallel": 1, "data_parallel": 2}
-BOTH, ONE = ("k0", "k1"), ("k2",)
-"Nodes of the rig."
+FOUR = {"tensor_parallel": 2, "pipeline_parallel": 2}
+PAIRS = {"tensor_parallel": 2, "pipeline_parallel": 1, "data_parallel": 2}
+BOTH = ("k0", "k1")
+"Two nodes with one GPU each."
 DUMMY = {"load-format": "dummy"}
 "Weights that the engine invents: those of 16 layers of the 405B are 110 GB."
 HOG = """
@@ -148,10 +151,13 @@ def native(name: str, layout: Mapping[str, int]) -> Scene:
     return scene
 
 
-def on(nodes: tuple[str, ...], name: str, repo: str, layout: Mapping[str, int]) -> Scene:
-    """A layout on these nodes, measured; compared where its weights are real."""
+def on(where: Literal["both", "all", "pair"], name: str, repo: str, layout: Mapping[str, int]) -> Scene:
+    """Measure a layout on k0 and k1, on all nodes with one GPU, or on the node with two GPUs. Compare real weights."""
 
     def scene(stage: Stage) -> None:
+        nodes = {"both": BOTH, "all": stage.single, "pair": (stage.pair,)}[where]
+        if where == "all" and len(nodes) < 4:
+            raise RuntimeError(f"this scene requires four GPUs, and the machine has {len(nodes)}")
         stage.on(*nodes)
         stage.configure(repo, layout, **({} if repo == SMALL else DUMMY))
         stage.served(name)
@@ -159,7 +165,7 @@ def on(nodes: tuple[str, ...], name: str, repo: str, layout: Mapping[str, int]) 
             stage.compare(name)
         stage.measure(name)
         if name == "tp2-nvlink":
-            stage.kill("k2", core)
+            stage.kill(stage.pair, core)
             stage.broken(name, "engine")
 
     return scene
@@ -191,12 +197,15 @@ SCENES: dict[str, Scene] = {
     "foreign": foreign,
     "native-tp2": native("native-tp2", TWO),
     "native-pp2": native("native-pp2", STAGES),
-    "tp2-nvlink": on(ONE, "tp2-nvlink", SMALL, TWO),
-    "pp2-nvlink": on(ONE, "pp2-nvlink", SMALL, STAGES),
-    "405b-tp2-nvlink": on(ONE, "405b-tp2-nvlink", LARGE, TWO),
-    "405b-pp2-nvlink": on(ONE, "405b-pp2-nvlink", LARGE, STAGES),
-    "405b-tp2": on(BOTH, "405b-tp2", LARGE, TWO),
-    "405b-pp2": on(BOTH, "405b-pp2", LARGE, STAGES),
-    "405b-dp2": on(BOTH, "405b-dp2", HALF, REPLICAS),
+    "tp2-nvlink": on("pair", "tp2-nvlink", SMALL, TWO),
+    "pp2-nvlink": on("pair", "pp2-nvlink", SMALL, STAGES),
+    "tp2-pp2": on("all", "tp2-pp2", SMALL, FOUR),
+    "tp2-dp2": on("all", "tp2-dp2", SMALL, PAIRS),
+    "405b-tp2-nvlink": on("pair", "405b-tp2-nvlink", LARGE, TWO),
+    "405b-pp2-nvlink": on("pair", "405b-pp2-nvlink", LARGE, STAGES),
+    "405b-tp2": on("both", "405b-tp2", LARGE, TWO),
+    "405b-pp2": on("both", "405b-pp2", LARGE, STAGES),
+    "405b-dp2": on("both", "405b-dp2", HALF, REPLICAS),
+    "405b-tp2-pp2": on("all", "405b-tp2-pp2", DOUBLE, FOUR),
     "end": end,
 }

@@ -63,6 +63,11 @@ def cuda() -> Json:
     return answer
 
 
+def memory(_request: Json) -> Json:
+    """Free and total memory of each GPU, as `cuda()` returns them."""
+    return cuda()
+
+
 def version(module: Path = MODULE) -> str | None:
     """The version of NVIDIA's kernel module."""
     try:

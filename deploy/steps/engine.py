@@ -19,13 +19,15 @@ from typing import Literal
 from deploy.engine import metrics
 from deploy.engine.canary import Reply, ask_one_token
 from deploy.engine.log import PHASES, Progress, first_cause, no_cause
-from deploy.fleet.calls import RemoteNode
+from deploy.fleet.calls import RemoteNode, call
 from deploy.fleet.forwarding import forward_local, require_forwarding
 from deploy.fleet.jobs import JobStatus, follow_job, job_status, start_job, stop_job
 from deploy.fleet.ssh import Fleet
 from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment, Folder, Node
 from deploy.planning.plans import ServePlan, plan_mark
+from deploy.planning.shards import GIB
+from deploy.remote.wire import Json
 from deploy.steps import processes, ray
 from deploy.steps.processes import PLAN_MARK
 from deploy.steps.step import Applied, Looks, ServingStep, Undone, Work, end_jobs
@@ -45,6 +47,8 @@ class EngineSpec:
     "Values of the plan's secret_env."
     nodes: Callable[[], Awaitable[Nodes]]
     "Gets the state of the nodes. Called regularly while the engine loads."
+    targets: Sequence[RemoteNode] = ()
+    "The plan's nodes. The memory of their GPUs must be free before the engine starts."
     environment: str = ""
     "Id of the active environment; empty: unknown, and not compared."
     load: float = 7200
@@ -54,6 +58,8 @@ class EngineSpec:
     poll: float = 2.0
     check: float = 30.0
     "Seconds between requests to Ray."
+    release: float = 30.0
+    "Maximum seconds until the processes of a stopped engine have released the memory of their GPUs."
     settle: float = 30.0
     "Maximum seconds until Ray reports a dead node. It took 15 s after a raylet was killed."
     last: Mapping[str, float] = field(default_factory=dict)
@@ -97,12 +103,14 @@ def spec_of(
     head: RemoteNode,
     last: Mapping[str, float],
     nodes: Callable[[], Awaitable[Nodes]] | None = None,
+    targets: Sequence[RemoteNode] = (),
 ) -> EngineSpec:
     """The engine of a deployment. `last`: seconds of each phase of the last start."""
     return EngineSpec(
         plan=plan,
         secrets=dict.fromkeys(plan.secret_env, api_key(deployment.folder)),
         nodes=nodes or (lambda: ray.alive(head, cluster)),
+        targets=targets,
         environment=cluster.environment,
         load=deployment.data.options.load_timeout,
         last=last,
@@ -119,7 +127,9 @@ class EngineStep(ServingStep):
         plan, head, state = work.made_plan, work.nodes[0], work.keeper.state
         cluster = ray.spec_of(work.deployment, plan, work.environment)
         parts = partial(parts_alive, work.fleet, plan) if plan.launcher == "native" else None
-        spec = spec_of(work.deployment, plan, cluster, head, state.data("load"), parts)
+        names = {node.name for node in plan.nodes}
+        targets = [node for node in work.nodes if node.name in names]
+        spec = spec_of(work.deployment, plan, cluster, head, state.data("load"), parts, targets)
         answering = await start_or_attach(work.fleet, head, spec, work.console)
         running = answering.how == "running"
         if answering.how == "started":  # kept when the engine is stopped, to estimate the next start
@@ -187,11 +197,44 @@ async def start_or_attach(fleet: Fleet, head: RemoteNode, spec: EngineSpec, cons
         console.step("engine", "stopping the engine of another plan or environment")
     if not same:
         await asyncio.gather(*(stop_job(fleet, node, paths.ENGINE_JOB, grace=30) for node in (place, *followers)))
+        await _require_memory(spec)
         env = {**spec.plan.serve_env, PLAN_MARK: spec.plan_mark}
         for follower, node in zip(followers, spec.plan.followers, strict=True):
             await start_job(fleet, follower, paths.ENGINE_JOB, shlex.join(node.engine), {**env, **node.env})
         await start_job(fleet, place, paths.ENGINE_JOB, shlex.join(spec.plan.serve), {**env, **spec.secrets})
     return await _watch(fleet, place, spec, console, begun=begun, how="attached" if same else "started")
+
+
+async def _require_memory(spec: EngineSpec) -> None:
+    """Raise EngineError if another process uses so much memory of a GPU that the engine cannot start.
+
+    The rule is vLLM's: gpu_memory_utilization of the GPU's memory must be free. vLLM applies it about a minute later, and its
+    message does not contain the node. A GPU that the driver does not report is not checked.
+    """
+    deadline = time.monotonic() + spec.release
+    while True:
+        answers = await asyncio.gather(*(call(node, "driver.memory", {}) for node in spec.targets))
+        used = [_used(spec.plan, node.name, answer) for node, answer in zip(spec.targets, answers, strict=True)]
+        full = next((text for text in used if text), None)
+        if full is None:
+            return
+        if time.monotonic() > deadline:
+            raise EngineError(
+                f"{full}; another process uses the rest",
+                remedy="find the process with `nvidia-smi` on that node and stop it, or set a smaller"
+                " gpu_memory_utilization in [layout] of deploy.toml, then repeat the command",
+            )
+        await asyncio.sleep(spec.poll)
+
+
+def _used(plan: ServePlan, name: str, answer: Json) -> str | None:
+    """The first GPU of a node that has too little free memory, of the GPUs that the plan uses."""
+    count = next(node.gpus for node in plan.nodes if node.name == name)
+    for index, gpu in enumerate(answer.get("gpus", [])[:count]):
+        if gpu["free"] < plan.layout.gmu * gpu["total"]:
+            free, total, wanted = gpu["free"] / GIB, gpu["total"] / GIB, plan.layout.gmu * gpu["total"] / GIB
+            return f"{name}: GPU {index} has {free:.1f} of {total:.1f} GiB free, but the engine requires {wanted:.1f} GiB"
+    return None
 
 
 async def _ask_running(fleet: Fleet, place: Node, spec: EngineSpec) -> Reply:

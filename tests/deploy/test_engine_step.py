@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import socket
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -111,6 +114,58 @@ def on_two_nodes(folder: Path, work: Work) -> None:
                 await work(fleet, remote_nodes(fleet)[0], made)
             finally:
                 await asyncio.gather(*(stop_job(fleet, machine.node, "engine", grace=1) for machine in made))
+
+    asyncio.run(go())
+
+
+DRIVER = """
+#include <stddef.h>
+#include <stdio.h>
+#include <string.h>
+int cuInit(unsigned flags) { return 0; }
+int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
+int cuDeviceGetCount(int *count) { *count = 1; return 0; }
+int cuDeviceGet(int *device, int index) { *device = index; return 0; }
+int cuDeviceGetName(char *name, int size, int device) { strncpy(name, "NVIDIA GH200", size); return 0; }
+int cuDevicePrimaryCtxRetain(void **context, int device) { *context = &cuInit; return 0; }
+int cuDevicePrimaryCtxRelease_v2(int device) { return 0; }
+int cuCtxSetCurrent(void *context) { return 0; }
+int cuGetErrorString(int code, const char **text) { *text = "?"; return 0; }
+int cuMemGetInfo_v2(size_t *free, size_t *total) {
+    unsigned long mib = 0;
+    FILE *file = fopen("FREE", "r");
+    if (!file || fscanf(file, "%lu", &mib) != 1) return 1;
+    fclose(file);
+    *free = mib << 20;
+    *total = 96000UL << 20;
+    return 0;
+}
+"""
+"A driver whose GPU has as much free memory as a file states, in MiB."
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_the_engine_does_not_start_while_another_process_uses_gpu_memory(tmp_path: Path) -> None:
+    free = tmp_path / "free"
+    library = tmp_path / "libcuda.so.1"
+    argv = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
+    subprocess.run(argv, input=DRIVER.replace("FREE", str(free)), text=True, check=True)
+
+    async def go() -> None:
+        environment = {"k1": {"LD_LIBRARY_PATH": str(tmp_path)}}
+        async with kit.machines(tmp_path, 2, environment=environment) as made, kit.fleet(tmp_path, made) as fleet:
+            targets = remote_nodes(fleet)
+            asked = spec(a_plan(free_port()), targets=targets, release=1.0)
+            free.write_text("80000")
+            with pytest.raises(EngineError, match=r"k1: GPU 0 has 78.1 of 93.8 GiB free, but the engine requires 84.4 GiB"):
+                await engine.start_or_attach(fleet, targets[0], asked, Console())
+            assert (await job_status(fleet, made[0].node, "engine")).state == "absent"
+            asyncio.get_running_loop().call_later(1, free.write_text, "95000")  # a stopped engine releases it late
+            waits = replace(asked, release=30.0)
+            assert (await engine.start_or_attach(fleet, targets[0], waits, Console())).how == "started"
+            free.write_text("3000")
+            assert (await engine.start_or_attach(fleet, targets[0], waits, Console())).how == "running"
+            await stop_job(fleet, made[0].node, "engine", grace=1)
 
     asyncio.run(go())
 
