@@ -2,7 +2,7 @@
 
     python -m bench._serving.run WORK SCENE…     on the machine with the GPUs, after bench/serve_gpu.sh has set it up
 
-Nodes are the rehearsal's: namespaces with an sshd each. Each GPU is a node of its own, k0, k1 and so on, and one more node has
+Nodes are the rehearsal's: namespaces with an sshd each. Each GPU is a node, k0, k1 and so on, and one more node has
 the first two GPUs.
 """
 
@@ -321,6 +321,9 @@ def main() -> None:
     names = sys.argv[2:] or list(SCENES)
     with stage(work) as made:
         for name in names:
+            if name != "end" and time.monotonic() - made.begun > float(os.environ.get("SECONDS", "inf")):
+                made.say(f"== {name}: skipped, no time is left")
+                continue
             made.say(f"== {name}")
             begun = time.monotonic()
             try:

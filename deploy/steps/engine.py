@@ -197,7 +197,7 @@ async def start_or_attach(fleet: Fleet, head: RemoteNode, spec: EngineSpec, cons
         console.step("engine", "stopping the engine of another plan or environment")
     if not same:
         await asyncio.gather(*(stop_job(fleet, node, paths.ENGINE_JOB, grace=30) for node in (place, *followers)))
-        await _require_memory(spec)
+        await _require_memory(spec, console)
         env = {**spec.plan.serve_env, PLAN_MARK: spec.plan_mark}
         for follower, node in zip(followers, spec.plan.followers, strict=True):
             await start_job(fleet, follower, paths.ENGINE_JOB, shlex.join(node.engine), {**env, **node.env})
@@ -205,13 +205,13 @@ async def start_or_attach(fleet: Fleet, head: RemoteNode, spec: EngineSpec, cons
     return await _watch(fleet, place, spec, console, begun=begun, how="attached" if same else "started")
 
 
-async def _require_memory(spec: EngineSpec) -> None:
+async def _require_memory(spec: EngineSpec, console: Console) -> None:
     """Raise EngineError if another process uses so much memory of a GPU that the engine cannot start.
 
     The rule is vLLM's: gpu_memory_utilization of the GPU's memory must be free. vLLM applies it about a minute later, and its
     message does not contain the node. A GPU that the driver does not report is not checked.
     """
-    deadline = time.monotonic() + spec.release
+    deadline, told = time.monotonic() + spec.release, False
     while True:
         answers = await asyncio.gather(*(call(node, "driver.memory", {}) for node in spec.targets))
         used = [_used(spec.plan, node.name, answer) for node, answer in zip(spec.targets, answers, strict=True)]
@@ -224,6 +224,9 @@ async def _require_memory(spec: EngineSpec) -> None:
                 remedy="find the process with `nvidia-smi` on that node and stop it, or set a smaller"
                 " gpu_memory_utilization in [layout] of deploy.toml, then repeat the command",
             )
+        if not told:
+            console.step("engine", f"waiting up to {spec.release:.0f} s for GPU memory: {full}")
+            told = True
         await asyncio.sleep(spec.poll)
 
 

@@ -222,9 +222,9 @@ async def _make_room(
 
 
 async def _end_engine(targets: Sequence[RemoteNode], looks: Mapping[str, Json], mark: str, console: Console) -> None:
-    """Stop a running engine. It cannot continue after losing a node, and does not notice that the node is back."""
+    """Stop a running engine. It cannot continue with other nodes, and does not notice that a lost node is back."""
     if any(of_job(looks[node.name], paths.ENGINE_JOB) for node in targets):
-        console.step("ray", "stopping the engine, which has lost a node")
+        console.step("ray", "stopping the engine, because its nodes change")
         await stop(targets, mark, jobs=[paths.ENGINE_JOB])
 
 
