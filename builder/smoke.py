@@ -41,9 +41,9 @@ class ComparedResult(Table):
     """One result that a GPU computed with the wheel, compared with a reference."""
 
     name: str = Field(min_length=1, max_length=200)
-    "The computed result, as 'forward float16'"
+    "Name of the computed result, for example 'forward float16'"
     error: float = Field(ge=0, allow_inf_nan=False)
-    "Largest difference"
+    "Largest difference from the reference"
     tolerance: float = Field(gt=0, allow_inf_nan=False)
     "Largest allowed difference"
 
@@ -54,19 +54,19 @@ class GpuResult(Table):
     status: Literal["passed", "not run"]
     "Whether the script ran on a GPU"
     reason: str = ""
-    "Why it was not run"
+    "Reason why the script was not run"
     device: str | None = None
-    "The GPU that it ran on"
+    "Name of the GPU on which the script ran"
     sm: str | None = None
-    "That GPU's architecture, as 90"
+    "Architecture of this GPU, for example 90"
     driver: str = ""
-    "Version of NVIDIA's driver; empty: unknown"
+    "Version of NVIDIA's driver. Empty if the version is unknown"
     script: str | None = None
     "Output of smoke_gpu.py"
     comparisons: tuple[ComparedResult, ...] = ()
     "Results that were compared with a reference"
     negative_control: str | None = None
-    "A wrong result that the comparison refused"
+    "Description of a wrong result that the comparison detected"
     wall_s: float | None = None
     "Duration in seconds"
 

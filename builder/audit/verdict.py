@@ -24,7 +24,7 @@ class Verdict(Table):
     summary: str
     "The result in one sentence, or why the gate does not apply"
     details: tuple[str, ...] = ()
-    "All complaints and other facts"
+    "All complaints, and further facts"
 
 
 def passed(gate: str, summary: str, details: Sequence[str] = ()) -> Verdict:

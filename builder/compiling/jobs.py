@@ -21,7 +21,7 @@ class Jobs(Table):
     count: int
     "Number of parallel compilations"
     reason: str
-    "Why this number was chosen"
+    "Reason for this number"
 
 
 @dataclass(frozen=True, kw_only=True)

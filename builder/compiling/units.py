@@ -27,7 +27,7 @@ class Unit(Table):
     cpu_s: float
     "CPU seconds"
     peak_memory: int
-    "Bytes"
+    "Peak memory in bytes"
 
 
 class CacheStatistics(Table):
@@ -40,28 +40,28 @@ class CacheStatistics(Table):
     uncacheable: int
     "Calls that cannot be cached"
     reasons: dict[str, int] = Field(default_factory=dict)
-    "Reasons of uncacheable calls, in ccache's words"
+    "Number of uncacheable calls for each reason, in ccache's words"
     saved_cpu_s: float
-    "CPU seconds that the hits took when they were compiled; unknown ones count as 0"
+    "CPU seconds that the cached compilations took when they ran. An unknown time counts as 0"
 
 
 class DeviceStatistics(Table):
     """Costs of nvcc's device passes (cicc, ptxas, fatbinary), and use of the device store; the numbers count passes."""
 
     text: int
-    "cicc passes that were found by the preprocessed text"
+    "cicc passes whose result was found in the device store by the preprocessed text"
     nvvm: int
-    "Optimizer passes of cicc that were found by the front end's NVVM code"
+    "Optimizer passes of cicc whose result was found by the front end's NVVM code"
     ptx: int
-    "ptxas passes that were found by the PTX"
+    "ptxas passes whose result was found by the PTX"
     misses: int
-    "Passes of cicc and ptxas that ran and whose results can be kept"
+    "Passes of cicc and ptxas that ran, and whose results can be stored"
     not_kept: dict[str, int] = Field(default_factory=dict)
-    "Other passes of cicc and ptxas that ran, by reason"
+    "Number of passes of cicc and ptxas that ran and whose results cannot be stored, for each reason"
     cpu_s: float
-    "CPU seconds of all device passes, including the store"
+    "CPU seconds of all device passes, including the lookups in the device store"
     saved_cpu_s: float
-    "CPU seconds that the found results took when they were compiled"
+    "CPU seconds that the passes with a found result took when they ran"
 
     @property
     def taken(self) -> int:

@@ -20,7 +20,7 @@ INDEXES = ("registry+https://github.com/rust-lang/crates.io-index", "sparse+http
 
 
 class Crate(Table):
-    """One crate of crates.io. Name and version are checked, because they are a folder's name."""
+    """One crate of crates.io. Name and version are validated, because the name of a folder is composed of them."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
     "Name on crates.io"
@@ -29,7 +29,7 @@ class Crate(Table):
     sha256: Sha256
     "Checksum in Cargo.lock, the sha256 of the .crate file"
     license: str | None = None
-    "SPDX expression in its Cargo.toml; None: it has no such expression"
+    "SPDX expression in the crate's Cargo.toml. null: Cargo.toml has no such expression"
 
     @property
     def title(self) -> str:

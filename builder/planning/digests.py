@@ -14,7 +14,7 @@ class Witness(Table):
     """An independent source for the same digest."""
 
     source: str = Field(min_length=1)
-    "URL of the digest, or the document and place that has it"
+    "URL where the digest is published, or the name of a document and the location in it"
     value: Sha256
     "Digest in that source; it must equal `sha256`"
 
@@ -31,13 +31,13 @@ class DigestFields(Table):
     """The keys of a download that is pinned by sha256, or whose sha256 is still unknown."""
 
     sha256: Sha256 | None = None
-    "sha256 of the file; absent while it is unknown"
+    "sha256 of the file. The key is absent while the digest is unknown"
     sha256_unknown: str | None = None
-    "Why the digest is unknown; fill it in with `builder lock` or `builder build --accept-new`"
+    "Reason why the digest is unknown. `builder lock` or `builder build --accept-new` replaces this key with `sha256`"
     accepted: FirstUse | None = None
-    "Written by `--accept-new`; the digest is unconfirmed until there is a witness"
+    "Date and URL of the first use, written by `--accept-new`. The digest is unconfirmed until `witness` has an entry"
     witness: tuple[Witness, ...] = ()
-    "Independent sources of this digest"
+    "Independent sources that confirm this digest"
 
     @property
     def unconfirmed(self) -> FirstUse | None:

@@ -61,7 +61,7 @@ class MatrixTable(Table):
     """matrix.toml."""
 
     keep_torch: int = Field(default=4, ge=1)
-    "Number of torch releases to keep; --prune lists older ones"
+    "Number of torch releases to keep. `builder matrix --prune` lists the builds for older releases"
     selectors: dict[str, Annotated[str, AfterValidator(_selector)]] = Field(default_factory=dict)
     "Selectors by name, such as `default`"
 

@@ -53,7 +53,7 @@ class Substitution(Table):
     replace: str
     "Replacement"
     count: int = Field(default=1, ge=1)
-    "Number of occurrences; another number is an error"
+    "Required number of occurrences; a different number is an error"
 
 
 class Build(Table):
@@ -65,13 +65,14 @@ class Build(Table):
     "Folder of pyproject.toml or setup.py in the source"
     environment: dict[str, str] = Field(default_factory=dict)
     (
-        "Variables for the build; they enter the build id. {sm}, {sm_dotted} and {sm_gencode} are replaced by the cell's "
-        "architectures, as 90;100a, 9.0;10.0a and -gencode=arch=compute_90,code=sm_90, also in config_settings and cmake"
+        "Variables for the build; they enter the build id. {sm} is replaced with the architectures to compile for in the form "
+        "90;100a, {sm_dotted} with 9.0;10.0a, and {sm_gencode} with -gencode=arch=compute_90,code=sm_90. The values of "
+        "config_settings and cmake can contain the same placeholders"
     )
     config_settings: dict[str, str] = Field(default_factory=dict)
     "PEP 517 config settings"
     cmake: dict[str, str] = Field(default_factory=dict)
-    "CMake cache variables, for packages that do not pass them on; our toolchain file sets them"
+    "CMake cache variables, for packages whose build backend does not forward CMake options. The toolchain file sets them"
     cuda: bool = True
     (
         "The build requires the CUDA compiler and torch. With false, the environment has torch only if `requires` of the "
@@ -86,11 +87,14 @@ class Build(Table):
     "Peak memory of one compile job; limits the number of jobs"
     unit_memory: dict[str, Size] = Field(default_factory=dict)
     (
-        "Peak memory of source files (glob, also of a folder) that need more than memory_per_job; used until a build has "
-        "measured them"
+        "Peak memory of source files that need more than memory_per_job. The key is a glob that matches a file or a folder. "
+        "The value is used until a build has measured the file"
     )
     unit_seconds: dict[str, int] = Field(default_factory=dict)
-    "Seconds of source files (glob) that take much longer than others; used until a build has measured them"
+    (
+        "Seconds for source files that take much longer than others. The key is a glob that matches a file or a folder. "
+        "The value is used until a build has measured the file"
+    )
     binfmt: bool = False
     "The build executes programs of the target other than Python"
 
@@ -109,11 +113,14 @@ class Bundled(Table):
     """A third-party file that the wheel may contain."""
 
     path: InsidePath
-    "Path in the wheel; with `origin` a glob"
+    "Path in the wheel. If `origin` is set, this is a glob"
     sha256: Sha256 | None = None
     "sha256 of the file; use either sha256 or origin"
     origin: str | None = None
-    "URL or package URL (pkg:pypi/NAME@VERSION) of the [[files]] entry that has it, or 'source'"
+    (
+        "URL or package URL (pkg:pypi/NAME@VERSION) of the [[files]] entry that the file comes from; 'source' if it comes "
+        "from the source tree"
+    )
     license: SpdxExpression
     "SPDX expression of the file's licence"
 
@@ -129,30 +136,33 @@ class Wheel(Table):
 
     appends: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$")] | None = None
     (
-        "Text that upstream's build appends to the local version, to be removed, as 'd20261129'; text for CUDA and torch "
-        "is always removed"
+        "Text that upstream's build appends to the local version, for example 'd20261129'. The builder removes this text. "
+        "Text for CUDA and torch is always removed"
     )
     sm_extra: dict[str, tuple[Sm, ...]] = Field(default_factory=dict)
-    "Additional sm values for source files or folders, by glob, as {'hopper/*.cu' = ['90a']}"
+    "Additional sm values for source files or folders. The key is a glob, for example {'hopper/*.cu' = ['90a']}"
     sm_supported: tuple[Sm, ...] = ()
-    "sm values that the source supports and --sm may name; empty: all that CUDA supports"
+    "sm values that the source supports. `--sm` may name only these. Default: all that CUDA supports"
     allow_sm_fallback: bool = False
     "A source that requests 90a, or a family such as 100f, may be compiled for 90 or 100 instead"
     ptx: Ptx | None = None
-    "Replaces `ptx` of the stack; 'none': no PTX"
+    "Replaces `ptx` of the stack. With 'none', the wheel has no PTX"
     requires: dict[str, StackRequirement] = Field(default_factory=dict)
     (
-        "Requires-Dist by distribution, replaces the package's own, as {'triton' = 'triton==3.2.0'}; {torch} is replaced "
-        "by the version of the stack's torch"
+        "Replacements for the package's Requires-Dist lines. The key is the distribution, for example "
+        "{'triton' = 'triton==3.2.0'}. {torch} is replaced with the version of the stack's torch"
     )
     source_archive: bool = False
     "Publish the patched source next to the wheel, as licences such as the AGPL require"
     licenses: tuple[InsidePath, ...] = ()
-    "Licence texts of code that is compiled in, by path in the source tree; copied to .dist-info/licenses"
+    (
+        "Licence texts of code that is compiled into the wheel: paths in the source tree. The builder copies these files to "
+        ".dist-info/licenses"
+    )
     bundled: tuple[Bundled, ...] = ()
     "Third-party files that the wheel may contain; others are refused"
     max_size: Size = "500MiB"
-    "Largest wheel accepted"
+    "Maximum size of the wheel"
     may_publish: str | None = None
     "Why the wheel may be redistributed although the recipe's licence does not allow it"
 
@@ -165,44 +175,44 @@ class Wheel(Table):
 
 
 class StackDifference(Table):
-    """Changes of the recipe for stacks with some CUDA releases."""
+    """Changes of the recipe that apply only to stacks with certain CUDA releases."""
 
     cuda: Specifiers
-    "CUDA releases of the stack to which it applies, as '>=13'"
+    "CUDA releases of the stack to which these changes apply, for example '>=13'"
     substitutions: tuple[Substitution, ...] = ()
-    "Applied after those of the recipe"
+    "Applied after the recipe's own substitutions"
     requires: dict[str, StackRequirement] | None = None
-    "Replaces `requires` of [wheel]"
+    "Replaces the table `requires` of [wheel]"
 
 
 class Smoke(Table):
     """The test of the wheel in a clean environment."""
 
     imports: tuple[str, ...] = Field(min_length=1)
-    "Modules to import, extensions included"
+    "Modules to import, including extension modules"
 
 
 class KnownBad(Table):
     """A combination whose wheel computes wrong results or does not run; `plan` refuses it."""
 
     sm: tuple[Sm, ...] = ()
-    "Architectures of the device code; empty: all"
+    "Architectures of the device code. Default: all"
     cuda: Specifiers = ""
-    "Releases of CUDA, as '<13.1'; empty: all"
+    "Releases of CUDA, for example '<13.1'. Default: all"
     torch: Specifiers = ""
-    "Releases of torch, as '>=2.9,<2.11'; empty: all"
+    "Releases of torch, for example '>=2.9,<2.11'. Default: all"
     reason: str = Field(min_length=1)
     "What is wrong with the wheel"
     link: Url
-    "Where it was reported or measured"
+    "URL where the problem was reported or measured"
 
 
 class TreeProduct(Table):
-    """A build of a tree of files for other recipes, instead of a wheel."""
+    """A build that produces a tree of files for other recipes instead of a wheel, for example an LLVM installation."""
 
     commands: tuple[str, ...] = Field(min_length=1)
     (
-        "Lines of a shell script that runs in the source tree and installs into $OUT; CC and CXX compile for the target, "
+        "Lines of a shell script that runs in the source tree and installs into $OUT. CC and CXX compile for the target, "
         "CC_FOR_BUILD and CXX_FOR_BUILD for the build machine"
     )
     holds: tuple[InsidePath, ...] = Field(min_length=1)
@@ -210,14 +220,17 @@ class TreeProduct(Table):
 
 
 class TakenTree(Table):
-    """A tree of another recipe, which is built first; its build id enters this build id."""
+    """A file tree that another recipe builds. It is built before this recipe. Its build id enters this recipe's build id."""
 
     recipe: str
-    "Name of its folder in recipes/"
+    "Folder in recipes/ of the recipe that builds the tree"
     path: InsidePath
-    "Destination, relative to the source tree; it is added before [[files]]"
+    "Destination, relative to the source tree. The tree is added before [[files]]"
     replaces: InsidePath | None = None
-    "`path` of the [[files]] entry that downloads the same; the tree replaces it only with an option such as `--llvm source`"
+    (
+        "`path` of the [[files]] entry that downloads the same files. The tree replaces this download only if an option "
+        "such as `--llvm source` is given"
+    )
 
 
 class Recipe(Table):
@@ -226,7 +239,7 @@ class Recipe(Table):
     name: str
     "Distribution name"
     version: VersionText
-    "Version of the wheel; another version is an error"
+    "Version of the wheel; a wheel with a different version is an error"
     summary: str = ""
     "Description in one line"
     license: SpdxExpression
@@ -238,7 +251,7 @@ class Recipe(Table):
     known_bad: tuple[KnownBad, ...] = ()
     "Combinations that `builder plan` refuses"
     refuses: dict[ToolchainKind, str] = Field(default_factory=dict)
-    "Toolchains that cannot build it, with the reason, as {'container' = 'why'}"
+    "Toolchains that cannot build the package. The value is the reason, for example {'container' = 'why'}"
     source: Annotated[SdistSource | GitSource | FileSource, Field(discriminator="kind")]
     "Where the source comes from"
     repositories: tuple[Repository, ...] = ()
@@ -246,15 +259,15 @@ class Recipe(Table):
     files: tuple[File, ...] = ()
     "Additional files"
     trees: tuple[TakenTree, ...] = ()
-    "Trees of other recipes, built first"
+    "File trees, for example an LLVM installation, that other recipes build. They are built before this recipe"
     substitutions: tuple[Substitution, ...] = ()
-    "Applied after the patches, in this order"
+    "Replacements of text in the source; applied after the patches, in this order"
     build: Build = Build()
     "How to compile"
     wheel: Wheel = Wheel()
     "Required properties of the wheel"
     differences: tuple[StackDifference, ...] = ()
-    "Changes for stacks with some CUDA releases"
+    "Changes that apply only to stacks with certain CUDA releases"
     smoke: Smoke | None = None
     "Smoke test of the wheel"
     tree: TreeProduct | None = None

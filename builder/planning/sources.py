@@ -43,7 +43,7 @@ class SdistSource(PinnedDownload):
 
 
 class Submodule(Table):
-    """A git submodule, pinned as its parent is."""
+    """A git submodule, pinned by commit."""
 
     url: Url
     "URL of the repository"
@@ -52,7 +52,7 @@ class Submodule(Table):
     tree: Commit | None = None
     "Tree id of that commit; optional additional check"
     license: SpdxExpression | None = None
-    "Its licence; the gate `licence` refuses a wheel without it"
+    "SPDX expression of its licence. If absent, the gate `licence` refuses the wheel"
 
 
 class Repository(Table):
@@ -67,7 +67,7 @@ class Repository(Table):
     path: InsidePath
     "Destination, relative to the source tree"
     license: SpdxExpression | None = None
-    "Its licence; the gate `licence` refuses a wheel without it"
+    "SPDX expression of its licence. If absent, the gate `licence` refuses the wheel"
 
 
 class GitSource(Table):
@@ -82,7 +82,7 @@ class GitSource(Table):
     tree: Commit | None = None
     "Tree id of that commit; optional additional check"
     submodules: dict[str, Submodule] = Field(default_factory=dict)
-    "Submodules by path in the tree; others stay empty"
+    "Submodules to check out. The key is the path in the repository. Folders of other submodules stay empty"
 
 
 class FileSource(PinnedDownload):
@@ -108,13 +108,13 @@ class File(DigestFields):
     url: Url | None = None
     "URL of the file"
     name: str | None = None
-    "Project on the Python index; the digest selects one of its files"
+    "Project on the Python index. The digest selects one of the project's files"
     version: VersionText | None = None
     "Exact version of that project"
     deb: InsidePath | None = None
-    "Path of a package in Debian's archive, as in a toolchain.lock"
+    "Path of a package in Debian's archive, in the form that toolchain.lock uses"
     suite: str | None = None
-    "Debian suite with that package"
+    "Debian suite that contains the package"
     text: str | None = None
     "Content of the file, instead of a download"
     path: InsidePath
@@ -122,13 +122,16 @@ class File(DigestFields):
     unpack: bool = False
     "Unpack the archive into `path` instead of copying it"
     members: dict[str, InsidePath | tuple[InsidePath, ...]] = Field(default_factory=dict)
-    "Unpack only these files and folders of the archive, each to one or more destinations below `path`"
+    (
+        "Unpack only these files and folders of the archive. The key is the path in the archive. The value is one destination "
+        "or several destinations below `path`"
+    )
     license: SpdxExpression | None = None
-    "Its licence; the gate `licence` refuses a wheel without it"
+    "SPDX expression of its licence. If absent, the gate `licence` refuses the wheel"
     binfmt: bool = False
-    "The build executes programs of the target from it"
+    "The build executes programs from this file that are compiled for the target"
     host: Arch | None = None
-    "Architecture of the build machine for which the file is needed; None: all"
+    "Architecture of the build machine that needs the file. Default: every architecture"
 
     @property
     def origin(self) -> str:

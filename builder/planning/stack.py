@@ -79,7 +79,7 @@ class Torch(Table):
 
 
 class OwnWheel(PinnedDownload):
-    """A wheel from another index than the Python index; one file for each architecture."""
+    """A wheel from a different index than the Python index. Each architecture has its own entry."""
 
     name: str
     "Name of the distribution"
@@ -88,7 +88,7 @@ class OwnWheel(PinnedDownload):
     arch: Arch
     "Architecture of the wheel"
     index: Url
-    "Simple API of that index; GRACEFARM_MIRRORS redirects it"
+    "URL of that index's simple API. GRACEFARM_MIRRORS can redirect it"
 
     @property
     def title(self) -> str:
@@ -97,12 +97,12 @@ class OwnWheel(PinnedDownload):
 
 
 class Environment(Table):
-    """The target's site-packages, at build time and at run time; the lock pins all of it."""
+    """The target's site-packages, at build time and at run time. The lock pins every distribution in it."""
 
     requirements: tuple[RequirementText, ...]
     "Requirements that are resolved into the lock"
     resolved_before: str | None = None
-    "Ignore files that were uploaded later (RFC 3339 date), so that the lock can be reproduced"
+    "Ignore files that were uploaded after this date (RFC 3339), so that the lock can be reproduced"
     left_out: tuple[str, ...] = ()
     "Required distributions that the lock omits; NOTES.md gives the reasons"
     wheels: tuple[OwnWheel, ...] = ()
@@ -117,7 +117,7 @@ class DebianToolkit(Table):
     component: str = "non-free"
     "Component of the suite"
     packages: tuple[str, ...] = Field(min_length=1)
-    "Packages, without their dependencies; toolchain.lock pins them"
+    "Packages to unpack. Their dependencies are not unpacked. toolchain.lock pins the packages"
 
 
 class Compilers(Table):
@@ -134,14 +134,14 @@ class Compilers(Table):
 
 
 class Image(PinnedDownload):
-    """A container image with the layout of manylinux, for `--toolchain container`; the digest is that of its manifest."""
+    """A container image with the layout of manylinux, for `--toolchain container`. `sha256` is the digest of its manifest."""
 
     name: str
-    "Name with registry, as quay.io/pypa/manylinux_2_28_aarch64"
+    "Name with registry, for example quay.io/pypa/manylinux_2_28_aarch64"
     tag: str
-    "Tag whose digest `builder lock` reads; builds use only the digest"
+    "Tag of the image. `builder lock` reads the digest of this tag; builds use only the digest"
     cuda: str | None = None
-    "Folder of CUDA in the image; None: the image has no CUDA"
+    "Folder of CUDA in the image. If absent, the image has no CUDA"
 
     @property
     def reference(self) -> str:
@@ -156,12 +156,12 @@ class Image(PinnedDownload):
 
 
 class RustPackages(Table):
-    """Packages with Rust, which only the roots of recipes with `rust = true` have."""
+    """Packages with Rust. Only the roots of recipes with `rust = true` contain them."""
 
     host: tuple[str, ...] = Field(min_length=1)
-    "Packages of the host's architecture: rustc and cargo"
+    "Packages of the host's architecture, with rustc and cargo"
     target: tuple[str, ...] = Field(min_length=1)
-    "Packages of the target's architecture, unpacked without dependencies: its standard library"
+    "Packages of the target's architecture, with Rust's standard library; unpacked without their dependencies"
 
 
 class RootSpec(Table):
@@ -170,17 +170,17 @@ class RootSpec(Table):
     suite: str
     "One stable suite, without -updates and -security"
     host: tuple[str, ...]
-    "Packages of the host's architecture; {triplet} is the target's"
+    "Packages of the host's architecture. {triplet} is replaced with the target's GNU triplet, in which '_' is written as '-'"
     target: tuple[str, ...]
     "Packages of the target's architecture"
     cross: tuple[str, ...]
-    "Additional packages of the host if host and target differ; {triplet} is the target's, with '-'"
+    "Additional packages of the host's architecture for a cross build. {triplet} is replaced as in `host`"
     native: tuple[str, ...]
-    "Additional packages if host and target are the same"
+    "Additional packages of the host's architecture for a native build. {triplet} is replaced as in `host`"
     alone: tuple[str, ...] = ()
-    "Packages to unpack without their dependencies, such as data for the interpreter"
+    "Packages to unpack without their dependencies, for example data for the interpreter"
     rust: RustPackages | None = None
-    "Packages with Rust; None: the stack has no Rust"
+    "Packages with Rust. If absent, the stack has no Rust"
     hosts: dict[Arch, tuple[Arch, ...]]
     "Targets to lock for each host"
 
@@ -189,33 +189,36 @@ class Stack(Table):
     """stack.toml."""
 
     name: str
-    "Name of the stack; equal to its folder"
+    "Name of the stack; must be the name of its folder"
     summary: str = ""
     "Description in one line"
     python: Annotated[str, StringConstraints(pattern=r"^3\.\d+$")]
-    "Python of the root, used unless an interpreter is named"
+    "Version of the root's Python. Builds use this Python unless `--python` names an interpreter"
     torch: Torch | None = None
-    "The torch of the stack; None: for packages that do not link torch"
+    "The torch of the stack. If absent, the stack is for packages that do not link torch"
     cuda: Annotated[str, StringConstraints(pattern=r"^\d+\.\d+$")]
-    "Version of the CUDA toolkit, as 13.0"
+    "Version of the CUDA toolkit, for example 13.0"
     sm: tuple[Sm, ...] = Field(min_length=1)
-    "Exact list of real architectures to compile for; --sm names others"
+    "List of the real architectures to compile for. `--sm` replaces this list"
     ptx: Ptx | None = None
-    "Architecture of the PTX that each object includes for newer GPUs, as '90'; None: no PTX"
+    "Architecture of the PTX that each object includes for newer GPUs, for example '90'. If absent, objects include no PTX"
     glibc: dict[Arch, Glibc]
-    "Highest manylinux level for each target, as '2_34'"
+    "Highest manylinux level for each target, for example '2_34'"
     environment: Environment
     "The target's site-packages"
     toolchain: Compilers
     "The compilers"
     root: RootSpec | None = None
-    "The root file system; or give `root_of`"
+    "The root file system. Give either `root` or `root_of`"
     root_of: str | None = None
-    "A stack whose root and root.lock are used"
+    "Name of another stack. This stack uses the root and the root.lock of that stack"
     container: dict[Arch, Image] = Field(default_factory=dict)
-    "Image for each target, for builds in a container"
+    "Container image for each target, for `--toolchain container`"
     objects_only: bool = False
-    "The stack can compile, but not load: its wheels are never published and not part of sets"
+    (
+        "Wheels can be compiled against this stack, but not loaded, for example because it has only headers. These wheels "
+        "are never published and cannot be part of a set"
+    )
 
     @model_validator(mode="after")
     def _one_root(self) -> Self:

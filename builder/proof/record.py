@@ -34,7 +34,7 @@ class Stage(Table):
     name: str
     "Name of the step"
     command: tuple[str, ...] = ()
-    "Command run in the sandbox, if any"
+    "Command that ran in the sandbox, if the step has one"
     wall_s: float
     "Duration in seconds"
     cpu_s: float | None = None
@@ -42,15 +42,15 @@ class Stage(Table):
     peak_memory: int | None = None
     "Peak memory of the whole process tree, in bytes"
     memory_bound: int | None = None
-    "Bytes"
+    "Memory limit in bytes"
     memory_by: str | None = None
-    "Enforces the memory limit: cgroup2, watchdog, podman or docker; cgroup1 in older records"
+    "What enforced the memory limit: cgroup2, watchdog, podman or docker; cgroup1 in older records"
     note: str = ""
     "Remark about the step"
 
 
 class BuiltFile(Table):
-    """The product."""
+    """The file that a build produced."""
 
     filename: str
     "File name"
@@ -64,7 +64,7 @@ class Failure(Table):
     """Why the build has no wheel."""
 
     kind: str
-    "Failure class, as in docs/reference/errors.md"
+    "Failure class, one of the classes in docs/reference/errors.md"
     exit_code: int
     "Exit code of the command"
     cause: str
@@ -89,9 +89,9 @@ class Publication(Table):
     at: str
     "Time of the upload (UTC, ISO 8601)"
     filename: str = Field(default="", exclude_if=_empty)
-    "Name on the index, if it has a build tag"
+    "File name on the index, if this name has a build tag"
     reason: str = Field(default="", exclude_if=_empty)
-    "Why it has that build tag"
+    "Reason for the build tag"
 
 
 class Record(Table):
@@ -106,21 +106,21 @@ class Record(Table):
     name: str
     "Name of the distribution"
     version: str
-    "Version of the wheel, with its local part; of a failed build, that of the recipe"
+    "Version of the wheel, with its local part. If the build failed, this is the version in the recipe"
     stack: str
     "Name of the stack"
     interpreter: str | None = None
-    "The interpreter's name; None: the Python of the stack's root"
+    "Name of the interpreter. null: the Python of the stack's root"
     asked_sm: tuple[str, ...] | None = None
-    "Value of --sm; None: the stack's architectures"
+    "Value of `--sm`. null: the stack's architectures"
     asked_ptx: str | None = None
-    "Value of --ptx; None: that of recipe or stack"
+    "Value of `--ptx`. null: the value of `ptx` in the recipe or the stack"
     from_source: tuple[str, ...] = ()
-    "Recipes whose trees were built instead of downloads, as with --llvm source"
+    "Recipes whose file trees replaced downloads, for example llvm with `--llvm source`"
     asked_variant: bool = False
-    "Built with --variant"
+    "Whether the wheel was built with `--variant`"
     inputs: dict[str, object]
-    "All inputs; also in the wheel's .dist-info/gracefarm.json"
+    "All inputs of the build id. The file .dist-info/gracefarm.json of the wheel also contains them"
     toolchain: ToolchainKind = "sandbox"
     "Kind of toolchain"
     unconfirmed: tuple[str, ...] = ()
@@ -132,7 +132,7 @@ class Record(Table):
     wheel: BuiltFile | None = None
     "The wheel"
     tree: str | None = None
-    "For a recipe with [tree]: sha256 of the paths, modes and digests of its files"
+    "For a recipe with [tree]: sha256 of the paths, modes and digests of the files in the tree"
     source: BuiltFile | None = None
     "The patched source, if the recipe publishes it next to the wheel"
     torch_cxx11_abi: bool | None = None
@@ -144,29 +144,29 @@ class Record(Table):
     stages: tuple[Stage, ...] = ()
     "Steps of the build, in order"
     units: dict[str, Unit] = Field(default_factory=dict)
-    "Costs by source file, relative to the source tree"
+    "Costs of each source file. The key is its path, relative to the source tree"
     compiler_cache: CacheStatistics | None = None
-    "Use of the compiler cache; None: it was off, or nothing was compiled"
+    "Use of the compiler cache. null: the cache was off, or nothing was compiled"
     device_code: DeviceStatistics | None = None
-    "Use of the device store; None: no device code"
+    "Use of the device store, which caches the output of nvcc's device passes. null: no device code"
     shared_cache: SharedCacheUse | None = None
-    "Use of the shared cache; None: it was off, or nothing was compiled"
+    "Use of the shared cache. null: the cache was off, or nothing was compiled"
     verdicts: tuple[Verdict, ...] = ()
     "Verdicts of the gates"
     judged_by: str = ""
-    "Digest of the gates and smoke tests that judged the wheel; see docs/explanation/building.md"
+    "Digest of the gates and smoke tests with which the wheel was checked; see docs/explanation/building.md"
     smoke: SmokeResult | None = None
     "Result of the smoke test"
     device_digests: dict[str, str] = Field(default_factory=dict)
-    "Digests of the wheel's device code by sm; certificates are found by them (docs/howto/gpu.md)"
+    "Digest of the wheel's device code for each sm. A certificate belongs to a digest (docs/howto/gpu.md)"
     gpu: GpuResult | None = None
-    "Result of smoke_gpu.py; None: the recipe has no such script"
+    "Result of smoke_gpu.py. null: the recipe has no such script"
     published: tuple[Publication, ...] = ()
-    "Indexes that have the wheel"
+    "Indexes to which the wheel was published"
     provenance: dict[str, Any] | None = None
-    "DSSE envelope of the in-toto statement, equal to the file next to the wheel"
+    "DSSE envelope of the in-toto statement. The file next to the wheel has the same content"
     finished: str
-    "UTC, ISO 8601"
+    "Time of the end (UTC, ISO 8601)"
 
     @property
     def like(self) -> Likeness:

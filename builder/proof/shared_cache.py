@@ -46,7 +46,7 @@ NAMED = 10
 
 
 class SharedCacheUse(Table):
-    """Use of the shared cache in one compile. The numbers count entries; a translation unit has one or two."""
+    """Use of the shared cache in one compile. The numbers count entries; a translation unit has one or two entries."""
 
     url: str
     "URL of the index"
@@ -57,11 +57,11 @@ class SharedCacheUse(Table):
     misses: int = 0
     "Entries that did not exist or were refused"
     written: int = 0
-    "Entries that were sent"
+    "Entries that were uploaded"
     refused: tuple[str, ...] = ()
-    "Entries that were refused, with the reason"
+    "Names of refused entries, with the reason"
     off: str = ""
-    "Why reading or writing was stopped during the compile"
+    "Reason why reading or writing was stopped during the compile"
 
     @property
     def title(self) -> str:

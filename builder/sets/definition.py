@@ -22,12 +22,12 @@ from gracefarm.tables import Table
 
 
 class Together(Table):
-    """The test of all wheels of the set in one clean environment; smoke.py next to set.toml runs after the imports."""
+    """The test of all wheels of the set in one clean environment. After the imports, it runs smoke.py next to set.toml."""
 
     imports: tuple[str, ...] = Field(min_length=1)
-    "Modules to import, extensions included"
+    "Modules to import, including extension modules"
     commands: tuple[tuple[str, ...], ...] = ()
-    "Commands that must succeed in the environment, as [['aphrodite', 'run', '--help']]"
+    "Commands that must succeed in the environment, for example [['aphrodite', 'run', '--help']]"
 
 
 class WheelSet(Table):
@@ -42,11 +42,11 @@ class WheelSet(Table):
     target: Arch = Arch.AARCH64
     "Architecture of the wheels"
     recipes: tuple[str, ...] = Field(min_length=1)
-    "Recipes of the wheels to build; a wheel that another requires is built first"
+    "Recipes of the wheels to build. A wheel that another wheel requires is built first"
     requirements: tuple[RequirementText, ...] = ()
-    "Requirements that are resolved into the set's lock; empty: the set runs in the stack's environment"
+    "Requirements that are resolved into the set's lock. If absent, the set runs in the stack's environment"
     resolved_before: str | None = None
-    "Ignore files that were uploaded later (RFC 3339 date), so that the lock can be reproduced"
+    "Ignore files that were uploaded after this date (RFC 3339), so that the lock can be reproduced"
     left_out: tuple[str, ...] = ()
     "Required distributions that the lock omits"
     together: Together

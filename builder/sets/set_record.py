@@ -24,9 +24,9 @@ class Locked(Table):
     sha256: str
     "sha256 of the wheel"
     own: bool = False
-    "Built by this farm"
+    "Whether this farm built the wheel"
     index: str = ""
-    "URL of the wheel's index; empty: the farm's index, or the Python index"
+    "URL of the index that the wheel comes from. Empty: the farm's index, or the Python index"
 
 
 class Command(Table):
@@ -65,13 +65,13 @@ class SetRecord(Table):
     target: str
     "Architecture of the wheels"
     builds: dict[str, str]
-    "Build ids by recipe"
+    "Build id of each recipe"
     wheels: tuple[Locked, ...]
     "All wheels of the set's environment"
     tested: Tested
     "Result of the common test"
     finished: str
-    "UTC, ISO 8601"
+    "Time of the end (UTC, ISO 8601)"
 
 
 def folder(settings: Settings, set_id: str) -> Path:

@@ -60,7 +60,10 @@ def _jump(text: str) -> str:
 
 def _index(url: str) -> str:
     if urlsplit(url).netloc.rpartition("@")[0]:
-        msg = "contains a user or a password, which others can read: put them into ~/.netrc, on this machine and on the nodes"
+        msg = (
+            "the URL contains a user or a password, which other users of the nodes can read; put them into ~/.netrc, "
+            "on this machine and on the nodes"
+        )
         raise ValueError(msg)
     return url
 
@@ -85,51 +88,51 @@ RemotePath = Annotated[str, AfterValidator(_absolute)]
 
 
 class Access(Table):
-    """Access to nodes. Groups and nodes inherit missing keys from [nodes]."""
+    """SSH settings and hardware of nodes. Groups and nodes inherit missing keys from [nodes]."""
 
     user: str | None = None
-    "User name on the nodes; default: from ~/.ssh/config, else the local user."
+    "User name on the nodes. Default: the user in ~/.ssh/config, else the local user."
     key: str | None = None
-    "Private key; default: from ~/.ssh/config, the agent, or the usual files."
+    "Private key. Default: the key in ~/.ssh/config, the keys of the SSH agent, or the usual files in ~/.ssh."
     port: Port | None = None
-    "Port of sshd; default: 22."
+    "Port of sshd. Default: 22."
     jump: Jump | None = None
-    "Jump host, as [user@]host[:port]."
+    "Jump host, in the form [user@]host[:port]."
     nic: str | None = None
-    "Network interface between the nodes; default: found by `deploy init`."
+    "Network interface between the nodes. Default: `deploy init` finds it."
     gpus: PositiveInt | None = None
-    "GPUs to use on each node; default: all."
+    "Number of GPUs to use on each node. Default: all."
 
 
 class NodesConfig(Access):
-    """[nodes]: addresses, and settings of all nodes."""
+    """[nodes]: the addresses of the nodes, and settings for all nodes."""
 
     file: str | None = None
-    "File with one address per line, such as ips.txt, relative to deploy.toml."
+    "File with one address per line, such as ips.txt. The path is relative to deploy.toml."
     hosts: tuple[Address, ...] = ()
-    "Addresses of the nodes, the head first; an alternative to file."
+    "Addresses of the nodes, as an alternative to `file`. The first node is the head."
 
 
 class GroupConfig(Access):
-    """[[group]]: nodes with different access."""
+    """[[group]]: nodes that need different SSH settings (user, key, port, jump host)."""
 
     name: Name
-    "Name of the group, for -k."
+    "Name of the group. The option `-k` of `deploy` commands, which selects nodes, accepts this name."
     hosts: tuple[Address, ...]
-    "Addresses of its nodes."
+    "Addresses of the group's nodes."
 
 
 class NodeConfig(Access):
     """[[node]]: settings of one node."""
 
     address: Address
-    "Address for ssh."
+    "Address that `deploy` connects to with SSH."
     name: Name | None = None
-    "Name of the node; default: k1, k2 and so on."
+    "Name of the node. Default: k1, k2 and so on."
     private: Address | None = None
-    "Address for the other nodes; default: found by `deploy init`."
+    "Address at which the other nodes reach this node. Default: `deploy init` finds it."
     group: Name = "nodes"
-    "Group whose access the node uses."
+    "Group whose SSH settings the node uses."
 
 
 class ModelConfig(Table):
@@ -140,30 +143,30 @@ class ModelConfig(Table):
     revision: Annotated[str, StringConstraints(min_length=1)] = "main"
     "Commit, branch or tag. A branch or tag is resolved once, and its commit is stored in the state."
     config: str | None = None
-    "Local config.json for `deploy plan` without the Hub, relative to deploy.toml."
+    "Path of a local config.json, relative to deploy.toml. With it, `deploy plan` does not need the Hub."
 
 
 class Ports(Table):
     """[ports]: TCP ports on every node."""
 
     engine: Port = 2242
-    "The engine's HTTP port on the head."
+    "HTTP port of the engine on the head."
     ray: Port = 6379
-    "Ray's head."
+    "Port of Ray's head."
     dashboard: Port = 8265
-    "Ray's dashboard."
+    "Port of Ray's dashboard."
     object_manager: Port = 8076
-    "Ray's object manager."
+    "Port of Ray's object manager."
     node_manager: Port = 8077
-    "Ray's node manager."
+    "Port of Ray's node manager."
     # Ray's defaults for the next four are in the range that the kernel uses for outgoing connections (32768 and up), so
     # another connection may occupy them.
     agent: Port = 19365
-    "Ray's dashboard agent."
+    "HTTP port of Ray's dashboard agent."
     metrics: Port = 19366
-    "Ray's metrics."
+    "Port of Ray's metrics."
     runtime_env: Port = 19367
-    "Ray's runtime environment agent."
+    "Port of Ray's runtime environment agent."
     agent_grpc: Port = 19368
     "gRPC port of Ray's dashboard agent."
     workers_from: Port = 20000
@@ -171,37 +174,40 @@ class Ports(Table):
     workers_to: Port = 20999
     "Last port of Ray's workers."
     store: Port = 29500
-    "torch's store, and the collectives of preflight."
+    "Port of torch's rendezvous store. Preflight also uses this port for its test of collectives."
     engine_store: Port = 29501
-    "APHRODITE_PORT. vLLM looks for free ports itself."
+    "Value of APHRODITE_PORT. vLLM does not use this port: it finds free ports itself."
 
 
 Objective = Literal["speed", "throughput", "cost"]
 
 
 class LayoutConfig(Table):
-    """[layout]: choices for the planner. All values are checked; the planner chooses missing ones."""
+    """[layout]: choices for the planner. The planner checks all values, and chooses the missing ones."""
 
     objective: Objective = "speed"
-    "Optimise tokens/s of one stream, of all streams, or per dollar. Of similar layouts, the one with the fewest nodes wins."
+    (
+        "What the planner optimises: tokens/s of one stream (speed), tokens/s of all streams (throughput), or tokens per "
+        "dollar (cost). Among similar layouts, the planner chooses the layout with the fewest nodes."
+    )
     trust: bool = False
     "Serve a model that the planner does not know, without predictions. Requires tensor_parallel and pipeline_parallel."
     tensor_parallel: PositiveInt | None = None
-    "GPUs that share every layer."
+    "Number of GPUs that share every layer."
     pipeline_parallel: PositiveInt | None = None
-    "Stages of layers."
+    "Number of stages. Each stage has different layers."
     data_parallel: PositiveInt | None = None
-    "Replicas, each with all layers (vLLM)."
+    "Number of replicas, each with all layers (only vLLM)."
     expert_parallel: bool | None = None
-    "Give each GPU whole experts instead of a part of each; default: only if the engine cannot split these experts."
+    "Give each GPU whole experts instead of a part of each expert. Default: only if the engine cannot split these experts."
     partition: tuple[PositiveInt, ...] | None = None
-    "Layers of each stage."
+    "Number of layers of each stage."
     cpu_offload_gib: Annotated[float, Field(ge=0)] | None = None
-    "Weights in host memory per GPU."
+    "GiB of weights in host memory for each GPU."
     max_model_len: PositiveInt | None = None
-    "Tokens of the longest request, prompt and answer together."
+    "Maximum number of tokens of a request (prompt and answer together)."
     max_num_seqs: PositiveInt | None = None
-    "Concurrent requests of each replica."
+    "Maximum number of concurrent requests of each replica."
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.90
     "Share of a GPU's memory that the engine uses."
 
@@ -210,15 +216,15 @@ class OptionsConfig(Table):
     """[options]: timeouts and prices."""
 
     price_per_node_hour: Annotated[float, Field(ge=0)] | None = None
-    "Price of a node per hour in dollars, for $/h and $/Mtok."
+    "Price of a node per hour in dollars. `deploy` computes $/h and $/Mtok from it."
     connect_timeout: Annotated[float, Field(gt=0)] = 10.0
-    "Seconds after which a node counts as unreachable."
+    "Seconds to wait for a connection. After this time, the node counts as unreachable."
     load_timeout: Annotated[float, Field(gt=0)] = 7200.0
     "Maximum seconds from the start of the engine to the first completion."
     ray_wave: PositiveInt | None = None
-    "Number of Ray workers to start at the same time; default: by the head's cores."
+    "Number of Ray workers to start at the same time. The default depends on the number of cores of the head."
     rehearsal: bool = False
-    "Nodes are namespaces of one machine, with declared GPUs."
+    "Whether the nodes are namespaces of one machine, with declared GPUs (`deploy rehearse`)."
 
 
 class Config(Table):
@@ -231,25 +237,37 @@ class Config(Table):
     set: Name = "gh200-cu124"
     "Name of the set of wheels."
     index: Index | None = None
-    "Simple API of the farm's index; default: PyPI. The configuration of pip and uv on a node is ignored."
+    "URL of the simple API of the farm's index. Default: PyPI. The configuration of pip and uv on a node is ignored."
     lock: str | None = None
-    "A requirements.lock instead of SET.lock, relative to deploy.toml. A missing SET.lock is fetched from the index."
+    (
+        "Path of a requirements.lock to use instead of SET.lock, relative to deploy.toml. Without this key, a missing "
+        "SET.lock is fetched from the index."
+    )
     python: Literal["managed", "system", "conda"] = "managed"
-    "Python of the environments: one that uv installs in the shared folder, the python3 of every node, or conda's."
+    (
+        "Python of the environments: a Python that uv installs in the shared folder (managed), the python3 of every node "
+        "(system), or a Python from conda (conda)."
+    )
     python_version: Annotated[str, StringConstraints(pattern=r"^3\.[0-9]+$")] = "3.11"
-    "Version of that Python; the lock's wheels must be for it. uv installs 3.11 only."
+    "Version of that Python. The lock's wheels must be for this version. uv installs only 3.11."
     python_mirror: Annotated[str, StringConstraints(pattern=r"^(https?|file)://[^@]+$")] | None = None
-    "Mirror of python-build-standalone's releases for the managed Python. uv checks the same sha256."
+    (
+        "Mirror of the releases of python-build-standalone, from which uv installs the managed Python. With a mirror, uv "
+        "checks the same sha256."
+    )
     launcher: Literal["ray", "native"] = "ray"
     "What connects the engine's nodes: Ray, or the engine itself (vLLM's --nnodes)."
     share: RemotePath | None = None
     "Shared folder for environments and weights, at the same path on all nodes."
     local: str = "/tmp/gracefarm-{user}"  # noqa: S108 - its owner is checked before each write
-    "Folder on each node's disk for logs, process ids and Ray's files. {user} and {node} are replaced."
+    (
+        "Folder on each node's disk for logs, process ids and Ray's files. {user} is replaced with the user name, {node} "
+        "with the node's name."
+    )
     nodes: NodesConfig = NodesConfig()
     "The nodes."
     group: tuple[GroupConfig, ...] = ()
-    "Groups of nodes with different access."
+    "Groups of nodes that need different SSH settings (user, key, port, jump host)."
     node: tuple[NodeConfig, ...] = ()
     "Single nodes with different settings."
     model: ModelConfig = ModelConfig()
@@ -257,10 +275,10 @@ class Config(Table):
     ports: Ports = Ports()
     "TCP ports on every node."
     layout: LayoutConfig = LayoutConfig()
-    "How the model is split; default: the planner decides."
+    "How the model is split over the GPUs. The planner chooses missing values."
     options: OptionsConfig = OptionsConfig()
     "Timeouts and prices."
     engine_options: dict[str, str | int | float | bool | list[str]] = Field(default_factory=dict)
     "Further options of the engine, without leading dashes, such as max-log-len = 0."
     env: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(default_factory=dict)
-    "Environment of Ray and of the engine on every node."
+    "Environment variables of Ray and of the engine on every node."

@@ -40,34 +40,34 @@ MOST_SEQS = 256
 
 
 class Layout(BaseModel):
-    """A way to split a model over nodes. Global rank = stage * tp + rank within the stage."""
+    """A way to split a model over nodes. The global rank is stage * tp + the rank within the stage."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     tp: PositiveInt
-    "Tensor parallel: GPUs that share every layer."
+    "Tensor parallel: number of GPUs that share every layer."
     pp: PositiveInt
     "Pipeline parallel: number of stages; each stage has different layers."
     partition: tuple[PositiveInt, ...]
-    "Layers of each stage; empty: chosen by the engine, for a model that the planner does not know."
+    "Number of layers of each stage. The list is empty if the planner does not know the model; then the engine chooses."
     offload_gib: float = Field(default=0, ge=0)
-    "Weights in host memory, per GPU."
+    "GiB of weights in host memory for each GPU."
     max_model_len: PositiveInt | None
-    "Tokens of the longest request, prompt and answer together; None: the engine chooses."
+    "Maximum number of tokens of a request (prompt and answer together). null: the engine chooses."
     max_num_seqs: PositiveInt | None
-    "Concurrent requests of each replica; None: the engine chooses."
+    "Maximum number of concurrent requests of each replica. null: the engine chooses."
     max_num_batched_tokens: PositiveInt
-    "Tokens of one step; longer prompts are split into chunks."
+    "Maximum number of tokens of one step. The engine splits longer prompts into chunks."
     gmu: float = Field(gt=0, le=1)
     "Share of a GPU's memory that the engine uses."
     dp: PositiveInt = 1
-    "Data parallel: replicas, each with all layers."
+    "Data parallel: number of replicas. Each replica has all layers."
     expert_parallel: bool = False
-    "Each GPU of a stage has whole experts instead of a part of each."
+    "Whether each GPU of a stage has whole experts instead of a part of each expert."
     local_replicas: PositiveInt = 1
-    "Replicas on each node; also 1 if a replica spans several nodes."
+    "Number of replicas on each node. The value is 1 if a replica spans several nodes."
     spans: bool = False
-    "A replica requires several nodes."
+    "Whether a replica requires several nodes."
 
     @property
     def world(self) -> int:
@@ -84,30 +84,33 @@ class Layout(BaseModel):
 
 
 class MemoryPlan(BaseModel):
-    """Memory of the fullest GPU in GiB, and the number of tokens that fit."""
+    """GPU memory and host memory in GiB, and the number of tokens that fit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     weights_gib: float
-    "Weights of the fullest GPU, including offloaded ones."
+    "Weights of the GPU with the most weights, including offloaded weights."
     by_stage_gib: tuple[tuple[float, ...], ...]
     "Weights of each rank of each stage."
     budget_gib: float
-    "Memory of the smallest GPU that the engine uses."
+    "Memory that the engine may use on a GPU: the smallest value of all GPUs."
     reserve_gib: float
     "Reserve for activations and other buffers."
     cache_gib: float
-    "KV cache of the GPU with the least room."
+    "KV cache of the GPU whose KV cache holds the fewest tokens."
     token_bytes: int
-    "KV cache of one token on that GPU."
+    "Bytes of one token in the KV cache of that GPU."
     cache_tokens: int
-    "Tokens in the KV cache of all GPUs."
+    "Number of tokens that fit into the KV cache of all GPUs."
     request_tokens: int
-    "Tokens of the largest possible request: the cache of one scheduler. An engine with one cache per stage divides by pp."
+    (
+        "Number of tokens of the largest possible request: the size of the cache of one scheduler. For an engine with one "
+        "cache per stage, this is the size divided by pp."
+    )
     full_length: int
-    "Requests of max_model_len that fit at the same time."
+    "Number of requests with max_model_len tokens that fit at the same time."
     host_gib: float
-    "Pinned host memory of the fullest node."
+    "Pinned host memory of the node that pins the most."
 
 
 class Rejected(BaseModel):

@@ -50,40 +50,40 @@ class NodePlan(BaseModel):
     name: str
     "Name of the node."
     address: str
-    "Address for ssh."
+    "Address that `deploy` connects to with SSH."
     private: str
-    "Address for the other nodes: Ray's node address and the engine's host address."
+    "Address at which the other nodes reach this node: Ray's node address and the engine's host address."
     interface: str
-    "Network interface of the private address."
+    "Network interface that has the address in `private`."
     gpus: PositiveInt
-    "Number of GPUs that Ray uses; tp * pp of the plan in total."
+    "Number of GPUs that Ray uses on this node. The sum over all nodes is tp * pp."
     env: Mapping[str, str]
-    "Environment of `ray start` and of Ray's workers, or of the engine there."
+    "Environment variables of `ray start` and of Ray's workers on this node, or of the engine on this node."
     ray: tuple[str, ...] = ()
-    "Arguments of `ray start`; empty with `launcher = native`."
+    "Arguments of `ray start`. The list is empty with `launcher = native`."
     engine: tuple[str, ...] = ()
-    "Arguments of the engine on a node that is not the head, with `launcher = native`."
+    "Arguments of the engine on this node, if `launcher = native` and the node is not the head."
 
 
 class Alternative(BaseModel):
-    """Another layout that fits these nodes: the best one for its tp."""
+    """An alternative layout that fits these nodes. It is the best layout for its value of tp."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     layout: str
     "Name of the layout."
     partition: tuple[int, ...]
-    "Layers of each stage."
+    "Number of layers of each stage."
     offload_gib: float
-    "Weights in host memory per GPU."
+    "GiB of weights in host memory for each GPU."
     weights_gib: float
-    "Weights on the fullest GPU."
+    "GiB of weights on the GPU with the most weights."
     request_tokens: int
-    "Tokens of the longest possible request."
+    "Number of tokens of the longest possible request."
     tokens_per_s: float
     "Predicted tokens/s of one stream."
     usd_per_mtok: float | None
-    "Predicted dollars per million tokens; None without a price."
+    "Predicted dollars per million tokens. null if no price is set."
 
 
 class ServePlan(BaseModel):
@@ -92,7 +92,10 @@ class ServePlan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     id: str = ""
-    "sha256 over the executed fields (RUNS) as canonical JSON. The engine stores it (plan_mark); another id reloads the model."
+    (
+        "sha256 over the executed fields (RUNS) as canonical JSON. The engine's processes carry a mark of this id "
+        "(plan_mark). If the id changes, the model is loaded again."
+    )
     deployment: str
     "Name of the deployment."
     engine: Literal["aphrodite", "vllm"]
@@ -102,7 +105,7 @@ class ServePlan(BaseModel):
     model: str
     "Repository on the Hub."
     revision: str
-    "Commit, or a branch that is not resolved yet."
+    "Commit; or a branch, if the branch is not resolved yet."
     layout: Layout
     "How the model is split."
     nodes: tuple[NodePlan, ...]
@@ -112,19 +115,19 @@ class ServePlan(BaseModel):
     serve: tuple[str, ...]
     "Arguments of the engine, which runs on the head and listens on 127.0.0.1."
     serve_env: Mapping[str, str]
-    "Environment of the engine, in addition to that of the login."
+    "Environment variables of the engine, in addition to those of the login."
     secret_env: tuple[str, ...]
     "Names of secret variables; `deploy serve` passes their values on stdin."
     memory: MemoryPlan | None
-    "Memory; None for a model that the planner does not know."
+    "Use of memory. null if the planner does not know the model."
     prediction: Prediction | None
-    "Predicted speed; None: the planner does not know the model."
+    "Predicted speed. null if the planner does not know the model."
     alternatives: tuple[Alternative, ...] = ()
     "Other possible layouts."
     rejected: tuple[Rejected, ...] = ()
     "Layouts that do not fit."
     notes: tuple[str, ...] = ()
-    "Remarks for the user, such as nodes that cannot serve, and assumptions."
+    "Remarks for the user, for example about nodes that cannot serve, or about assumptions."
 
     @property
     def head(self) -> NodePlan:

@@ -115,7 +115,7 @@ class StageLoad:
 
 
 class StreamLevel(BaseModel):
-    """Prediction for a number of concurrent streams. `usd_per_mtok`: None without a price."""
+    """Prediction for a number of concurrent streams."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -124,32 +124,32 @@ class StreamLevel(BaseModel):
     tokens_per_s: float
     "Tokens/s of all streams together."
     usd_per_mtok: float | None = None
-    "Dollars per million tokens; None without a price."
+    "Dollars per million tokens. null if no price is set."
 
 
 class Prediction(BaseModel):
-    """Prediction for a layout. The parts apply to one token of one stream. `usd_*`: None without a price."""
+    """Prediction for a layout. The values in milliseconds apply to one token of one stream, except `first_token_ms`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     tokens_per_s: float
     "Tokens/s of one stream."
     weights_ms: float
-    "Milliseconds per token to read weights."
+    "Milliseconds per token for reading weights from GPU memory."
     offload_ms: float
-    "Milliseconds per token to read offloaded weights."
+    "Milliseconds per token for reading offloaded weights from host memory."
     collectives_ms: float
     "Milliseconds per token for all-reduces."
     hops_ms: float = 0
-    "Milliseconds per token between stages."
+    "Milliseconds per token for transfers between stages."
     first_token_ms: float = 0
-    "Milliseconds until the first token of a prompt of PROMPT tokens, without other requests."
+    "Milliseconds from a prompt of PROMPT tokens to the first token, without other requests."
     levels: tuple[StreamLevel, ...] = ()
     "Predictions for several concurrent streams."
     usd_per_hour: float | None = None
-    "Dollars per hour of all nodes; None without a price."
+    "Dollars per hour of all nodes. null if no price is set."
     usd_per_mtok: float | None = None
-    "Dollars per million tokens with one stream; None without a price."
+    "Dollars per million tokens with one stream. null if no price is set."
 
     def at(self, streams: int) -> float:
         """Tokens/s for any number of streams: interpolated, and beyond the last prediction equal to it."""

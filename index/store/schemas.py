@@ -40,11 +40,11 @@ class MatrixCell(SentDocument):
     stack: RecipeName
     "Name of the stack."
     torch: ShortText = ""
-    "Version of torch, for example 2.11.0; empty if the wheel does not depend on torch."
+    "Version of torch, for example 2.11.0. Empty if the wheel does not depend on torch."
     cuda: ShortText = ""
-    "Version of CUDA, for example 13.0; empty for a wheel without device code."
+    "Version of CUDA, for example 13.0. Empty for a wheel without device code."
     python: CellPython
-    "Version of Python, for example 3.13, or 3.14t for the free-threaded build."
+    "Version of Python, for example 3.13. 3.14t is the free-threaded build."
     target: CellTarget
     "Architecture of the wheel."
     sm: tuple[SmName, ...] = Field(default=(), max_length=64)
@@ -52,22 +52,25 @@ class MatrixCell(SentDocument):
     state: CellState
     "State of the cell."
     build_id: BuildId | None = None
-    "Id of the build; empty before it is built."
+    "Id of the build. null before the cell is built."
     wheel: WheelName | None = None
-    "File name of the built wheel; empty before it is built."
+    "File name of the built wheel. null before the cell is built."
     reason: str = ""
-    "Error of a failed cell, cause of a blocked one, wheel of a served one. The board shows the first 2,000 characters."
+    (
+        "For a failed cell, the error; for a blocked cell, the cause; for a served cell, the wheel that serves it. The board "
+        "shows the first 2,000 characters."
+    )
     cpu_seconds: float | None = Field(default=None, ge=0, lt=1e15, allow_inf_nan=False)
     "CPU seconds that the build took, or is expected to take."
     disk_bytes: int | None = Field(default=None, ge=0, lt=10**15)
-    "Bytes of disk that the build used, or is expected to use."
+    "Bytes of disk space that the build used, or is expected to use."
 
 
 class MatrixDocument(SentDocument):
     """Body of `PUT /matrix/NAME`: the cells that a selector names."""
 
     name: DocumentName
-    "Name of the matrix; equal to NAME in the address."
+    "Name of the matrix. It must be equal to NAME in the address."
     selector: str = ""
     "Selector of the cells, for example 'python=3.10..3.14 stack=cu130,cu132 target=aarch64'."
     made: AwareDatetime
@@ -84,7 +87,7 @@ class GpuComparison(SentDocument):
     """A result that a GPU computed with the wheel, compared with a reference."""
 
     name: ShortText
-    "What was computed, for example forward float16."
+    "Name of the computed result, for example forward float16."
     error: float | None = Field(default=None, ge=0, lt=1e15, allow_inf_nan=False)
     "Largest difference from the reference."
     tolerance: float | None = Field(default=None, ge=0, lt=1e15, allow_inf_nan=False)
@@ -104,7 +107,7 @@ class DeviceCertificate(SentDocument):
     """Body of `PUT /certificates/DIGEST`: device code whose results on a GPU match a reference."""
 
     device_digest: DeviceDigest
-    "Digest of the wheel's device code for one sm; equal to DIGEST in the address."
+    "Digest of the wheel's device code for one sm. It must be equal to DIGEST in the address."
     sm: SmName
     "Architecture of the device code, for example 90."
     gpu: ShortText

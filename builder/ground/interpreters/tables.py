@@ -26,27 +26,27 @@ class ArchiveSource(Table):
     kind: Literal["archive"]
     "Selects this kind of source"
     archives: dict[Arch, Archive]
-    "Archives by the architecture that the interpreter runs on"
+    "Archive for each architecture that the interpreter runs on"
 
 
 class DebianSource(Table):
-    """The Python of a Debian suite, with that suite's C library and loader, which may be newer than the root's."""
+    """The Python of a Debian suite, with the C library and the loader of that suite. They may be newer than the root's."""
 
     kind: Literal["debian"]
     "Selects this kind of source"
     suite: str
     "Debian suite, for example trixie"
     packages: tuple[str, ...] = Field(min_length=1)
-    "Packages to unpack, with their dependencies; packages.lock pins them"
+    "Packages to unpack. Their dependencies are unpacked too. packages.lock pins all of them"
 
 
 class InterpreterTable(Table):
     """interpreter.toml."""
 
     python: Annotated[str, StringConstraints(pattern=r"^3\.\d+t?$")]
-    "Major and minor version, as 3.13; 3.13t is the free-threaded build"
+    "Major and minor version, for example 3.13; 3.13t is the free-threaded build"
     version: str
-    "Full version, as 3.13.15"
+    "Full version, for example 3.13.15"
     source: Annotated[ArchiveSource | DebianSource, Field(discriminator="kind")]
     "Where the interpreter comes from"
 
