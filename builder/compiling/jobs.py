@@ -62,23 +62,29 @@ def plan(
     kinds = [*declared, *[per_job] * (len(declared) + 1)]
     by_memory = _by_units(memory, kinds) if declared else max(1, memory // per_job)
     apart = " and larger units kept apart" if declared else ""
-    reason = f"{cores()} cores, {memory / 2**30:.1f} GiB of memory at {memory_per_job} a job{apart} allow {by_memory}"
+    memory_text = f"{memory / 2**30:.1f} GiB of memory with {memory_per_job} per job{apart}"
+    reason = f"{cores()} cores; {memory_text} allow {_jobs(by_memory)}"
     if peaks:
         # A unit may have grown by a tenth.
         by_memory = _by_units(memory - OTHERS, [peak * 11 // 10 for peak in peaks])
-        reason += f"; the {len(peaks)} translation units of the last build allow {by_memory}"
+        reason += f"; the {len(peaks)} translation units of the last build allow {_jobs(by_memory)}"
         if past is not None and past.killed_at is not None and memory <= past.killed_at and past.count < by_memory:
             by_memory = past.count
-            reason += f", more than {by_memory} were killed"
+            reason += f"; a build with more than {_jobs(by_memory)} was killed"
     elif past is not None:
         seen = _corrected(by_memory, memory, past)
         if seen != by_memory:
             by_memory = seen
-            reason += f"; {past.count} jobs of the last build peaked at {past.peak / 2**30:.1f} GiB, so {by_memory}"
+            peak = f"{past.peak / 2**30:.1f} GiB"
+            reason += f"; the last build with {_jobs(past.count)} had a peak of {peak}, so the limit is {by_memory}"
     count = min(cores(), by_memory, wanted or cores())
     if wanted is not None:
-        reason += f", {wanted} asked for"
+        reason += f"; the requested limit is {wanted}"
     return Jobs(count=count, reason=reason)
+
+
+def _jobs(count: int) -> str:
+    return "1 job" if count == 1 else f"{count} jobs"
 
 
 def _by_units(memory: int, peaks: Sequence[int]) -> int:

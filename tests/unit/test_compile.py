@@ -92,13 +92,14 @@ def test_jobs_are_bounded_by_memory_and_say_so() -> None:
     found = jobs.plan(memory=3 << 30, memory_per_job="2GiB", wanted=None)
     assert found.count == 1
     assert "3.0 GiB" in found.reason
-    assert "2GiB a job" in found.reason
+    assert "2GiB per job" in found.reason
 
 
 def test_jobs_are_never_more_than_cores_or_than_asked_for() -> None:
     assert jobs.plan(memory=1 << 50, memory_per_job="1GiB", wanted=None).count == jobs.cores()
     assert jobs.plan(memory=1 << 50, memory_per_job="1GiB", wanted=1) == Jobs(
-        count=1, reason=f"{jobs.cores()} cores, 1048576.0 GiB of memory at 1GiB a job allow 1048576, 1 asked for"
+        count=1,
+        reason=f"{jobs.cores()} cores; 1048576.0 GiB of memory with 1GiB per job allow 1048576 jobs; the requested limit is 1",
     )
 
 
