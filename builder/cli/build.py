@@ -38,10 +38,13 @@ from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageErr
 @click.option(
     "--matrix",
     "selector",
-    help="Build each combination of axis values (cell) of this selector, or of the selector with this name in matrix.toml.",
+    help="Selector, or the name of a selector in matrix.toml. Each combination of axis values that it selects (a cell) "
+    "is built.",
 )
 @parted
-@click.option("--jobs", type=click.IntRange(1), help="Maximum parallel compilations; default: from cores and memory.")
+@click.option(
+    "--jobs", type=click.IntRange(1), help="Maximum number of parallel compilations. The default depends on cores and memory."
+)
 @click.option(
     "--farm", "address", metavar="ADDRESS", help="Build on a Ray cluster: ray://HOST:10001, HOST:6379, auto, or local."
 )
@@ -49,7 +52,8 @@ from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageErr
     "--publish",
     "url",
     metavar="URL",
-    help="Upload to this legacy upload API, with TWINE_USERNAME and TWINE_PASSWORD, or keyring.",
+    help="Upload the wheels to this legacy upload API. The credentials are TWINE_USERNAME and TWINE_PASSWORD, or those "
+    "in keyring.",
 )
 @click.option("--keep", is_flag=True, help="Keep the working folder after a successful build.")
 @click.option("--no-compiler-cache", is_flag=True, help="Compile without the compiler cache.")
@@ -58,10 +62,13 @@ from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageErr
     type=click.Choice(MODES),
     default="read",
     show_default=True,
-    help="How to use the compiler cache of the index in the setting shared_cache. read: only read it; write: also add to it.",
+    help="How to use the shared compiler cache, which is on the index in the setting shared_cache. read: only read it. "
+    "write: also add to it.",
 )
 @click.option(
-    "--no-device-store", is_flag=True, help="Compile all device code, even what a build of another cell has already compiled."
+    "--no-device-store",
+    is_flag=True,
+    help="Compile all device code, even if a build of another cell has already compiled the same code.",
 )
 @accept_option
 @yes_option
@@ -378,7 +385,7 @@ def build_one(plan: Plan, options: BuildOptions, settings: Settings, console: Co
 @aimed_at_sandbox
 @json_option
 def run_command(name: str, stack_name: str | None, target: str) -> None:
-    """Build NAME, publish it to an index on this machine, install it back with pip, and import it.
+    """Build NAME, publish the wheel to an index on this machine, install it from there with pip, and import it.
 
     \b
     builder run

@@ -46,9 +46,9 @@ def certify_command(
     """Test a wheel on a GPU, and write a signed certificate.
 
     On the machine with the GPU, smoke_gpu.py compares the wheel's results with a reference and writes a report with the
-    digest of the device code. On the farm, --accept compares this digest with the farm's wheels and signs a certificate. It
-    applies to each wheel with the same device code, even for another architecture or Python. The exit code is 31 if results
-    are wrong, and 32 if no wheel of the farm matches.
+    digest of the device code. On the farm, --accept compares this digest with the farm's wheels and signs a
+    certificate. The certificate applies to each wheel with the same device code, even if the wheel is for a different
+    architecture or Python. The exit code is 31 if results are wrong, and 32 if no wheel of the farm matches.
 
     \b
     builder certify dist/thing-1.0.whl --recipe thing --toolchain host

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import sys
@@ -29,12 +30,19 @@ from gracefarm.tables import parse_size
 @click.command("audit")
 @click.argument("wheel", type=FILE)
 @click.option(
-    "--stack", "stack_name", required=True, metavar="NAME", help="Check against the torch, CUDA and libc of this stack."
+    "--stack",
+    "stack_name",
+    required=True,
+    metavar="NAME",
+    help="Check the wheel against the torch, CUDA and libc of this stack.",
 )
 @click.option(
-    "--recipe", "recipe_name", metavar="NAME", help="Also check name, version, files and architectures against this recipe."
+    "--recipe",
+    "recipe_name",
+    metavar="NAME",
+    help="Also check name, version, files and architectures of the wheel against this recipe.",
 )
-@device_coded
+@functools.partial(device_coded, audits=True)
 @json_option
 def audit_command(
     wheel: Path,
@@ -43,7 +51,7 @@ def audit_command(
     sm: tuple[str, ...] | None,
     ptx: str | None,
 ) -> None:
-    """Run the audit on any wheel. The exit code is 30 if a gate refuses it.
+    """Run the audit on any wheel. The exit code is 30 if the wheel fails a check (a gate).
 
     \b
     builder audit dist/causal_conv1d-1.7.0-*.whl --stack cu130

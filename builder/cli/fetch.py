@@ -16,7 +16,9 @@ from gracefarm.files import lock, remove_tree
 
 @click.command("fetch")
 @click.argument("names", nargs=-1, required=True)
-@click.option("--stack", "stack_name", metavar="NAME", help="Stack for which to prepare the sources; default: the recipe's.")
+@click.option(
+    "--stack", "stack_name", metavar="NAME", help="Stack for which to prepare the sources. Default: the stack of the recipe."
+)
 @json_option
 def fetch_command(names: tuple[str, ...], stack_name: str | None) -> None:
     """Fetch and verify the sources of recipes, and apply their patches and substitutions.

@@ -36,7 +36,7 @@ def _private() -> Ed25519PrivateKey:
 @key_command.command("create")
 @json_option
 def create_command() -> None:
-    """Create the key in a file that only its owner can read, and print the public key.
+    """Create the key that signs provenance, in a file that only its owner can read. Print the public key.
 
     \b
     builder key create

@@ -31,24 +31,28 @@ NAMES: Mapping[str, Callable[[Settings], list[str]]] = {
 
 @click.command("lock")
 @click.argument("name", metavar="RECIPE|STACK|SET")
-@click.option("--python", metavar="NAME", help="With a stack: lock the wheels of this interpreter only.")
+@click.option("--python", metavar="NAME", help="With a stack: lock only the wheels for this interpreter.")
 @click.option("--digests", is_flag=True, help="With a stack: fill in its unknown digests instead of resolving it.")
 @click.option(
     "--stack",
     "stack_name",
     metavar="NAME",
-    help="With a recipe: also fill in the digests of this stack; default: the recipe's.",
+    help="With a recipe: also fill in the unknown digests of this stack. Default: the stack of the recipe.",
 )
-@toolchain_option(help="Also fill in the digests that only this toolchain requires, such as that of the container's image.")
+@toolchain_option(
+    help="Also fill in the digests that only this toolchain requires, such as the digest of the container image."
+)
 @json_option
 def lock_command(name: str, python: str | None, digests: bool, stack_name: str | None, toolchain: ToolchainKind) -> None:
     """Write the locks of a recipe, stack, set or interpreter.
 
     \b
-    - RECIPE: lock its build requirements; fill in unknown digests of its files
-      and of its stack. Compare these digests before you commit them.
-    - STACK: resolve its wheels and Debian packages.
-    - SET: resolve its runtime requirements as of the set's date.
+    - RECIPE: lock the build requirements of the recipe, and fill in unknown
+      digests of its files and of its stack. Compare these digests with another
+      source before you commit them.
+    - STACK: resolve the wheels and Debian packages of the stack.
+    - SET: resolve the runtime requirements of the set. Files that were uploaded
+      after the set's date (`resolved_before`) are ignored.
 
     \b
     builder lock triton
@@ -57,7 +61,7 @@ def lock_command(name: str, python: str | None, digests: bool, stack_name: str |
     builder lock flash_attn --toolchain container
     builder lock gh200-cu130
 
-    If several folders have the name, write it as sets/NAME.
+    If several folders contain the name, give the folder too, such as sets/NAME.
     """
     settings, console = start(writes=True)
     folder, name = find(name, settings)

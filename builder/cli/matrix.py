@@ -54,12 +54,21 @@ def parted(function: Callable[..., None]) -> Callable[..., None]:
     help="Selector of cells, or the name of a selector in matrix.toml.",
 )
 @parted
-@click.option("--publish", "url", metavar="URL", help="Send the cells to the index with this upload address, for its board.")
-@click.option("--as", "name", metavar="NAME", help="Name of the cells in the index; default: the selector's name.")
+@click.option(
+    "--publish",
+    "url",
+    metavar="URL",
+    help="Send the cells to the index with this upload address. The index shows them on its board.",
+)
+@click.option(
+    "--as", "name", metavar="NAME", help="Name of this list of cells on the index. Default: the name of the selector."
+)
 @click.option("--prune", is_flag=True, help="List the builds whose torch is older than the releases that matrix.toml keeps.")
 @json_option
 def matrix_command(names: tuple[str, ...], selector: str, part: Part, url: str | None, name: str | None, prune: bool) -> None:
-    """List the cells of recipes (built, served, failed, blocked or not tried), with CPU seconds and disk space.
+    """List the cells of recipes (one cell is one wheel), with state, CPU seconds and disk space.
+
+    The states are built, served, failed, blocked and not tried. A served cell uses the abi3 wheel of another cell.
 
     \b
     builder matrix causal_conv1d

@@ -28,7 +28,7 @@ from gracefarm.files import atomic_directory, lock, remove_tree
 
 @click.command("new")
 @click.argument("name")
-@click.option("--version", metavar="V", help="Version of the sdist; default: the newest release.")
+@click.option("--version", metavar="V", help="Version of the sdist. Default: the newest release.")
 @click.option("--stack", "stack_name", metavar="NAME", default="cu130", show_default=True, help="Stack of the recipe.")
 @click.option("--git", "url", metavar="URL", help="Take the source from this repository; requires --commit.")
 @click.option("--commit", metavar="ID", help="Full id of the commit.")
@@ -36,8 +36,8 @@ from gracefarm.files import atomic_directory, lock, remove_tree
 def new_command(name: str, version: str | None, stack_name: str, url: str | None, commit: str | None) -> None:
     """Write recipes/NAME for a package: recipe.toml, NOTES.md, smoke.py, and the lock of its build requirements.
 
-    The command says for each value in which file and line it was found, or why it was guessed. It executes no code of the
-    package.
+    For each value, the command prints the file and line that the value was read from, or why it was guessed. The command
+    executes no code of the package.
 
     \b
     builder new xformers

@@ -30,7 +30,7 @@ _PLACE = click.Path(exists=True, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 "The type of an existing file."
 
-jobs_option = click.option("--jobs", type=click.IntRange(1), help="Maximum parallel compilations.")
+jobs_option = click.option("--jobs", type=click.IntRange(1), help="Maximum number of parallel compilations.")
 toolchain_option = functools.partial(
     click.option,
     "--toolchain",
@@ -39,7 +39,7 @@ toolchain_option = functools.partial(
     show_default=True,
 )
 _STACK_AND_TARGET = (
-    click.option("--stack", "stack_name", metavar="NAME", help="Stack to build for; default: the recipe's."),
+    click.option("--stack", "stack_name", metavar="NAME", help="Stack to build for. Default: the stack of the recipe."),
     click.option(
         "--target",
         type=click.Choice([arch.value for arch in Arch]),
@@ -53,37 +53,44 @@ _TOOLS = (
         "--environment",
         "own",
         type=_PLACE,
-        help="With the host toolchain: Python or virtual environment to build against; default: one from the stack's lock.",
+        help="With the host toolchain: Python or virtual environment to build against. Default: a new environment from the "
+        "stack's lock.",
     ),
     click.option(
         "--python",
         metavar="NAME",
-        help="Python of the target, from interpreters/, such as 3.13; default: the stack's. With the host "
-        "toolchain: path of an interpreter on this machine.",
+        help="Python of the target, by its name in interpreters/, such as 3.13. Default: the Python of the stack. With the "
+        "host toolchain: path of an interpreter on this machine.",
     ),
     click.option(
         "--cuda",
         type=_PLACE,
-        help="With the host toolchain: folder of CUDA; default: CUDA_HOME, /usr/local/cuda, or that of nvcc on PATH.",
+        help="With the host toolchain: folder of CUDA. Default: CUDA_HOME, /usr/local/cuda, or the folder that contains the "
+        "nvcc on PATH.",
     ),
 )
-_DEVICE_CODE = (
-    click.option(
-        "--sm", metavar="LIST", help="Architectures of the device code, such as 90 or 90a+100f; default: the stack's."
-    ),
-    click.option(
-        "--ptx",
-        metavar="SM",
-        help="Architecture of the PTX for newer GPUs, or 'none'; default: the recipe's, else the stack's.",
-    ),
+
+
+def _device_code(sm: str, ptx: str) -> tuple[Function, Function]:
+    return click.option("--sm", metavar="LIST", help=sm), click.option("--ptx", metavar="SM", help=ptx)
+
+
+_DEVICE_CODE = _device_code(
+    "Architectures of the device code, such as 90 or 90a+100f. Default: the architectures of the stack.",
+    "Architecture of the PTX for newer GPUs, or 'none'. Default: the value in the recipe, else the value in the stack.",
+)
+_AUDITED_DEVICE_CODE = _device_code(
+    "Architectures that the device code must be for, such as 90 or 90a+100f. Default: the architectures of the stack.",
+    "Architecture that the PTX must be for, or 'none' if the wheel must have no PTX. Default: the value in the recipe, else "
+    "the value in the stack.",
 )
 _VARIANT = click.option(
     "--variant", is_flag=True, help="Give the wheel the variant label (PEP 825, a draft) that follows from its device code."
 )
 _TOOLCHAIN = (
     toolchain_option(
-        help="sandbox: the stack's locked compilers. host: this machine's gcc and CUDA in a clean environment. container: "
-        "cibuildwheel in the stack's image.",
+        help="Compilers to use. sandbox: the stack's locked compilers. host: this machine's gcc and CUDA, in a clean "
+        "environment. container: cibuildwheel in the stack's image.",
     ),
     *_TOOLS,
 )
@@ -95,8 +102,8 @@ _TRIAL = (
         "--environment",
         "own",
         type=_PLACE,
-        help="With the host toolchain: Python or virtual environment; the wheel is installed in a copy of it. Default: one"
-        " from the stack's lock.",
+        help="With the host toolchain: Python or virtual environment. The wheel is installed in a copy of this environment. "
+        "Default: a new environment from the stack's lock.",
     ),
     _TOOLS[1],
 )
@@ -109,8 +116,8 @@ _LLVM = click.option(
     type=click.Choice(["archive", SOURCE]),
     default="archive",
     show_default=True,
-    help="LLVM for recipes that are linked with it, such as triton. archive: the pinned archive; source: the recipe llvm, "
-    "which is built first.",
+    help="Source of LLVM, for recipes that are linked with LLVM, such as triton. archive: the pinned archive. source: "
+    "the recipe llvm, which is built first.",
 )
 
 
@@ -167,15 +174,15 @@ def aimed(function: Function) -> Function:
     return _with(toolchained(device_coded(with_aim)), *_STACK_AND_TARGET, _VARIANT, _LLVM)
 
 
-def device_coded(function: Function) -> Function:
-    """Add the options of the device code; the command receives `sm` and `ptx`."""
+def device_coded(function: Function, *, audits: bool = False) -> Function:
+    """Add the options of the device code; the command receives `sm` and `ptx`. `audits`: it checks a finished wheel."""
 
     @functools.wraps(function)
     def with_device_code(*arguments: Any, sm: str | None, ptx: str | None, **options: Any) -> Any:
         values = device_code.parse(sm) if sm is not None else None
         return function(*arguments, sm=values, ptx=device_code.parse_ptx(ptx) if ptx is not None else None, **options)
 
-    return _with(with_device_code, *_DEVICE_CODE)
+    return _with(with_device_code, *(_AUDITED_DEVICE_CODE if audits else _DEVICE_CODE))
 
 
 def aimed_at_sandbox(function: Function) -> Function:

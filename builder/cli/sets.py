@@ -49,7 +49,7 @@ def list_command() -> None:
 @click.argument("name")
 @json_option
 def plan_command(name: str) -> None:
-    """Show the digests of all inputs of NAME, the unknown ones, the order of the builds, and which builds exist.
+    """Show the digests of all inputs of NAME, the unknown digests, the order of the builds, and which builds exist.
 
     \b
     builder set plan gh200-cu124
@@ -112,10 +112,10 @@ def _lines(planned: SetPlan, value: dict[str, Any]) -> str:
     "--index",
     "index_url",
     metavar="URL",
-    help="Write the files' URLs on this index, which will serve the set, into pylock.toml.",
+    help="Index that will serve the set. The URLs of the files on this index are written into pylock.toml.",
 )
 @click.option("--stage", "stage_url", metavar="URL", help="Stage the set on this index, and publish it when it is complete.")
-@click.option("--as", "shown_as", metavar="NAME", help="Name of the set on the index; default: NAME.")
+@click.option("--as", "shown_as", metavar="NAME", help="Name of the set on the index. Default: NAME.")
 @accept_option
 @yes_option
 @json_option
@@ -164,7 +164,7 @@ def build_command(
 @jobs_option
 @json_option
 def run_command(name: str, jobs: int | None) -> None:
-    """Run all steps of NAME on this machine: build, test, stage, mirror, publish, install by hash, import.
+    """Run all steps for the set NAME on this machine: build, test, stage, mirror, publish, install by hash, import.
 
     \b
     builder set run gh200-cu130

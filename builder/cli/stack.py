@@ -26,7 +26,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 @click.group("stack", cls=CommandGroup)
 def stack_command() -> None:
-    """Create stacks, against which wheels are built (docs/reference/stacks.md).
+    """Create stacks. Wheels are built against a stack (docs/reference/stacks.md).
 
     \b
     builder stack new cu132 --torch 2.15.0
@@ -39,14 +39,14 @@ def stack_command() -> None:
 @click.option(
     "--like",
     metavar="STACK",
-    help="Stack whose root and settings, except torch and CUDA, are taken over; default: the one with the newest torch.",
+    help="Stack to copy the root and the settings from, except torch and CUDA. Default: the stack with the newest torch.",
 )
 @json_option
 def new_command(name: str, version: str, like: str | None) -> None:
     """Create the stack NAME for a release of torch, with its locks.
 
-    The stack uses the CUDA version that torch's wheels on the Python index require, and nvcc of that version. It gets a lock
-    for each Python in interpreters/ for which torch has wheels.
+    The stack uses the CUDA version that torch's wheels on the Python index require, and the nvcc of that version. The
+    command writes a lock for each Python in interpreters/ for which torch has wheels.
 
     \b
     builder stack new cu132 --torch 2.15.0

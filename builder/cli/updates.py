@@ -21,13 +21,15 @@ from gracefarm.errors import FetchError
     default="7d",
     show_default=True,
     metavar="TIME",
-    help="Skip releases that are younger than this, such as 7d or 12h: a bad release is often withdrawn in its first days.",
+    help="Do not propose releases that are younger than this, such as 7d or 12h. Bad releases are often withdrawn in "
+    "their first days.",
 )
 @json_option
 def updates_command(age: str) -> None:
     """List newer upstream releases of recipes, torch and Pythons, as changes to review.
 
-    Nothing is changed. Recipes and torch come from the Python index and from git tags, Pythons from the installed uv's list.
+    The command changes no file. It looks for newer recipes and torch on the Python index and in git tags, and for newer
+    Pythons in the list of the installed uv.
 
     \b
     builder updates

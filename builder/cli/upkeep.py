@@ -20,10 +20,10 @@ from gracefarm.files import lock
 
 
 @click.command("doctor")
-@click.option("--fix", is_flag=True, help="Fix what can be fixed automatically, as root or with sudo.")
+@click.option("--fix", is_flag=True, help="Fix the problems that can be fixed automatically. Requires root or sudo.")
 @json_option
 def doctor_command(fix: bool) -> None:
-    """Check what this machine lacks for building, and how to fix it.
+    """Check what this machine lacks for building, and print how to fix it.
 
     \b
     builder doctor
@@ -69,7 +69,7 @@ def clean_command(everything: bool) -> None:
 @click.argument("name")
 @json_option
 def shell_command(name: str) -> None:
-    """Open a shell in the sandbox of NAME's last build, successful or failed. Its working folder is /build.
+    """Open a shell in the sandbox of the last build of NAME, which may have failed. The build's working folder is /build.
 
     \b
     builder shell causal_conv1d

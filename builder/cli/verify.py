@@ -28,17 +28,17 @@ from gracefarm.errors import ConfigError, UsageError, VerifyError
 @click.command("verify")
 @click.argument("what", metavar="NAME|FILE.whl")
 @click.option("--key", "key_file", metavar="PUB", type=FILE,
-              help="Public key of the signature; default: this farm's key.")  # fmt: skip
+              help="Public key of the signature. Default: this farm's key.")  # fmt: skip
 @click.option("--provenance", "envelope", type=click.Path(dir_okay=False, path_type=Path),
-              help="DSSE envelope, or record that contains it; default: FILE.whl.intoto.jsonl.")  # fmt: skip
-@click.option("--rebuild", "again", is_flag=True, help="Build the wheel again in another folder, and compare.")
+              help="DSSE envelope of the provenance, or record that contains it. Default: FILE.whl.intoto.jsonl.")  # fmt: skip
+@click.option("--rebuild", "again", is_flag=True, help="Build the wheel again in a different folder, and compare both wheels.")
 @jobs_option
 @json_option
 def verify_command(what: str, key_file: Path | None, envelope: Path | None, again: bool, jobs: int | None) -> None:
     """Check a wheel, or the last build of NAME, against its RECORD, build id, SBOM and signed provenance.
 
-    With --rebuild: build it again and report `identical`, `device code only`, or the file and section that differ. The exit
-    code is 32 if a check fails or could not be made.
+    With --rebuild, build the wheel again and compare. The result is `identical`, `device code only` (only device code
+    differs), or the file and section that differ. The exit code is 32 if a check fails or cannot be made.
 
     \b
     builder verify causal_conv1d

@@ -26,7 +26,9 @@ _WIDTH = 70
 @click.command("why")
 @click.argument("name", required=False)
 @click.argument("ids", nargs=-1, metavar="[ID ID]")
-@click.option("--all", "every", is_flag=True, help="Show the changes of all built cells; with NAME: of that recipe.")
+@click.option(
+    "--all", "every", is_flag=True, help="Show the changes of all built cells. With NAME: only of the cells of this recipe."
+)
 @placed
 @json_option
 def why_command(
@@ -37,7 +39,7 @@ def why_command(
     python: str | None,
     cuda: Path | None,
 ) -> None:
-    """Show which input of NAME changed since its last build, or between two build ids.
+    """Show which input of NAME changed since the last build of NAME, or between two build ids.
 
     \b
     builder why causal_conv1d

@@ -79,7 +79,7 @@ def compare(first: Path, second: Path) -> Comparison:
     except UNREADABLE as error:
         raise VerifyError(f"{first.name} and {second.name} cannot be compared: {error}") from error
     if first.name != second.name:
-        differences = (Difference(file=second.name, where="another file name"), *differences)
+        differences = (Difference(file=second.name, where="different file name"), *differences)
     only_device = bool(differences) and all(difference.device for difference in differences)
     return Comparison(verdict="device code only" if only_device else "differs", differences=differences)
 

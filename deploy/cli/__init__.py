@@ -47,7 +47,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     "--file",
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="Path of deploy.toml; default: in this folder or the nearest parent.",
+    help="Path of deploy.toml. Default: the deploy.toml in this folder or in the nearest parent folder.",
 )
 @click.pass_context
 def cli(context: click.Context, file: Path | None) -> None:

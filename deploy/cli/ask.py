@@ -25,13 +25,17 @@ from deploy.measure.bench import find_model, query
     type=click.FloatRange(min=1),
     default=120.0,
     show_default=True,
-    help="Stop after this many seconds without text.",
+    help="Stop if no text arrives for this many seconds.",
 )
-@click.option("--url", metavar="URL", help="Ask this OpenAI-compatible server instead; OPENAI_API_KEY holds its key.")
+@click.option(
+    "--url",
+    metavar="URL",
+    help="Ask this OpenAI-compatible server instead of the engine. Its key is taken from OPENAI_API_KEY.",
+)
 @click.option(
     "--key-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="With --url: file with the server's key."
 )
-@click.option("--model", help="Model to ask, if several are served; default: the first.")
+@click.option("--model", help="Model to ask, if the server has several models. Default: the first model.")
 @reporting
 def ask(
     context: DeployContext,

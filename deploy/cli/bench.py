@@ -41,11 +41,21 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
     show_default=True,
     help="Numbers of concurrent requests.",
 )
-@click.option("--requests", type=click.IntRange(1), help="Requests per level; default: 4 x concurrency, at least 8.")
 @click.option(
-    "--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Approximate tokens of each prompt."
+    "--requests",
+    type=click.IntRange(1),
+    help="Number of requests for each number of concurrent requests. Default: 4 x concurrency, but at least 8.",
 )
-@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Maximum tokens of each answer.")
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="Approximate number of tokens of each prompt.",
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Maximum number of tokens of each answer."
+)
 @click.option(
     "--api", type=click.Choice(["completions", "chat"]), default="completions", show_default=True, help="API to use."
 )
@@ -54,13 +64,17 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
     type=click.FloatRange(min=1),
     default=120.0,
     show_default=True,
-    help="Stop a request after this many seconds without text.",
+    help="Stop a request if no text arrives for this many seconds.",
 )
-@click.option("--url", metavar="URL", help="Measure this OpenAI-compatible server instead; OPENAI_API_KEY holds its key.")
+@click.option(
+    "--url",
+    metavar="URL",
+    help="Measure this OpenAI-compatible server instead of the engine. Its key is taken from OPENAI_API_KEY.",
+)
 @click.option(
     "--key-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="With --url: file with the server's key."
 )
-@click.option("--model", help="Model to measure, if several are served; default: the first.")
+@click.option("--model", help="Model to measure, if the server has several models. Default: the first model.")
 @reporting
 def bench(
     context: DeployContext,
@@ -81,8 +95,8 @@ def bench(
     deploy bench --concurrency 1,2,4,8,16,32
     deploy bench --url http://127.0.0.1:8000/v1 --concurrency 1,4
 
-    The server counts tokens (usage), since a chunk of the stream may contain several. Results are stored in .deploy/bench.
-    $/Mtok requires price_per_node_hour in deploy.toml.
+    The server counts the tokens (usage), because a chunk of the stream may contain several tokens. Results are
+    stored in .deploy/bench. $/Mtok requires price_per_node_hour in deploy.toml.
     """
     plan = None if url else plan_of(context.deployment.folder)
     key = key_file.read_text().strip() if key_file else os.environ.get("OPENAI_API_KEY")

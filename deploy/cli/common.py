@@ -41,8 +41,8 @@ nodes_option = click.option(
     "words",
     multiple=True,
     metavar="WORDS",
-    help="Nodes, separated by commas: a name (k1), numbers (2-5), an address, a group, head (the first node), rest (the"
-    " others).",
+    help="Nodes, separated by commas: a name (k1), numbers (2-5), an address, a group, head (the first node), rest (all "
+    "nodes except the head).",
 )
 "Chooses nodes; the command receives `words`."
 

@@ -27,7 +27,7 @@ def env() -> None:
 @no_wait_option
 @reporting
 def env_up(context: DeployContext, no_wait: bool) -> None:
-    """Build the environment of the set's lock unless it exists, import it on all nodes, and activate it.
+    """Build the environment of the set's lock if it does not exist, import its modules on all nodes, and activate it.
 
     \b
     deploy env up
@@ -46,7 +46,7 @@ def env_up(context: DeployContext, no_wait: bool) -> None:
 @env.command("list")
 @reporting
 def env_list(context: DeployContext) -> None:
-    """List complete environments, newest first, and the nodes on which each is active.
+    """List complete environments, newest first, with the nodes on which each environment is active.
 
     \b
     deploy env list
@@ -101,7 +101,7 @@ def env_rollback(context: DeployContext) -> None:
     default=2,
     show_default=True,
     type=click.IntRange(1),
-    help="Number of latest environments to keep, with the active one.",
+    help="Number of latest environments to keep. The active environment is always kept.",
 )
 @reporting
 def env_gc(context: DeployContext, keep: int) -> None:

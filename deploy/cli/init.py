@@ -31,14 +31,24 @@ GIB = 1 << 30
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path), required=False)
-@click.option("--user", help="User name on the nodes; default: from ~/.ssh/config, else yours.")
-@click.option("--key", metavar="PATH", help="Private key; default: from ~/.ssh/config, the agent, or the usual files.")
-@click.option("--port", type=click.IntRange(1, 65535), help="Port of sshd; default: 22.")
+@click.option("--user", help="User name on the nodes. Default: the user in ~/.ssh/config, else the local user.")
+@click.option(
+    "--key",
+    metavar="PATH",
+    help="Private key. Default: the key in ~/.ssh/config, the keys of the SSH agent, or the usual files in ~/.ssh.",
+)
+@click.option("--port", type=click.IntRange(1, 65535), help="Port of sshd. Default: 22.")
 @click.option("--jump", metavar="[USER@]HOST[:PORT]", help="Jump host.")
-@click.option("--share", metavar="PATH", help="Shared folder on the nodes; default: the network file system of all nodes.")
-@click.option("--model", metavar="REPO", help="Model on the Hub, as ORG/NAME; default: ask, else Llama 3.1 405B.")
+@click.option(
+    "--share", metavar="PATH", help="Shared folder on the nodes. Default: the network file system that all nodes have mounted."
+)
+@click.option(
+    "--model",
+    metavar="REPO",
+    help="Model on the Hub, in the form ORG/NAME. Default: the command asks; without a terminal, Llama 3.1 405B.",
+)
 @click.option("--accept", is_flag=True, help="Pin new host keys without asking. Compare the fingerprints first.")
-@click.option("--repin", is_flag=True, help="Also ask about host keys that differ from the pinned ones.")
+@click.option("--repin", is_flag=True, help="Also ask about host keys that differ from the pinned keys.")
 @reporting
 def init(
     context: DeployContext,

@@ -37,14 +37,14 @@ COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @reporting
 def run(context: DeployContext, words: tuple[str, ...], timeout: float | None, command: tuple[str, ...]) -> None:
-    """Run a command on all nodes or those of -k in parallel. Each line of output starts with the node.
+    """Run a command in parallel on all nodes, or on the nodes of -k. Each line of output starts with the name of the node.
 
     \b
     deploy run -- nvidia-smi -L
     deploy run -k head,2-5 -- 'df -h | grep share'
 
-    If COMMAND is a single word, the node's shell runs it; several words are run as an argument list. The exit code is 0 if it
-    is 0 on all nodes.
+    If COMMAND is a single word, the node's shell runs it. If COMMAND has several words, they are run as an argument list,
+    without a shell. The exit code is 0 if the command's exit code is 0 on all nodes.
     """
     deployment = context.deployment
     nodes = deployment.select([part for word in words for part in word.split(",") if part]) if words else deployment.nodes

@@ -30,24 +30,31 @@ from gracefarm.errors import ConfigError, UsageError
 @click.option(
     "--objective",
     type=click.Choice(["speed", "throughput", "cost"]),
-    help="speed: most tokens/s of one stream; throughput: most tokens/s of all streams; cost: most tokens per dollar. "
-    "Default: from deploy.toml, else speed.",
+    help="What the planner optimises. speed: tokens/s of one stream. throughput: tokens/s of all streams. cost: tokens "
+    "per dollar. Default: the value in deploy.toml, else speed.",
 )
 @click.option("--price", type=click.FloatRange(0), metavar="USD", help="Price of a node per hour.")
 @click.option(
-    "--nodes", "count", type=click.IntRange(1), metavar="N", help="Plan for N assumed nodes instead of the real ones."
+    "--nodes",
+    "count",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Plan for N assumed nodes instead of the nodes in deploy.toml.",
 )
-@click.option("--gpu", "kind", metavar="KIND", help="With --nodes: GPUs of a node; default: gh200-96.")
+@click.option("--gpu", "kind", metavar="KIND", help="With --nodes: kind of the GPUs. Default: gh200-96.")
 @click.option(
     "--engine",
     "engine_name",
     type=click.Choice(["aphrodite", "vllm"]),
-    help="With --nodes: engine; default: from deploy.toml, without it vllm if --model is given, else aphrodite.",
+    help="With --nodes: engine. Default: the engine in deploy.toml. Without deploy.toml: vllm if --model is given, else "
+    "aphrodite.",
 )
-@click.option("--model", "repo", metavar="REPO", help="With --nodes: model, or folder with its config.json.")
-@click.option("--tp", type=click.IntRange(1), help="With --nodes: GPUs that share every layer (tensor parallel).")
-@click.option("--pp", type=click.IntRange(1), help="With --nodes: stages (pipeline parallel).")
-@click.option("--dp", type=click.IntRange(1), help="With --nodes: replicas (data parallel).")
+@click.option(
+    "--model", "repo", metavar="REPO", help="With --nodes: model on the Hub, or a folder with the model's config.json."
+)
+@click.option("--tp", type=click.IntRange(1), help="With --nodes: number of GPUs that share every layer (tensor parallel).")
+@click.option("--pp", type=click.IntRange(1), help="With --nodes: number of stages (pipeline parallel).")
+@click.option("--dp", type=click.IntRange(1), help="With --nodes: number of replicas (data parallel).")
 @reporting
 def plan(
     context: DeployContext,
@@ -64,7 +71,8 @@ def plan(
     pp: int | None,
     dp: int | None,
 ) -> None:
-    """Show layout, memory, predicted speed and cost, and rejected layouts. This starts nothing and does not contact the nodes.
+    """Show layout, memory, predicted speed and cost, and rejected layouts. The command starts nothing and does not contact the
+    nodes.
 
     \b
     deploy plan

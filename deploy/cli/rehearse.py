@@ -27,12 +27,12 @@ LOOKS = (
     default=3,
     show_default=True,
     type=click.IntRange(1, 89),
-    help="Number of nodes; each simulates one GPU.",
+    help="Number of nodes. Each node simulates one GPU.",
 )
 @click.option("--keep", is_flag=True, help="Keep the nodes running until Ctrl-C.")
 @reporting
 def rehearse(context: DeployContext, count: int, keep: bool) -> None:
-    """Rehearse a deployment, from ips.txt to streamed tokens, on simulated nodes: Linux namespaces of this machine.
+    """Rehearse a deployment on simulated nodes, from ips.txt to streamed tokens. Each node is a set of Linux namespaces.
 
     \b
     deploy rehearse
@@ -40,7 +40,7 @@ def rehearse(context: DeployContext, count: int, keep: bool) -> None:
 
     Every node has a real OpenSSH server. Ray is real: it is installed from a local index, and the hashes of its wheels are
     checked. The engine is simulated: it accepts aphrodite's options and reproduces aphrodite's failures. The
-    command requires root, but no GPU, and leaves nothing running.
+    command requires root, but no GPU. It stops all processes that it started.
     """
     extras.require("index")
     console, here = context.console, settings.load()

@@ -22,7 +22,7 @@ from gracefarm.errors import UsageError
 
 
 @click.command()
-@click.option("--from", "start", metavar="STEP", type=click.Choice(order.UP), help="Repeat this step and the later ones.")
+@click.option("--from", "start", metavar="STEP", type=click.Choice(order.UP), help="Repeat this step and the later steps.")
 @click.option("--skip", multiple=True, metavar="STEP", type=click.Choice(order.UP), help="Skip a step. Repeatable.")
 @no_wait_option
 @reporting
@@ -50,12 +50,13 @@ def up(context: DeployContext, start: str | None, skip: tuple[str, ...], no_wait
 @no_wait_option
 @reporting
 def serve(context: DeployContext, skip_up: bool, no_wait: bool) -> None:
-    """Start Ray and the engine, and wait until the engine has answered a completion. Runs `deploy up` first if required.
+    """Start Ray and the engine, and wait until the engine has answered a completion. The unfinished steps of
+    `deploy up` run first.
 
     \b
     deploy serve
 
-    If the engine already runs or loads, the command attaches to it. Ctrl-C does not stop the engine.
+    If the engine already runs or loads the model, the command waits for it. Ctrl-C does not stop the engine.
     """
 
     async def go(work: Work) -> Served:
@@ -101,7 +102,7 @@ def down(context: DeployContext, keep_ray: bool, no_wait: bool) -> None:
     \b
     deploy down
 
-    Unreachable nodes are skipped, and listed at the end. Copies of secrets on the nodes are removed.
+    Unreachable nodes are skipped and listed at the end. The command also removes copies of secrets from the nodes.
     """
     with held(context, no_wait=no_wait) as keeper:
         try:
@@ -155,7 +156,7 @@ def purge(context: DeployContext, share: bool, weights: bool, yes: bool, no_wait
 @click.command("preflight")
 @reporting
 def preflight_command(context: DeployContext) -> None:
-    """Run all checks on all nodes and pairs of nodes, and show failures with their remedy. This changes nothing.
+    """Run all checks on all nodes and pairs of nodes, and show failures with their remedy. The command changes nothing.
 
     \b
     deploy preflight

@@ -29,9 +29,9 @@ def _prepare(folder: Folder) -> None:
 
 
 @click.command()
-@click.option("--port", type=click.IntRange(0, 65535), help="Local port of the engine; default: the remote port (2242).")
+@click.option("--port", type=click.IntRange(0, 65535), help="Local port of the engine. Default: the remote port (2242).")
 @click.option(
-    "--dashboard-port", type=click.IntRange(0, 65535), help="Local port of Ray's dashboard; default: the remote port (8265)."
+    "--dashboard-port", type=click.IntRange(0, 65535), help="Local port of Ray's dashboard. Default: the remote port (8265)."
 )
 @click.option("--background", is_flag=True, help="Run in the background until --end or `deploy down`.")
 @click.option("--end", is_flag=True, help="Close all tunnels of this deployment on this machine.")
@@ -43,7 +43,7 @@ def tunnel(context: DeployContext, port: int | None, dashboard_port: int | None,
     deploy tunnel
     deploy tunnel --background
 
-    If a port is in use, a free one is used instead. A lost connection is restored automatically.
+    If a port is in use, the command uses a free port instead. It restores a lost connection automatically.
     """
     deployment = context.deployment
     if end:

@@ -43,8 +43,8 @@ _BAD = "bold red"
 )
 @reporting
 def status(context: DeployContext, canary: float) -> None:
-    """Show the state of all nodes and of the service. A completion of one token tests the service, since /health does not
-    detect a dead engine.
+    """Show the state of all nodes and of the service. The command tests the service with a completion of one token,
+    because /health does not detect a dead engine.
 
     \b
     deploy status
@@ -163,7 +163,7 @@ def speed_of(moment: Moment) -> str:
     type=click.FloatRange(min=1),
     help="Seconds between two test completions.",
 )
-@click.option("--count", type=click.IntRange(1), help="Stop after this many refreshes; default: run until Ctrl-C.")
+@click.option("--count", type=click.IntRange(1), help="Stop after this many refreshes. Default: run until Ctrl-C.")
 @reporting
 def top(context: DeployContext, every: float, canary_every: float, count: int | None) -> None:
     """Show the state, tokens/s, requests and cost live, until Ctrl-C.
@@ -172,7 +172,8 @@ def top(context: DeployContext, every: float, canary_every: float, count: int | 
     deploy top
     deploy top --every 10
 
-    Each test completion costs one token. The other refreshes read only the engine's counters and the nodes' GPUs and disks.
+    Each test completion generates one token. Refreshes without a test completion read only the engine's counters and the
+    nodes' GPUs and disks.
     """
     console = context.console
 
@@ -213,7 +214,9 @@ async def _live(moments: AsyncIterator[Moment]) -> None:
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NODE]…")
 @nodes_option
-@click.option("-f", "--follow", is_flag=True, help="Follow the logs until Ctrl-C; the engine's log until the engine ends.")
+@click.option(
+    "-f", "--follow", is_flag=True, help="Follow the logs until Ctrl-C. The engine's log is followed until the engine ends."
+)
 @click.option("--ray", "only_ray", is_flag=True, help="Show Ray's logs of the named nodes, or of all nodes if none is named.")
 @click.option(
     "-n", "--lines", default=50, show_default=True, type=click.IntRange(0), help="Show the last N lines of each log."
@@ -222,7 +225,7 @@ async def _live(moments: AsyncIterator[Moment]) -> None:
 def logs(
     context: DeployContext, names: tuple[str, ...], words: tuple[str, ...], follow: bool, only_ray: bool, lines: int
 ) -> None:
-    """Show the engine's log. For named nodes, show Ray's logs (for the head, also the engine's).
+    """Show the engine's log. If nodes are named, show Ray's logs on these nodes, and for the head also the engine's log.
 
     \b
     deploy logs -f
@@ -322,17 +325,17 @@ async def _all(tasks: Sequence[asyncio.Task[None]]) -> None:
     "--into",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     default=".",
-    help="Folder for the archive; default: this folder.",
+    help="Folder for the archive. Default: this folder.",
 )
 @reporting
 def collect(context: DeployContext, into: Path) -> None:
-    """Collect logs of all nodes, plan, state and facts in one redacted archive. Its summary.md starts with the first cause of
-    a failure.
+    """Collect logs of all nodes, plan, state and facts in one redacted archive. The summary.md in the archive starts with the
+    first cause of a failure.
 
     \b
     deploy collect --into /tmp
 
-    The command also works if nodes are unreachable; the archive lists them.
+    The command also works if nodes are unreachable. The archive lists these nodes.
     """
     deployment, folder = context.deployment, into.absolute()
 

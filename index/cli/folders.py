@@ -16,9 +16,9 @@ from index.web.export import export_tree
 @click.command("export")
 @in_context
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--url", help="Address of the tree, to print on web pages.")
+@click.option("--url", help="Address at which the exported folder will be served; the web pages show it.")
 def export(context: IndexContext, folder: Path, url: str | None) -> None:
-    """Write or update a static tree for nginx or an object store.
+    """Write or update a folder of static files, for nginx or an object store.
 
     \b
     index export /srv/wheels --url https://wheels.example.com
@@ -34,9 +34,9 @@ def export(context: IndexContext, folder: Path, url: str | None) -> None:
 @click.command("import")
 @in_context
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--variants", is_flag=True, help="Accept variant wheels too (PEP 825, a draft).")
+@click.option("--variants", is_flag=True, help="Also accept variant wheels (PEP 825, a draft).")
 def import_(context: IndexContext, folder: Path, variants: bool) -> None:
-    """Import the wheels and sdists of a folder, such as pypiserver's. Refused files are listed with the reason.
+    """Import the wheels and sdists of a folder, such as the folder of pypiserver. Refused files are listed with the reason.
 
     \b
     index import ~/packages

@@ -15,19 +15,19 @@ from index.sets import machines, mirroring, staged
 @click.command("mirror")
 @in_context
 @click.argument("lock", type=click.Path(path_type=Path))
-@click.option("--set", "set_name", required=True, help="Name of the set; created if it does not exist.")
-@click.option("--link", is_flag=True, help="Store links to upstream instead of copies.")
+@click.option("--set", "set_name", required=True, help="Name of the set. The set is created if it does not exist.")
+@click.option("--link", is_flag=True, help="Store links to the upstream files instead of copies.")
 @click.option(
     "--platform",
     "platforms",
     multiple=True,
-    help="Only files for this platform, such as aarch64 or manylinux_2_34_aarch64. Repeatable.",
+    help="Mirror only files for this platform, such as aarch64 or manylinux_2_34_aarch64. Repeatable.",
 )
-@click.option("--python", "pythons", multiple=True, help="Only files for this Python, such as 3.11. Repeatable.")
+@click.option("--python", "pythons", multiple=True, help="Mirror only files for this Python, such as 3.11. Repeatable.")
 def mirror(
     context: IndexContext, lock: Path, set_name: str, link: bool, platforms: tuple[str, ...], pythons: tuple[str, ...]
 ) -> None:
-    """Mirror the wheels of a lock into a set, by sha256, from the configured Python index.
+    """Mirror the wheels of a lock from the configured Python index into a set. The files are selected by sha256.
 
     \b
     index mirror requirements.lock --set spring
@@ -61,7 +61,7 @@ def mirror(
 @click.option("--reason", default="", help="Reason for the audit log.")
 @click.option("--undo", is_flag=True, help="Undo the withdrawal.")
 def withdraw(context: IndexContext, filename: str, reason: str, undo: bool) -> None:
-    """Remove a mirrored file from every set, including published ones. The index answers 410 for it.
+    """Remove a mirrored file from every set, including published sets. The index then answers 410 for this file.
 
     \b
     index withdraw requests-2.32.3-py3-none-any.whl --reason CVE-2026-1234

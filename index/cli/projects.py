@@ -12,7 +12,7 @@ from index.store import projects
 @click.command("host")
 @in_context
 @click.argument("names", nargs=-1)
-@click.option("--remove", is_flag=True, help="Accept no more uploads for these projects; existing files stay.")
+@click.option("--remove", is_flag=True, help="Do not accept further uploads for these projects. Existing files stay.")
 def host(context: IndexContext, names: tuple[str, ...], remove: bool) -> None:
     """Accept uploads for projects. Without NAMES, list the hosted projects.
 
@@ -47,7 +47,7 @@ def status(context: IndexContext, name: str, status: str, reason: str) -> None:
 @click.argument("version")
 @click.option("--reason", default="", help="Reason that installers print.")
 def yank(context: IndexContext, name: str, version: str, reason: str) -> None:
-    """Yank a release: hide it from new installs, keep it for pinned ones (PEP 592).
+    """Yank a release (PEP 592). New installs do not select it, but installs that pin it still work.
 
     \b
     index yank causal-conv1d 1.7.0 --reason "wrong results on sm 100"
@@ -76,7 +76,7 @@ def unyank(context: IndexContext, name: str, version: str) -> None:
 @click.argument("version")
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 def delete(context: IndexContext, name: str, version: str, yes: bool) -> None:
-    """Delete a release for good. Its file names cannot be used again.
+    """Delete a release permanently. Its file names cannot be used again.
 
     \b
     index delete causal-conv1d 1.7.0

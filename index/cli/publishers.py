@@ -31,12 +31,14 @@ def publisher() -> None:
 @click.argument("workflow")
 @click.option("--environment", default="", help="Accept only jobs of this deployment environment.")
 @click.option(
-    "--issuer", help="Issuer of a self-hosted server: https://HOST/_services/token for GitHub, https://HOST for GitLab."
+    "--issuer",
+    help="Issuer of the identity tokens, if the server is self-hosted: https://HOST/_services/token for GitHub, "
+    "https://HOST for GitLab.",
 )
 def add(
     context: IndexContext, project: str, kind: str, repository: str, workflow: str, environment: str, issuer: str | None
 ) -> None:
-    """Let the WORKFLOW of a REPOSITORY upload to PROJECT, and accept its attestations.
+    """Allow a WORKFLOW of a REPOSITORY to upload to PROJECT, and accept attestations of this workflow.
 
     \b
     index publisher add flash-attn github OWNER/NAME nightly.yml
@@ -81,7 +83,7 @@ def list_(context: IndexContext) -> None:
 @click.argument("project")
 @click.argument("repository")
 def remove(context: IndexContext, project: str, repository: str) -> None:
-    """Remove the publishers with this repository from the project; their upload tokens expire now.
+    """Remove the publishers with this repository from the project. Their upload tokens expire immediately.
 
     \b
     index publisher remove flash-attn OWNER/NAME

@@ -18,27 +18,35 @@ from index.store import auth, htpasswd
 
 @click.command("serve")
 @in_context
-@click.option("--host", "-i", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all networks.")
 @click.option(
-    "--port", "-p", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on; 0: any free port."
+    "--host", "-i", default="127.0.0.1", show_default=True, help="Address to listen on. 0.0.0.0 listens on all networks."
+)
+@click.option(
+    "--port",
+    "-p",
+    default=8080,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="Port to listen on. 0 selects a free port.",
 )
 @click.option(
     "--port-file",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the port to this file once clients can connect.",
+    help="Write the port to this file as soon as clients can connect.",
 )
 @click.option(
     "--passwords",
     "-P",
     type=click.Path(path_type=Path),
-    help="Let the users of this htpasswd file upload. Users who are no longer in the file lose this permission.",
+    help="Import this htpasswd file: its users can upload with their passwords. Users who were removed from the file can "
+    "no longer upload.",
 )
 @click.option(
     "--authenticate",
     "-a",
     default="update",
     show_default=True,
-    help="Accepted for compatibility with pypiserver; the only valid value is update.",
+    help="Accepted for compatibility with pypiserver. The only valid value is update.",
 )
 @click.option(
     "--disable-fallback",
@@ -47,19 +55,28 @@ from index.store import auth, htpasswd
     expose_value=False,
     help="Accepted for compatibility with pypiserver; there is no fallback.",
 )
-@click.option("--allow-new", is_flag=True, help="Let uploads create projects without `index host`.")
-@click.option("--variants", is_flag=True, help="Accept variant wheels too (PEP 825, a draft).")
-@click.option("--access-log", help="Append the access log to this file; - for stdout.")
+@click.option(
+    "--allow-new",
+    is_flag=True,
+    help="Accept uploads for every project. Without this option, projects must be named with `index host`.",
+)
+@click.option("--variants", is_flag=True, help="Also accept variant wheels (PEP 825, a draft).")
+@click.option("--access-log", help="Append the access log to this file. - writes it to stdout.")
 @click.option("--tls-cert", type=click.Path(exists=True, path_type=Path), help="Serve https with this certificate (PEM).")
-@click.option("--tls-key", type=click.Path(exists=True, path_type=Path), help="Private key of the certificate (PEM).")
+@click.option("--tls-key", type=click.Path(exists=True, path_type=Path), help="Private key of the TLS certificate (PEM).")
 @click.option(
     "--trusted-proxy",
     multiple=True,
     metavar="ADDRESS|NETWORK",
     help="Trust X-Forwarded-* headers from this proxy. Repeatable.",
 )
-@click.option("--url", help="Address to print on web pages; default: the address of the request.")
-@click.option("--cache-size", default="20GiB", show_default=True, help="Maximum size of the shared compiler cache, or off.")
+@click.option("--url", help="Address of the index, which the web pages show. Default: the address of the request.")
+@click.option(
+    "--cache-size",
+    default="20GiB",
+    show_default=True,
+    help="Maximum size of the shared compiler cache, or off to disable the cache.",
+)
 @click.option("--sigstore-offline", is_flag=True, help="Verify attestations with the Sigstore keys on this machine.")
 @click.option(
     "--max-upload",
@@ -67,7 +84,7 @@ from index.store import auth, htpasswd
     default=Limits.upload,
     show_default=True,
     type=click.IntRange(1),
-    help="Maximum bytes of one upload.",
+    help="Maximum size of one upload in bytes.",
 )
 @click.option(
     "--idle",
@@ -81,7 +98,8 @@ from index.store import auth, htpasswd
     default=Limits.connections_per_client,
     show_default=True,
     type=click.IntRange(1),
-    help="Maximum number of connections from one address; above it, the connections that are idle for longest are closed.",
+    help="Maximum number of connections from one address. If there are more, the connections that are idle for longest "
+    "are closed.",
 )
 @click.option(
     "--open-uploads",
@@ -102,7 +120,8 @@ from index.store import auth, htpasswd
     default=Limits.waiting_uploads,
     show_default=True,
     type=click.IntRange(0),
-    help="Maximum number of uploads that wait for others to end, at most half of them from one address.",
+    help="Maximum number of uploads that wait for other uploads to end. At most half of the waiting uploads may come "
+    "from one address.",
 )
 @click.option(
     "--writes-per-second",

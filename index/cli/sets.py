@@ -33,12 +33,17 @@ def stage() -> None:
     help="Wheel that the set must contain, such as 'causal-conv1d==1.7.0 cp311 aarch64'. Repeatable.",
 )
 @click.option(
-    "--matrix", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="File with a line for each expected wheel."
+    "--matrix",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="File with the expected wheels, one per line.",
 )
 @click.option(
-    "--without", multiple=True, metavar="PROJECT", help="Allow the set to lack this requirement of its wheels. Repeatable."
+    "--without",
+    multiple=True,
+    metavar="PROJECT",
+    help="Project that the set may lack, although wheels of the set require it. Repeatable.",
 )
-@click.option("--nightly", is_flag=True, help="Publish its files in the nightly channel.")
+@click.option("--nightly", is_flag=True, help="Publish the files of the set in the nightly channel.")
 def create(
     context: IndexContext, name: str, expect: tuple[str, ...], matrix: Path | None, without: tuple[str, ...], nightly: bool
 ) -> None:
@@ -98,7 +103,7 @@ def add(context: IndexContext, name: str, filenames: tuple[str, ...]) -> None:
 @in_context
 @click.argument("name")
 def publish(context: IndexContext, name: str) -> None:
-    """Make the whole set visible at /NAME/simple/, and its uploaded files on the other pages too.
+    """Make the whole set visible at /NAME/simple/. Its uploaded files also become visible at /simple/ and on the other pages.
 
     \b
     index stage publish spring

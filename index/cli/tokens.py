@@ -30,7 +30,7 @@ def token() -> None:
 @click.option("--set", "set_name", help="Valid only for this set.")
 @click.option("--nightly", is_flag=True, help="Valid only for the nightly channel.")
 @click.option("--cache", is_flag=True, help="Valid only for the shared compiler cache.")
-@click.option("--expires", help="Lifetime, such as 90d or 12h; default: no expiry.")
+@click.option("--expires", help="Lifetime, such as 90d or 12h. Default: the token does not expire.")
 def create(
     context: IndexContext,
     name: str,
@@ -77,7 +77,9 @@ def create(
 @click.option("--project", help="Valid only for this project.")
 @click.option("--set", "set_name", help="Valid only for this set.")
 def import_(context: IndexContext, file: Path, project: str | None, set_name: str | None) -> None:
-    """Let the users of an htpasswd file upload with their passwords. Users removed from the file are revoked.
+    """Import an htpasswd file: its users can upload with their passwords.
+
+    If you import the file again, users that were removed from it can no longer upload.
 
     \b
     index token import htpasswd.txt
@@ -116,7 +118,7 @@ def list_(context: IndexContext) -> None:
 @in_context
 @click.argument("name")
 def revoke(context: IndexContext, name: str) -> None:
-    """Revoke a token now.
+    """Revoke a token immediately.
 
     \b
     index token revoke ci
