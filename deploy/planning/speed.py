@@ -1,7 +1,7 @@
 """Predicts the speed of decoding for several numbers of streams, and the time to the first token.
 
-docs/reference/deploy.md has the formulas. A token passes all stages in order. In a stage, each GPU reads its weights once for
-all streams (only the experts that a stream needs), reads the cache of every stream, and computes. Each layer has two
+docs/explanation/planner.md has the formulas. A token passes all stages in order. In a stage, each GPU reads its weights once
+for all streams (only the experts that a stream needs), reads the cache of every stream, and computes. Each layer has two
 all-reduces. Stages process different streams at the same time.
 
 All measured constants are from one table: vLLM 0.26.0 on four H200, 2026-11-28 (deploy/data/accuracy.toml, in the rows with
