@@ -49,8 +49,9 @@ _TOO_BROAD = (
     *("Public IP (ipv4)", "Private Key", "Basic Auth Credentials"),
 )
 "Rules of detect-secrets that are not used."
-_SIGNED = rb"X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|Signature|Policy|Key-Pair-Id|sig|access_token|token"
-"Parameters of a URL that grant access to everyone who has the URL."
+_OF_A_CLOUD = rb"X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)"
+_SIGNED = rb"Signature|Policy|Key-Pair-Id|sig|access_token|token"
+"Parameters of a URL that grant access to everyone who has the URL. These names are redacted only in a URL."
 _FIRST: tuple[tuple[re.Pattern[bytes], bytes], ...] = (
     (
         re.compile(rb"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)", re.S),
@@ -59,7 +60,11 @@ _FIRST: tuple[tuple[re.Pattern[bytes], bytes], ...] = (
     (re.compile(rb"\b(?:hf|api_org)_[A-Za-z0-9]{16,}"), b"[redacted HF token]"),
     (re.compile(rb"\bgf_[A-Za-z0-9_-]{32,}"), b"[redacted index token]"),
     (re.compile(rb"\b(?:gf|sk)-[A-Za-z0-9_-]{16,}"), b"[redacted API key]"),
-    (re.compile(rb"([?&](?:" + _SIGNED + rb")=)(?!\[redacted)[^&\s\"'\\]+", re.I), rb"\1[redacted]"),
+    (re.compile(rb"\bgithub_pat_[A-Za-z0-9_]{22,}"), b"[redacted GitHub token]"),
+    # Also in HTML, JSON and encoded URLs.
+    (re.compile(rb"(" + _OF_A_CLOUD + rb"(?:=|%3D))(?!\[redacted)[^&\s\"'\\]+", re.I), rb"\1[redacted]"),
+    (re.compile(rb"(" + _OF_A_CLOUD + _QUOTES + rb"\s{0,4}:\s{0,4}" + _QUOTES + rb")" + _opaque(8), re.I), rb"\1[redacted]"),
+    (re.compile(rb"((?:[?&]|&amp;|\\u0026)(?:" + _SIGNED + rb")=)(?!\[redacted)[^&\s\"'\\]+", re.I), rb"\1[redacted]"),
 )
 _LAST: tuple[tuple[re.Pattern[bytes], bytes], ...] = (
     # The scheme (bearer, basic) is kept: it shows which kind of login was used.

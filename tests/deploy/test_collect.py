@@ -34,6 +34,7 @@ RAY = "c0ffee" * 10
 OTHER = "sk-somebody-elses-key-0123456789"
 FORMS = (
     *("gf_" + "aB3_x-" * 7 + "z", "ghp_" + "aB3x" * 9, "AKIA" + "IOSFODNN7EXAMPLE", "glpat-" + "aB3x" * 5),
+    "github_pat_" + "aB3x" * 6,
     *("xoxb-123456789012-" + "abcdef1234" * 2, "sk_live_" + "aB3x" * 6),
 )
 "Tokens of services, which detect-secrets knows by their form; the farm's own first."
@@ -345,6 +346,11 @@ def test_an_engine_that_answers_has_no_cause_of_death() -> None:
         f"--api-keys {RAY}",
         f"https://cdn.example/x?X-Amz-Signature={RAY}&X-Amz-Date=20261129T000000Z",
         f"https://cdn.example/x?Policy={RAY}",
+        f"X-Amz-Signature={RAY}",
+        f"'X-Goog-Signature': '{RAY}'",
+        f"https%3A%2F%2Fcdn.example%2Fx%3Fa%3D1%26X-Amz-Signature%3D{RAY}",
+        f'"https://cdn.example/x?a=1\\u0026Signature={RAY}"',
+        f'<a href="https://cdn.example/x?a=1&amp;sig={RAY}">',
         *(f"clone with {form} there" for form in FORMS),
     ],
 )
@@ -377,6 +383,7 @@ def test_what_looks_like_a_secret_goes(line: str) -> None:
         "the password: incorrect for alice",
         "error: argument --token requires a value",
         "authorization: Permission denied",
+        "X-Amz-Signature: does not match",
         "python -c 'import hf_hub_download' gf_gpu_memory_utilization",
         "10.77.0.11:6379 -> 203.0.113.9:22",
     ],
