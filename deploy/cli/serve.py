@@ -146,7 +146,9 @@ def purge(context: DeployContext, share: bool, weights: bool, yes: bool, no_wait
             removed = at_work(context, keeper, go)
         finally:
             tunnels.end_all(deployment.folder)
-        keeper.forget(*keeper.state.steps)
+        # Without their record, a later `purge --weights` would not find the model's files.
+        kept = () if weights and not removed.failed else ("weights",)
+        keeper.forget(*(name for name in keeper.state.steps if name not in kept))
     document = {"removed": removed.places, "bytes": removed.bytes}
     console.result(document, "\n".join([*removed.places, f"{removed.bytes / 1e9:.2f} GB removed"]))
     if removed.failed:

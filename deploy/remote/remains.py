@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -12,14 +13,15 @@ from deploy.remote.wire import Json, WorkerError
 
 
 def remove(request: Json) -> Json:
-    """Remove `paths`, then the folders in `empty` if they are empty.
+    """Remove `paths`, and what matches `patterns`; then the folders in `empty` if they are empty.
 
     `cache`: remove uv in this user's cache too. `owned`: the deployment that must own each folder (deploy.remote.environment).
 
     Returns:
         The removed paths, and their size in bytes.
     """
-    wanted = [Path(path) for path in request["paths"]]
+    matching = [path for pattern in request.get("patterns", []) for path in sorted(glob.glob(pattern))]  # noqa: PTH207 - absolute
+    wanted = [Path(path) for path in (*request["paths"], *matching)]
     for folder, mark in request.get("owned", {}).items():
         if (owner := environment.owner(Path(folder))) not in (None, mark):
             raise WorkerError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from contextlib import suppress
@@ -12,9 +13,10 @@ PATIENCE = 10.0
 
 
 def size_of(path: Path) -> int:
-    """Bytes of the files below a path."""
+    """Bytes of the files below a path. Files that others remove meanwhile are not counted."""
     total = 0
-    for place in (path, *(path.rglob("*") if path.is_dir() and not path.is_symlink() else ())):
+    walked = () if path.is_symlink() else os.walk(path)  # without errors for folders that vanish, unlike rglob
+    for place in (path, *(Path(folder, name) for folder, folders, files in walked for name in (*folders, *files))):
         with suppress(OSError):
             total += place.lstat().st_size
     return total

@@ -54,6 +54,7 @@ async def purge(work: Work, *, share: bool, weights: bool) -> Removed:
         if node.name == deployment.head.name and deployment.data.share is not None:
             request["paths"] = [*own, *_shared(work, share=share, weights=weights)]
             request["owned"] = {paths.environment_root(deployment): work.fleet.mark} if share else {}
+            request["patterns"] = [_partial(work)] if weights else []
         return await call(node, "remains.remove", request)
 
     good, bad = await try_all(work.nodes, remove)
@@ -67,5 +68,11 @@ async def purge(work: Work, *, share: bool, weights: bool) -> Removed:
 def _shared(work: Work, *, share: bool, weights: bool) -> list[str]:
     """Paths on the shared folder. The model's files are those of the step `weights`."""
     folder = work.keeper.state.data("weights").get("folder")
-    model = [folder, f"{folder}.manifest.json", f"{folder}.{work.fleet.mark}.staging"] if weights and folder else []
+    model = [folder, f"{folder}.manifest.json"] if weights and folder else []
     return [*([paths.environment_root(work.deployment)] if share else []), *model]
+
+
+def _partial(work: Work) -> str:
+    """A pattern for this deployment's incomplete downloads of the model. The state does not have their commits."""
+    anywhere = paths.weights(paths.root(work.deployment), work.deployment.data.model.repo, "*")
+    return f"{anywhere}.{work.fleet.mark}.staging"

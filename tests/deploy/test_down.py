@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from deploy.nodes import paths, state
 from deploy.nodes.facts import load_facts
 from deploy.nodes.state import State, StepRecord
 from deploy.remote import marked
+from deploy.remote.removal import size_of
 from deploy.steps import environment, processes, ray, spares, step
 from deploy.steps.environment import Matrix, Module
 from deploy.steps.step import Work
@@ -126,6 +128,20 @@ def slow_uv(folder: Path) -> Path:
     return uv
 
 
+def downloaded(made: Scene) -> tuple[Path, Path]:
+    """The folder of a model, which the state has, and an incomplete download of another commit."""
+    root = Path(paths.root(made.deployment))
+    model = Path(paths.weights(str(root), made.deployment.data.model.repo, "c" * 40))
+    partial = model.with_name(f"{'d' * 40}.{made.fleet.mark}.staging")
+    for folder in (model, partial, model.with_name(f"{'d' * 40}.another.staging")):
+        folder.mkdir(parents=True)
+    Path(f"{model}.manifest.json").write_text("{}")
+    record = StepRecord(digest="x", outcome="done", begun=time.time(), data={"folder": str(model)})
+    steps = {"preflight": record, "weights": record}
+    made.deployment.folder.state.write_text(State(steps=steps).model_dump_json())
+    return model, partial
+
+
 def secrets_on(made: Scene) -> dict[str, list[str]]:
     """Node to the secrets that lie in its folder."""
     folders = {node.name: Path(f"{made.fleet.local}/{made.fleet.mark}/{node.name}") for node in made.fleet.nodes}
@@ -149,6 +165,9 @@ def test_down_removes_the_secrets_of_every_node_and_purge_all_that_was_put_there
         assert set(map(tuple, secrets_on(made).values())) == {()}
         assert "log" in names(base / mark / "k1" / "jobs" / "ray")  # for `deploy collect`
         left_by_ray(base, mark)
+        caches = [tmp_path / node / ".cache" / "gracefarm" for node in ("home-k0", "home-k1")]
+        for cache in caches:
+            (cache / "uv-0.1").mkdir(parents=True)
         root = owned_root(made, mark)
         code, said = await purge(made)
         assert code == 2, said
@@ -158,6 +177,7 @@ def test_down_removes_the_secrets_of_every_node_and_purge_all_that_was_put_there
         assert code == 0, said
         assert running(made) == []
         assert names(base) == ["of-another-deployment"]
+        assert [names(cache) for cache in caches] == [[], []]
         assert names(root) == ["envs", "owner"]
         code, said = await purge(made, "--yes", "--share")
         assert code == 0, said
@@ -165,6 +185,40 @@ def test_down_removes_the_secrets_of_every_node_and_purge_all_that_was_put_there
         assert state.read(made.deployment.folder).steps == {}
 
     play(tmp_path, work, nodes=2)
+
+
+def test_the_size_of_a_folder_that_vanishes_meanwhile_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`purge` failed when a process that was about to end removed its own files."""
+    (tmp_path / "vanishes").mkdir()
+    (tmp_path / "stays").write_bytes(b"x" * 10)
+    listed = os.scandir
+
+    def scandir(path: str) -> object:
+        if Path(path).name == "vanishes":
+            Path(path).rmdir()
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert size_of(tmp_path) >= 10
+    assert names(tmp_path) == ["stays"]
+
+
+def test_purge_removes_the_model_only_if_asked_and_then_also_what_is_half_there(tmp_path: Path) -> None:
+    """A purge without --weights forgot where the model is, and the next one with it removed nothing and succeeded."""
+
+    async def work(made: Scene) -> None:
+        model, partial = downloaded(made)
+        code, said = await purge(made, "--yes")
+        assert code == 0, said
+        assert model.exists()
+        assert partial.exists()
+        assert set(state.read(made.deployment.folder).steps) == {"weights"}
+        code, said = await purge(made, "--yes", "--weights")
+        assert code == 0, said
+        assert names(model.parent) == [f"{'d' * 40}.another.staging"]
+        assert state.read(made.deployment.folder).steps == {}
+
+    play(tmp_path, work)
 
 
 def test_purge_leaves_the_environments_of_another_deployment(tmp_path: Path) -> None:
