@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import shutil
 import socket
 import stat
@@ -41,8 +42,10 @@ Work = Callable[[Fleet, RemoteNode, list[kit.Machine]], Awaitable[None]]
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as one:
-        return int(one.getsockname()[1])
+    """A port that the kernel gives to no outgoing connection: one was in use when the engine began to listen."""
+    while True:
+        with suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(20_000, 32_000))) as one:
+            return int(one.getsockname()[1])
 
 
 def a_plan(port: int, *more: str) -> ServePlan:
@@ -303,6 +306,22 @@ def test_too_long_a_load_is_stopped(tmp_path: Path) -> None:
         with pytest.raises(EngineError, match="no completion after 2 s; the engine was loading"):
             await engine.start_or_attach(fleet, head, spec(a_plan(free_port(), "--load", "60"), load=2.0), Console())
         assert (await job_status(fleet, made[0].node, "engine")).state == "stopped"
+
+    on_a_node(tmp_path, work)
+
+
+def test_an_engine_that_listens_but_does_not_answer_in_time_is_not_stopped(tmp_path: Path) -> None:
+    wedge = tmp_path / "wedge"
+    wedge.touch()
+
+    async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
+        plan = a_plan(free_port(), "--wedge", str(wedge))
+        with pytest.raises(EngineError, match="no completion after 3 s, but the engine's log says that it listens") as error:
+            await engine.start_or_attach(fleet, head, spec(plan, load=3.0, canary=0.5), Console())
+        assert "`deploy status`" in error.value.remedy
+        assert (await job_status(fleet, made[0].node, "engine")).state == "running"
+        wedge.unlink()
+        assert (await engine.start_or_attach(fleet, head, spec(plan), Console())).how == "running"
 
     on_a_node(tmp_path, work)
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -28,6 +29,7 @@ from deploy.fleet.shells import FleetShell, remote_nodes
 from deploy.nodes import paths
 from deploy.rehearsal import hub
 from deploy.remote import marked
+from deploy.remote.hub import patiently
 from deploy.steps import dealing, processes, weights
 from deploy.steps.dealing import WeightsFile
 from gracefarm.console import Console
@@ -217,6 +219,29 @@ def test_a_hub_that_is_busy_is_asked_again_when_it_says(homes: Path, hub_python:
         outcome = bring(homes, served, hub_python, count=2)
         assert content(outcome) == wanted(served.files)
         assert served.busy_answers == 0
+
+
+@pytest.mark.parametrize(("retry_after", "waits"), [("7", [7.0, 7.0]), (None, [1.0, 2.0]), ("0", [0.2, 0.2]), ("100", [])])
+def test_the_wait_for_a_busy_hub_is_the_one_that_it_asks_for(
+    monkeypatch: pytest.MonkeyPatch, retry_after: str | None, waits: list[float]
+) -> None:
+    """No question is asked before that, and none at all if it is too long to wait."""
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+
+    def ask() -> str:
+        if len(waited) < 2:
+            error = OSError("429")
+            error.response = SimpleNamespace(status_code=429, headers={"retry-after": retry_after})  # type: ignore[attr-defined]
+            raise error
+        return "the answer"
+
+    if waits:
+        assert patiently({"busy": 20.0}, ask) == "the answer"
+    else:
+        with pytest.raises(OSError, match="429"):
+            patiently({"busy": 20.0}, ask)
+    assert waited == waits
 
 
 @pytest.mark.parametrize(
