@@ -52,7 +52,7 @@ class Settings(SharedSettings):
     mirrors: Annotated[dict[str, str], BeforeValidator(_mirrors)] = Field(default_factory=dict)
     "URL prefixes and their replacements, for git and files; the longest applies; as a variable: OLD=NEW …"
     memory: Size | None = None
-    "Limit of a build's memory, as 20GiB; unset: the free memory of this machine or its cgroup"
+    "Limit of a build's memory, such as 20GiB; unset: nine tenths of the free memory of this machine or its cgroup"
     jobs: int | None = None
     "Limit of parallel compilations; unset: from cores and memory"
     compiler_cache: str = "5GiB"
