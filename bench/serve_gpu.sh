@@ -31,7 +31,7 @@ fetch() { # FOLDER REQUIREMENTS...: wheels for the machine with the GPUs
 }
 
 case "${1-}" in
-prepare) # with a network: wheels, sshd and ip, uv; 460 MB in pieces
+prepare) # with a network: wheels, sshd and ip, uv; 480 MB in pieces
     rm -rf "$carried.whole" "$carried"
     mkdir -p "$carried.whole/engine" "$carried.whole/others" "$carried.whole/own" "$carried.whole/tools" "$carried"
     whole=$carried.whole uv="$top/.venv/bin/python -m uv"
