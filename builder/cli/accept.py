@@ -62,7 +62,7 @@ def _each_once(lacking: Iterable[tuple[LoadedStack, Sequence[Gap]]]) -> list[tup
 def _ask(missing: Sequence[Gap], settings: Settings, console: Console, *, yes: bool) -> None:
     if settings.project == PACKAGED:
         raise UsageError(
-            "--accept-new changes recipe.toml and stack.toml, but files of the installed gracefarm cannot be changed",
+            "--accept-new writes to recipe.toml and stack.toml, but the files of the installed gracefarm cannot be changed",
             remedy="create a project with `builder init DIR` and run the command there",
         )
     for gap in missing:
@@ -71,7 +71,7 @@ def _ask(missing: Sequence[Gap], settings: Settings, console: Console, *, yes: b
         return
     if console.as_json or not sys.stdin.isatty():
         raise UsageError(
-            f"--accept-new asks for confirmation of {len(missing)} digests, which requires a terminal",
+            f"--accept-new asks for confirmation of {len(missing)} digests, but there is no terminal",
             remedy="add --yes to accept them without confirmation",
         )
     if not click.confirm("Accept these files as they are now, and store their digests?", err=True):

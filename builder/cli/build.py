@@ -160,7 +160,7 @@ def _farm(address: str | None, aim: Aim, console: Console) -> Iterator[Cluster |
         yield None
         return
     if aim.on.kind != "sandbox":
-        raise UsageError("--farm requires the sandbox", remedy=f"omit --toolchain {aim.on.kind} or --farm")
+        raise UsageError("--farm supports only the sandbox toolchain", remedy=f"omit --toolchain {aim.on.kind} or --farm")
     if aim.on.from_source:
         raise UsageError("--farm and --llvm source exclude each other", remedy="omit --llvm source or --farm")
     console.step("farm", f"connecting to {address}")
@@ -252,7 +252,9 @@ def _cells(names: Sequence[str], selector: str | None, part: Part, aim: Aim, set
     """
     if selector is None:
         if part != Part():
-            raise UsageError("--only and --shard require --matrix", remedy="add a selector, such as --matrix default")
+            raise UsageError(
+                "--only and --shard require --matrix", remedy="add --matrix with a selector, such as --matrix default"
+            )
         return None
     target = click.get_current_context().get_parameter_source("target") is click.core.ParameterSource.COMMANDLINE
     given = {
@@ -265,7 +267,7 @@ def _cells(names: Sequence[str], selector: str | None, part: Part, aim: Aim, set
         if value is not None:
             raise UsageError(
                 f"{option} and --matrix exclude each other",
-                remedy=f"omit {option}, and give the selector the axis {option[2:]}",
+                remedy=f"omit {option}, and add the axis {option[2:]} to the selector",
             )
     return cells_of(matrix.named(selector, settings.project), names, settings, part)
 

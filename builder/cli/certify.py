@@ -58,12 +58,13 @@ def certify_command(
     if accepted is not None:
         if wheel is not None or report is not None:
             raise UsageError(
-                "--accept excludes WHEEL and --report", remedy="omit them; --accept compares the report with the farm's wheels"
+                "--accept excludes WHEEL and --report",
+                remedy="omit WHEEL and --report; --accept compares the report with the wheels of the farm",
             )
         _accept(accepted, url, settings, console)
         return
     if wheel is None or recipe_name is None or url is not None:
-        raise UsageError("give either WHEEL and --recipe NAME, or --accept REPORT, optionally with --publish")
+        raise UsageError("give either WHEEL and --recipe NAME, or --accept REPORT (with --publish to upload the certificates)")
     place = report or Path(f"{wheel.name}.gpu.json")
     loaded = recipe.load(settings.project / "recipes", recipe_name)
     if loaded.smoke_gpu_script is None:
@@ -101,7 +102,7 @@ def _accept(accepted: Path, url: str | None, settings: Settings, console: Consol
         publish.refuse_credentials(url)
     key = signing.private()
     if key is None:
-        raise ConfigError("this farm has no signing key", remedy="create one", repeat="builder key create")
+        raise ConfigError("this farm has no signing key", remedy="create a key", repeat="builder key create")
     builds = [build for build in record.all_of(settings) if build.wheel is not None and build.device_digests]
     wheels = {build.wheel.sha256: build.device_digests for build in builds if build.wheel is not None}
     signed = certificates.accept(given, wheels, key, settings)

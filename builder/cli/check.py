@@ -116,11 +116,11 @@ def smoke_command(
         script = script or (loaded.smoke_gpu_script if gpu else loaded.smoke_script)
     if not imports:
         raise UsageError(
-            "no module to import is given", remedy="add --import MODULE, or --recipe NAME for the recipe's modules"
+            "no module to import was given", remedy="add --import MODULE, or --recipe NAME to import the modules of the recipe"
         )
     if gpu and script is None:
         raise UsageError(
-            "--gpu requires a test script", remedy="add --script FILE, or --recipe NAME of a recipe that has a smoke_gpu.py"
+            "--gpu requires a test script", remedy="add --script FILE, or --recipe NAME with a recipe that has a smoke_gpu.py"
         )
     scratch = settings.home / "smoke" / str(os.getpid())
     scratch.mkdir(parents=True)

@@ -29,7 +29,7 @@ def _private() -> Ed25519PrivateKey:
     """
     key = signing.private()
     if key is None:
-        raise ConfigError("this farm has no signing key", remedy="create one", repeat="builder key create")
+        raise ConfigError("this farm has no signing key", remedy="create a key", repeat="builder key create")
     return key
 
 

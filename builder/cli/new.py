@@ -84,8 +84,8 @@ def _command(name: str, version: str | None, stack: str, url: str | None, commit
 def _refuse_existing(folder: Path) -> None:
     if folder.exists():
         raise UsageError(
-            f"{folder} exists already, and a recipe is not overwritten",
-            remedy="remove the folder, or work in another project (`builder init DIR`)",
+            f"{folder} already exists, and `builder new` does not overwrite recipes",
+            remedy="remove the folder, or work in a different project (`builder init DIR`)",
         )
 
 
@@ -127,7 +127,9 @@ def _files(
 def _own_version(known: metadata.SourceMetadata, name: str) -> str:
     version = known.table("project").get("version")
     if not isinstance(version, str):
-        raise UsageError(f"the source of {name} names no version in pyproject.toml", remedy="give it with --version V")
+        raise UsageError(
+            f"pyproject.toml in the source of {name} contains no version", remedy="give the version with --version V"
+        )
     return version
 
 

@@ -226,7 +226,9 @@ def wanted(toolchain: ToolchainKind, own: Path | None, python: str | None, cuda:
     native = KINDS[toolchain].native
     here = Path(python) if python is not None and native else None
     if here is not None and not here.exists():
-        raise UsageError(f"--python {python}: the file does not exist", remedy="give the path of a Python on this machine")
+        raise UsageError(
+            f"--python {python}: the file does not exist", remedy="give the path of a Python interpreter on this machine"
+        )
     choice = ToolchainChoice(
         kind=toolchain, wanted=Wanted(environment=own, python=here, cuda=cuda), interpreter=None if native else python
     )
@@ -263,7 +265,7 @@ def as_built(built: Record, own: Path | None, python: str | None, cuda: Path | N
     toolchain = built.inputs.get("toolchain")
     if own is None and isinstance(toolchain, dict) and "distributions" in toolchain:
         raise UsageError(
-            "the earlier build used --environment, whose path is not recorded",
+            "the earlier build used --environment, but its record does not contain the path",
             remedy="add --environment PATH",
         )
     on = wanted(toolchains.of_inputs(built.inputs).kind, own, python or built.interpreter, cuda)

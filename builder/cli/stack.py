@@ -84,7 +84,8 @@ def _require_new(name: str, folder: Path) -> None:
         )
     if (folder / name).exists():
         raise UsageError(
-            f"the stack {name} already exists", remedy=f"choose another name, or update its locks with `builder lock {name}`"
+            f"the stack {name} already exists",
+            remedy=f"choose a different name, or update the locks of the existing stack with `builder lock {name}`",
         )
 
 
@@ -93,7 +94,9 @@ def _newest(folder: Path) -> LoadedStack:
     loaded = [stack.load(folder, name) for name in stack.names(folder)]
     with_torch = [entry for entry in loaded if entry.data.torch is not None]
     if not with_torch:
-        raise ConfigError(f"{folder} has no stack with torch to copy from", remedy="add --like STACK")
+        raise ConfigError(
+            f"{folder} has no stack with torch that could be copied", remedy="give a stack to copy with --like STACK"
+        )
     return max(with_torch, key=lambda entry: Version(entry.data.torch.version) if entry.data.torch else Version("0"))
 
 

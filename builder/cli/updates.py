@@ -45,7 +45,9 @@ def updates_command(age: str) -> None:
     console.result([asdict(update) for update in pins], "\n".join([*rows, f"{current} of {len(pins)} pins are up to date"]))
     failed = [update for update in pins if update.error]
     if failed and len(failed) == len(pins):
-        raise FetchError(f"no upstream answered: {failed[0].error}", remedy="check the network, then repeat the command")
+        raise FetchError(
+            f"no upstream server answered: {failed[0].error}", remedy="check the network, then repeat the command"
+        )
 
 
 def _lines(update: Update) -> list[str]:

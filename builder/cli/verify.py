@@ -82,7 +82,8 @@ def _rebuild(wheel: Path, jobs: int | None, settings: Settings, console: Console
     if comparison.verdict == "differs":
         raise VerifyError(
             f"a second build of {wheel.name} differs: {comparison.sentence.partition(': ')[2]}",
-            remedy="find what the build takes from the clock, its folder or a random source (docs/explanation/provenance.md)",
+            remedy="find what the build reads from the clock, from its folder or from a random source "
+            "(docs/explanation/provenance.md)",
             repeat=f"builder verify {wheel} --rebuild",
         )
 
@@ -98,8 +99,8 @@ def _plan_of(inside: Inside, wheel: Path, settings: Settings) -> Plan:
     kind = toolchains.of_inputs(inside.inputs)
     if kind.unsealed is not None:
         raise UsageError(
-            f"{wheel.name} was built {kind.unsealed}, so a build in another folder always differs",
-            remedy="build it in the sandbox to compare rebuilds, or run `builder verify` without --rebuild",
+            f"{wheel.name} was built {kind.unsealed}",
+            remedy="to compare rebuilds, build the wheel in the sandbox; or run `builder verify` without --rebuild",
         )
     loaded = recipe.load(settings.project / "recipes", inside.inputs["recipe"]["name"])
     target, python = Arch(inside.inputs["target"]), inside.inputs["stack"]["python"]
@@ -117,6 +118,7 @@ def _plan_of(inside: Inside, wheel: Path, settings: Settings) -> Plan:
                     return candidate
     raise ConfigError(
         f"{wheel.name} has the build id {inside.build_id[:16]}, which this project does not produce on this machine",
-        remedy="check out the commit of the build on a machine of the same kind; `builder why` names the changed input",
+        remedy="check out the commit that the wheel was built from, on a machine of the same kind; `builder why` names "
+        "the changed input",
         repeat=f"builder why {loaded.key}",
     )

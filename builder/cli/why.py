@@ -52,7 +52,7 @@ def why_command(
     if name is None and not every:
         raise UsageError("give a recipe or --all", remedy="run `builder why NAME` or `builder why --all`")
     if len(ids) not in (0, 2):
-        raise UsageError("give two build ids or none", remedy=f"run `builder why {name} ID ID`")
+        raise UsageError("give two build ids, or none", remedy=f"run `builder why {name} ID ID`")
     settings, console = start()
     if every:
         _every(name, own, python, cuda, settings, console)

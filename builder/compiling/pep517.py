@@ -64,7 +64,8 @@ def check_requirements(plan: Plan, source: Path) -> None:
     if unmet:
         raise CompileError(
             f"the build of {plan.recipe.data.name} requires {', '.join(unmet)}",
-            remedy="add it to `requires` of [build] in the recipe and lock it, or patch the requirement in the recipe",
+            remedy="add the missing requirements to `requires` of [build] in the recipe and lock the recipe, or remove "
+            "them from the source with a patch",
             repeat=f"builder lock {plan.recipe.key}",
         )
 

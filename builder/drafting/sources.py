@@ -45,8 +45,8 @@ def of_index(project: str, version: str | None, settings: Settings) -> tuple[Sdi
     sha256 = package.digests.get("sha256")
     if sha256 is None:
         raise FetchError(
-            f"{package.filename}: the index {shown(index)} gives no sha256",
-            remedy="set GRACEFARM_PYTHON_INDEX to an index that gives digests",
+            f"{package.filename}: the index {shown(index)} lists no sha256",
+            remedy="set GRACEFARM_PYTHON_INDEX to an index that lists digests",
         )
     return SdistSource(kind="sdist", name=project, version=str(number), sha256=sha256), package.filename
 
@@ -123,8 +123,8 @@ def _submodules(url: str, commit: str, prefix: str, settings: Settings) -> Itera
     for path, pinned in sorted(links.items()):
         if path not in addresses:
             raise FetchError(
-                f"{shown(url)}: commit {commit} has a submodule at {path!r} that its .gitmodules does not name",
-                remedy="pin another commit",
+                f"{shown(url)}: commit {commit} has a submodule at {path!r} that .gitmodules of this commit does not list",
+                remedy="pin a different commit",
             )
         address = addresses[path]
         if address.startswith(("./", "../")):

@@ -78,8 +78,8 @@ class Cluster:
             there = ", ".join(sorted({worker.arch.value for worker in self.workers}))
             why = f"its workers are {there}" if there else "none of its workers names its architecture"
             raise FarmError(
-                f"no worker of the farm builds for {plan.target.value}: {why}",
-                remedy=f"start one: ray start --address HEAD:6379 --resources '{{\"{plan.host.value}\": 1}}'",
+                f"no worker of the farm can build for {plan.target.value}: {why}",
+                remedy=f"start such a worker: ray start --address HEAD:6379 --resources '{{\"{plan.host.value}\": 1}}'",
             )
         cpus = min(worker.cpus for worker in fit)
         cpus = min(cpus, wanted) if wanted else cpus
@@ -125,7 +125,7 @@ def _ended(address: str) -> Iterator[None]:
                 f"the local Ray cluster {reason}", remedy="repeat the command: finished builds are kept"
             ) from error
         raise FarmError(
-            f"the farm at {address} {reason}", remedy=f"start its head and its workers again, {_REPEAT}"
+            f"the farm at {address} {reason}", remedy=f"start the head and the workers of the farm again, {_REPEAT}"
         ) from error
 
 
@@ -158,7 +158,8 @@ def _check(address: str) -> None:
     if address.startswith(("http://", "https://")):
         host = re.sub(r"^https?://([^:/]*).*$", r"\1", address)
         raise UsageError(
-            f"--farm {address}: this is a Jobs API, which cannot return wheels", remedy=f"use --farm ray://{host}:10001"
+            f"--farm {address}: this is the address of Ray's Jobs API, which cannot return wheels",
+            remedy=f"use --farm ray://{host}:10001",
         )
     match = re.fullmatch(r"(?:ray://)?(\[[^]]+\]|[^:/]+):(\d+)", address)
     if match is None and address not in (LOCAL, "auto"):
@@ -175,8 +176,8 @@ def _check(address: str) -> None:
 def _silent(address: str, reason: str) -> FarmError:
     return FarmError(
         f"no Ray cluster answers at {address}: {reason}",
-        remedy="start it (`ray start --head`), give this machine its token (`ray get-auth-token`), or correct the address: "
-        "ray://HOST:10001, or on a machine of the cluster HOST:6379",
+        remedy="start the cluster (`ray start --head`), give this machine the cluster's token (`ray get-auth-token`), or "
+        "correct the address: ray://HOST:10001, or HOST:6379 on a machine of the cluster",
     )
 
 

@@ -166,7 +166,9 @@ def _keep(plan: Plan, files: Mapping[str, bytes], settings: Settings) -> Record 
             if sent.wheel is not None:
                 wheel = files.get(f"dist/{sent.wheel.filename}", b"")
                 if hashlib.sha256(wheel).hexdigest() != sent.wheel.sha256 or sent.build_id != plan.build_id:
-                    raise VerifyError(f"{sent.wheel.filename} came back from the farm with other bytes than its record says")
+                    raise VerifyError(
+                        f"{sent.wheel.filename} came back from the farm with different bytes than its record lists"
+                    )
             for name, content in files.items():
                 if name == "log.txt" or name == f"dist/{Path(name).name}":
                     atomic_write(folder / name, content)

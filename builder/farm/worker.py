@@ -44,8 +44,8 @@ def main() -> None:
 def _answer(job: Job, archive: bytes, console: Console) -> CellAnswer:
     if code.digest() != job.code:
         failure = HostError(
-            f"this worker has gracefarm {code.title()}, and {job.gracefarm} sends the cells",
-            remedy="install the same version of gracefarm on both",
+            f"this worker has gracefarm {code.title()}, but the client has gracefarm {job.gracefarm}",
+            remedy="install the same version of gracefarm on the worker and the client",
         )
         return CellAnswer(failure=record.failure(failure), unfit=True)
     settings = read(Settings)
@@ -81,8 +81,9 @@ def _plan(job: Job, settings: Settings) -> Plan:
     plan = choice.plan(recipe.load(settings.project / "recipes", job.recipe), on, job.target)
     if plan.build_id != job.build_id:
         raise ConfigError(
-            f"{job.title} has the build id {plan.build_id[:16]} on this worker and {job.build_id[:16]} where it was planned",
-            remedy="install the same versions of its packages on both: pip install --upgrade 'gracefarm[farm]'",
+            f"{job.title} has the build id {plan.build_id[:16]} on this worker, but {job.build_id[:16]} on the client",
+            remedy="install the same versions of gracefarm's packages on the worker and the client: pip install "
+            "--upgrade 'gracefarm[farm]'",
         )
     return plan
 

@@ -255,5 +255,5 @@ def _check_links(tree: Path, written: set[Path], name: str) -> None:
 def _refused(name: str, member: str, reason: str) -> SourceError:
     return SourceError(
         f"{name}: {member!r} {reason}",
-        remedy="nothing was unpacked; do not trust this archive, and pin another one or a git commit",
+        remedy="nothing was unpacked; do not trust this archive, and pin a different archive or a git commit",
     )

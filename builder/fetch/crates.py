@@ -71,8 +71,8 @@ def find(recipe: LoadedRecipe, tree: Path) -> list[Path]:
     if locks := sorted(project.rglob(LOCK)):
         return locks
     raise SourceError(
-        f"the source of {recipe.key} has no {LOCK}, which pins its crates",
-        remedy=f"write it with `cargo generate-lockfile`, and add it with a patch in recipes/{recipe.key}/patches",
+        f"the source of {recipe.key} has no {LOCK}, which would pin the versions of its crates",
+        remedy=f"write this file with `cargo generate-lockfile`, and add it with a patch in recipes/{recipe.key}/patches",
     )
 
 

@@ -24,7 +24,8 @@ def mirror(suite: str, settings: Settings) -> str:
     url = settings.debian_mirror or _apt_mirror(suite) or _mmdebstrap_mirror()
     if url is None:
         raise HostError(
-            "no Debian mirror is known: apt's sources do not name one, and mmdebstrap, which has a default, is not installed",
+            "no Debian mirror is known: the sources of apt name no mirror, and mmdebstrap, which has a default mirror, "
+            "is not installed",
             remedy="set GRACEFARM_DEBIAN_MIRROR to a mirror's URL, or install mmdebstrap",
         )
     return url.rstrip("/")

@@ -124,8 +124,9 @@ def check_submodules(source: GitSource, settings: Settings) -> None:
             )
         if entry != f"commit {module.commit}":
             raise DigestError(
-                f"{shown(source.url)}: submodule {path!r} is {entry} in the parent's tree, but {module.commit} is pinned",
-                remedy="pin the commit that the parent names",
+                f"{shown(source.url)}: the parent commit contains {entry} as the submodule {path!r}, but {module.commit} "
+                "is pinned",
+                remedy="pin the commit that the parent commit contains",
             )
 
 
@@ -206,8 +207,8 @@ def fetch_commit(pin: Pinned, what: str, settings: Settings) -> None:
     tree = run_git(["rev-parse", f"{pin.commit}^{{tree}}"], cwd=place, config=git_config(settings.home)).strip()
     if pin.tree is not None and tree != pin.tree:
         raise DigestError(
-            f"{shown(what)}: commit {pin.commit} has tree {tree}, but {pin.tree} is pinned",
-            remedy="find out which of the two is right, then pin a commit and its tree",
+            f"{shown(what)}: commit {pin.commit} has the git tree id {tree}, but the tree id {pin.tree} is pinned",
+            remedy="find out which of the two is right, then pin the commit and its tree id",
         )
 
 
@@ -219,7 +220,7 @@ def _checked_url(pin: Pinned, settings: Settings) -> str:
     if scheme not in allowed or "::" in url.partition("://")[0]:
         raise FetchError(
             f"{shown(url)} is not a supported git URL",
-            remedy="write it as https://, ssh:// or file:// (http:// only as a mirror in GRACEFARM_MIRRORS)",
+            remedy="write the URL as https://, ssh:// or file:// (http:// is allowed only for a mirror in GRACEFARM_MIRRORS)",
         )
     return url
 
@@ -255,7 +256,7 @@ def _require_commit(pin: Pinned, what: str, kind: str) -> None:
     if kind != "commit":
         raise FetchError(
             f"{shown(what)}: {pin.commit} is a {kind}, not a commit",
-            remedy="pin what `git rev-parse ID^{commit}` prints",
+            remedy="pin the commit id that `git rev-parse ID^{commit}` prints",
         )
 
 
@@ -301,8 +302,8 @@ def _failure(pin: Pinned, url: str, message: str) -> FetchError:
         kind = "repository" if url == split_credentials(pin.url)[0] else "mirror"
         return FetchError(
             f"commit {pin.commit} cannot be fetched: {lacks} in the {kind} {shown(url)}",
-            remedy=f"complete that {kind} (`git fsck` in it lists what is missing), or set GRACEFARM_MIRRORS to another"
-            " mirror",
+            remedy=f"complete that {kind} (`git fsck` in it lists what is missing), or set GRACEFARM_MIRRORS to a "
+            "different mirror",
         )
     if any(word in low for word in ABSENT):
         return FetchError(

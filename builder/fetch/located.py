@@ -48,7 +48,8 @@ def _choose(
     of_version = [package for package in packages if _is(package.version, version)]
     if not of_version:
         raise FetchError(
-            f"{name} {version}: the index {index} has the project, but not this version", remedy="pin a version that it has"
+            f"{name} {version}: the index {index} has the project, but not this version",
+            remedy="pin a version that the index has",
         )
     chosen = next((package for package in of_version if package.digests.get("sha256") == sha256), None)
     if chosen is None and len(of_version) == 1 and "sha256" not in of_version[0].digests:
@@ -56,13 +57,13 @@ def _choose(
     if chosen is None:
         names = ", ".join(package.filename for package in of_version)
         raise DigestError(
-            f"{name} {version}: the index {index} has no file with sha256 {sha256}, only other files: {names}",
-            remedy="nothing was fetched; find out why it differs before you pin another digest",
+            f"{name} {version}: the index {index} has no file with sha256 {sha256}, only these files: {names}",
+            remedy="nothing was fetched; find out why the digest differs before you pin a different one",
         )
     if chosen.is_yanked:
         reason = f": {chosen.yanked_reason}" if chosen.yanked_reason else ", without a reason"
         raise FetchError(
-            f"{name} {version}: {chosen.filename} was yanked from the index {index}{reason}", remedy="pin another version"
+            f"{name} {version}: {chosen.filename} was yanked from the index {index}{reason}", remedy="pin a different version"
         )
     return chosen
 

@@ -31,7 +31,7 @@ def fetch_wheel(wheel: LockedWheel, settings: Settings) -> tuple[Path, str]:
     if not files:
         raise DigestError(
             f"{wheel.name} {wheel.version}: {shown(wheel.index)} has no file with sha256 {wheel.sha256}",
-            remedy="nothing was fetched; find out why it differs before you pin another digest",
+            remedy="nothing was fetched; find out why the digest differs before you pin a different one",
         )
     _require_told(wheel.name, wheel.version, wheel.index, files)
     filename, url, _ = files[0]
@@ -81,6 +81,6 @@ def _require_told(name: str, version: str, index: str, files: Sequence[tuple[str
     if len(files) > 1 and any(sha256 is None for _, _, sha256 in files):
         names = ", ".join(filename for filename, _, _ in files)
         raise FetchError(
-            f"{name} {version}: {shown(index)} has several wheels that fit, without a sha256: {names}",
+            f"{name} {version}: {shown(index)} has several wheels that fit the stack, and lists no sha256 for them: {names}",
             remedy="use an index whose links end in #sha256=DIGEST (PEP 503), or keep only one of these files in it",
         )

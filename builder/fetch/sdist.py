@@ -89,16 +89,16 @@ def choose(source: SdistSource, packages: Sequence[DistributionPackage], index: 
         versions = sorted({version for package in packages if (version := _version(package.version))})
         raise FetchError(
             f"{wanted}: the index {index} has the project, but not this version",
-            remedy=f"pin a version that it has: {', '.join(map(str, versions[-5:]))}"
+            remedy=f"pin a version that the index has: {', '.join(map(str, versions[-5:]))}"
             if versions
-            else "the project has no files; pin another project",
+            else "the project has no files on this index; pin a different project",
         )
     sdists = [package for package in of_version if package.package_type == "sdist"]
     if not sdists:
         files = ", ".join(package.filename for package in of_version[:3])
         raise FetchError(
             f"{wanted}: the index {index} has no sdist of this version, only {files}",
-            remedy="pin its repository instead: [source] kind = 'git' with commit and tree",
+            remedy="pin the project's repository instead: [source] kind = 'git' with commit and tree",
         )
     sdist = next((package for package in sdists if source.sha256 in (None, package.digests.get("sha256"))), None)
     # PEP 503 allows links without digests; the digest is checked after the download.
@@ -107,11 +107,13 @@ def choose(source: SdistSource, packages: Sequence[DistributionPackage], index: 
         theirs = ", ".join(f"{package.filename} with sha256 {package.digests['sha256']}" for package in sdists)
         raise DigestError(
             f"{wanted}: sha256 {source.sha256} is pinned, but the index {index} has {theirs}",
-            remedy="nothing was fetched; find out why it differs before you pin another digest",
+            remedy="nothing was fetched; find out why the digest differs before you pin a different one",
         )
     if sdist.is_yanked:
         reason = f": {sdist.yanked_reason}" if sdist.yanked_reason else ", without a reason"
-        raise FetchError(f"{wanted}: {sdist.filename} was yanked from the index {index}{reason}", remedy="pin another version")
+        raise FetchError(
+            f"{wanted}: {sdist.filename} was yanked from the index {index}{reason}", remedy="pin a different version"
+        )
     return sdist
 
 

@@ -24,7 +24,9 @@ from builder.fetch.urls import shown
 from gracefarm.errors import FetchError
 
 DEFAULT_INDEX = PYPI_SIMPLE_ENDPOINT
-INDEX_REMEDY = "check the network to the index, or set GRACEFARM_PYTHON_INDEX to the URL of another index's simple API"
+INDEX_REMEDY = (
+    "check the network to the index, or set GRACEFARM_PYTHON_INDEX to the URL of the simple API of a different index"
+)
 TIMEOUT = (15.0, 30.0)
 "Seconds to connect and between two answers."
 

@@ -168,8 +168,8 @@ def _place_trees(recipe: Recipe, fetched: Fetched, tree: Path, say: Say) -> None
         archive.make_parents(place, tree, f"tree {taken.path} of {recipe.name}")
         if place.exists() or place.is_symlink():
             raise SourceError(
-                f"tree {taken.path} of {recipe.name}: this path exists in the source already",
-                remedy="give it another path in [[trees]]",
+                f"tree {taken.path} of {recipe.name}: the source already has a file or folder with this path",
+                remedy="give the tree a different path in [[trees]]",
             )
         shutil.copytree(fetched.trees[taken.path], place, symlinks=True)
         say(f"tree {taken.path} of recipe {taken.recipe}")
@@ -197,8 +197,8 @@ def _place_file(recipe: Recipe, file: File, fetched: Fetched, tree: Path) -> Non
         return
     if place.is_symlink() or place.exists():
         raise SourceError(
-            f"{name}: this path exists in the source already",
-            remedy="give it another path, or change the existing file with a patch",
+            f"{name}: the source already has a file or folder with this path",
+            remedy="choose a different path, or change the existing file with a patch",
         )
     if origin:
         shutil.copyfile(origin, place)

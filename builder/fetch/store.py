@@ -121,8 +121,8 @@ def receive(transfer: Transfer, request: Request) -> None:
             furthest = max(furthest, reached)
             if failures >= ATTEMPTS:
                 raise FetchError(
-                    f"{transfer.download.what}: {shown(transfer.url)} cannot be fetched: {shown(str(error))} "
-                    f"({ATTEMPTS} attempts without a new byte)",
+                    f"{transfer.download.what}: {shown(transfer.url)} cannot be fetched: {shown(str(error))} ({ATTEMPTS} "
+                    "attempts in a row received no data)",
                     remedy=mirror_remedy(transfer.download.url),
                 ) from error
             transfer.cancelled.wait(delay(failures, error.delay))
@@ -169,7 +169,7 @@ def _verify(transfer: Transfer, request: Request) -> None:
     transfer.discard()
     raise DigestError(
         f"{transfer.download.what}: {shown(transfer.url)} has sha256 {got} ({size} bytes), but {expected} is pinned",
-        remedy="the file was not kept; find out why it differs before you pin another digest",
+        remedy="the file was not kept; find out why the digest differs before you pin a different one",
     )
 
 

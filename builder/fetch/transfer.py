@@ -112,5 +112,5 @@ def absent(transfer: Transfer, reason: str) -> FetchError:
     """The error for a file that does not exist at its URL."""
     return FetchError(
         f"{transfer.download.what} does not exist: {shown(transfer.url)}: {reason}",
-        remedy="pin a file that exists, or set a mirror that has it: GRACEFARM_MIRRORS='PREFIX=REPLACEMENT'",
+        remedy="pin a file that exists, or set a mirror that has the file: GRACEFARM_MIRRORS='PREFIX=REPLACEMENT'",
     )

@@ -43,7 +43,7 @@ def request(client: httpx.Client, transfer: Transfer) -> None:
             resumed = response.status_code == httpx.codes.PARTIAL_CONTENT and _starts_at(response, have)
             if response.status_code == httpx.codes.PARTIAL_CONTENT and not resumed:
                 transfer.discard()
-                raise TransientError("the server sent another range than requested")
+                raise TransientError("the server sent a different range than requested")
             if not resumed:
                 transfer.discard()
                 _remember(transfer, response)
@@ -86,7 +86,7 @@ def _check_status(transfer: Transfer, response: httpx.Response) -> None:
     if status in (httpx.codes.NOT_FOUND, httpx.codes.GONE):
         raise absent(transfer, f"HTTP status {status}")
     if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-        remedy = "give credentials for that host in ~/.netrc, or set GRACEFARM_MIRRORS to another mirror"
+        remedy = "give credentials for that host in ~/.netrc, or set GRACEFARM_MIRRORS to a different mirror"
         raise FetchError(cause, remedy=remedy)
     if status in TRANSIENT:
         delay = response.headers.get("Retry-After", "")

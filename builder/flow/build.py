@@ -66,7 +66,7 @@ def build(plan: Plan, options: BuildOptions, settings: Settings, console: Consol
 CUT_OFF = Failure(
     kind=ExitCode.INTERRUPTED.name.lower(),
     exit_code=ExitCode.INTERRUPTED,
-    cause="this build is not complete: it is running, or was interrupted",
+    cause="this build is not complete: it is still running, or it was interrupted",
     remedy="repeat the command to continue it",
 )
 

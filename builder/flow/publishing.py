@@ -28,7 +28,7 @@ def refuse_objects(stack: Stack) -> None:
     """
     if stack.objects_only:
         raise PublishError(
-            f"stack {stack.name} has only headers: its wheels cannot be loaded and are not published",
+            f"stack {stack.name} has only headers, so its wheels cannot be loaded and are not published",
             remedy="build against a stack with libraries",
         )
 
@@ -43,7 +43,8 @@ def refuse_licence(recipe: LoadedRecipe) -> None:
     if data.wheel.may_publish is None and not licences.redistributable(data.license):
         raise PublishError(
             f"the licence of {recipe.key}, {data.license}, does not allow redistribution of its wheel",
-            remedy="build it without --publish; if its owner allows it, add may_publish (the reason) to [wheel] in the recipe",
+            remedy="build the wheel without --publish; if the owner of the package allows redistribution, add the reason "
+            "as may_publish to [wheel] in the recipe",
         )
 
 
@@ -150,7 +151,7 @@ def upload_wheel(built: Record, wheel: Path, url: str, settings: Settings, login
         )
         return publication.model_copy(update={"filename": "" if filename == wheel.name else filename, "reason": reason})
     raise PublishError(
-        f"{url} has {wheel.name} with other bytes, and with each build tag up to {filename}",
+        f"{url} has {wheel.name} with different bytes, and has also used each build tag up to {filename}",
         remedy="change the version in the recipe",
     )
 
@@ -171,9 +172,10 @@ def _refuse_other_cell(built: Record, filename: str, before: str, url: str, logi
     if own and there and set(own) != set(there):
         theirs, every = device_code.parse("+".join(there)), device_code.parse("+".join((*own, *there)))
         raise PublishError(
-            f"{url} has {before} for sm {', '.join(theirs)}, but this {filename} is for sm {', '.join(own)}: "
-            "installers would use the newer one for all GPUs",
-            remedy=f"build one wheel for all of them (--sm {'+'.join(every)}), or label each (--variant)",
+            f"{url} has {before} for sm {', '.join(theirs)}, but this {filename} is for sm {', '.join(own)}: installers "
+            "would use the newer wheel for all GPUs",
+            remedy=f"build one wheel for all architectures (--sm {'+'.join(every)}), or build a variant wheel for each "
+            "architecture (--variant)",
         )
 
 

@@ -65,7 +65,9 @@ def local_index(settings: Settings, *options: str) -> Iterator[tuple[str, str]]:
                 raise HostError(f"index serve did not start: {words}", repeat=" ".join(serve))
             yield url, _token(folder)
         except PublishError as error:
-            remedy = f"if this index has another build of the same file, start with an empty index: mv {folder} {folder}.old"
+            remedy = (
+                f"if this index has a different build of the same file, start with an empty index: mv {folder} {folder}.old"
+            )
             raise PublishError(error.cause, remedy=remedy, repeat=error.repeat) from error
         finally:
             server.terminate()
@@ -147,7 +149,7 @@ def _install_back(plan: Plan, built: Record, index_url: str, settings: Settings,
     installed = [json.loads(place.read_text()) for place in clean.glob(f"lib/*/site-packages/{stem}.dist-info/gracefarm.json")]
     if built.build_id not in [inside["build_id"] for inside in installed]:
         raise InstallError(
-            f"pip installs another build of {pip[-1]} from {index_url}, with a higher build tag",
+            f"pip installs a different build of {pip[-1]} from {index_url}, because that build has a higher build tag",
             remedy=f"start with an empty index: mv {settings.home / 'index'} {settings.home / 'index'}.old",
         )
     proven = "it imports" + (", smoke.py passes" if script else "")

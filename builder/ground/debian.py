@@ -114,7 +114,7 @@ def solver(
     """
     if shutil.which("apt-get") is None or not KEYRING.exists():
         raise HostError(
-            "locking a root requires apt and Debian's keyring",
+            "to lock a root, apt and Debian's keyring are required",
             remedy="on Debian or Ubuntu: apt-get install debian-archive-keyring",
         )
     url = debian_mirror.mirror(suite, settings)
@@ -153,8 +153,8 @@ def fetch(debs: Sequence[Deb], suite: str, stack: str, settings: Settings, tick:
     except FetchError as error:
         raise FetchError(
             error.cause,
-            remedy=f"{MIRROR_REMEDY}; if Debian has replaced the package, use a snapshot mirror, "
-            f"or write the lock again with `builder lock {stack}`",
+            remedy=f"{MIRROR_REMEDY}; if Debian has replaced the package, use a snapshot mirror or write the lock again "
+            f"with `builder lock {stack}`",
             repeat=error.repeat,
         ) from error
 

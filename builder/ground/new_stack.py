@@ -70,7 +70,7 @@ def release_of(version: str, base: LoadedStack, pythons: Sequence[str], settings
         raise ConfigError(
             f"torch {known} has no wheels for {' and '.join(base.data.glibc)} "
             f"with Python {base.data.python}, the Python of the root of {base.data.name}",
-            remedy="choose another torch, or copy the root of a stack with another Python: --like STACK",
+            remedy="choose a different version of torch, or copy the root of a stack with a different Python: --like STACK",
         )
     uploaded = max((wheel.upload_time.date() for wheel in own if wheel.upload_time is not None), default=date.min)
     # Yesterday, so that later uploads of today do not change a lock.
@@ -125,8 +125,8 @@ def _cuda(version: str, probe: LoadedStack, arch: Arch, settings: Settings) -> s
     what = f"is built for a CUDA without wheels for its compiler ({other[0]})" if other else "has no CUDA"
     raise ConfigError(
         f"torch {version} of the Python index {what} on {arch}",
-        remedy="choose a newer torch; or write a stack.toml by hand that has a wheel of torch's own index, as stacks/cu124"
-        " does",
+        remedy="choose a newer torch; or write a stack.toml by hand that takes torch from torch's own index "
+        "(stacks/cu124 is an example)",
     )
 
 

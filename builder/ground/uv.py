@@ -55,7 +55,9 @@ def run(
     try:
         program = uv.find_uv_bin()
     except FileNotFoundError as error:
-        raise HostError("uv is not installed with this program", remedy="pip install 'gracefarm[builder]'") from error
+        raise HostError(
+            "the package uv is not installed in gracefarm's environment", remedy="pip install 'gracefarm[builder]'"
+        ) from error
     lines: list[str] = []
     with subprocess.Popen(
         die_with_us([program, *arguments]), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

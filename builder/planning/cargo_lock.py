@@ -70,16 +70,16 @@ def read(lock: Path, where: str) -> list[Crate]:
 def _crate(package: Mapping[str, Any], where: str) -> Crate:
     title, source = f"{package['name']} {package['version']}", str(package["source"])
     if source not in INDEXES:
-        kind = "a git repository" if source.startswith("git+") else "another registry"
+        kind = "a git repository" if source.startswith("git+") else "a registry other than crates.io"
         raise SourceError(
-            f"{where} takes {title} from {kind}, {source}, and only crates of crates.io are fetched",
+            f"{where} takes {title} from {kind}, {source}, but only crates of crates.io are supported",
             remedy="change Cargo.toml and Cargo.lock with a patch in the recipe: use a release on crates.io, or the path of a "
             "[[repositories]] entry",
         )
     if "checksum" not in package:
         raise SourceError(
             f"{where} has no checksum of {title}",
-            remedy="write it again with `cargo generate-lockfile`, and add it by a patch",
+            remedy="write Cargo.lock again with `cargo generate-lockfile`, and add it with a patch",
         )
     try:
         return Crate(name=package["name"], version=package["version"], sha256=package["checksum"])

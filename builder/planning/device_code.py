@@ -49,7 +49,8 @@ def parse(text: str) -> tuple[str, ...]:
             where = "" if value == text else f" in {text!r}"
             raise UsageError(
                 f"{value!r}{where} is not an architecture",
-                remedy="write architectures like 90, 90a or 100f, and join those of one wheel with '+', such as 90+100",
+                remedy="write architectures such as 90, 90a or 100f, and join the architectures of one wheel with '+', "
+                "such as 90+100",
             )
     return tuple(sorted(values, key=_order))
 
@@ -90,7 +91,7 @@ def require(recipe: LoadedRecipe, stack: LoadedStack, ptx: str | None) -> None:
         if stack.data.torch is not None and value in _UNKNOWN_TO_TORCH:
             raise ConfigError(
                 f"torch {stack.data.torch.version} of stack {stack.data.name} does not support sm_{value}",
-                remedy="choose other architectures with --sm, or remove it from `sm` of the stack",
+                remedy="choose different architectures with --sm, or remove this architecture from `sm` of the stack",
             )
         if value.endswith("f") and value[:-1] in stack.sm:
             raise ConfigError(
@@ -101,8 +102,8 @@ def require(recipe: LoadedRecipe, stack: LoadedStack, ptx: str | None) -> None:
         if value not in supported:
             raise ConfigError(
                 f"{recipe.key} does not support sm_{value}: its recipe lists {', '.join(supported)}",
-                remedy="choose one of them with --sm, or add it to sm_supported of [wheel] in the recipe if its source"
-                " supports it",
+                remedy="choose one of these architectures with --sm; if the source supports sm_{value}, add it to "
+                "sm_supported of [wheel] in the recipe",
             )
 
 
@@ -126,7 +127,7 @@ def refuse_known_bad(recipe: LoadedRecipe, stack: LoadedStack) -> None:
             architectures = f" for {', '.join(f'sm_{value}' for value in named)}" if named else ""
             raise ConfigError(
                 f"{recipe.key} on stack {stack.data.name}{architectures} is known to be bad: {bad.reason} ({bad.link})",
-                remedy="choose other architectures with --sm, or another stack; see [[known_bad]] in the recipe",
+                remedy="choose different architectures with --sm, or a different stack; see [[known_bad]] in the recipe",
             )
 
 

@@ -50,7 +50,7 @@ class DigestFields(Table):
             raise ValueError("accepted and witness require sha256")
         for witness in self.witness:
             if witness.value != self.sha256:
-                raise ValueError(f"witness {witness.source} has another digest, {witness.value}")
+                raise ValueError(f"witness {witness.source} has a different digest, {witness.value}")
         return self
 
     def require_one(self) -> None:

@@ -81,8 +81,8 @@ def of_root(stack: LoadedStack, host: Arch, target: Arch) -> tuple[Deb, ...]:
     if key not in locked.roots:
         raise ConfigError(
             f"{stack.root_lock} has no root for target {target} on an {host} host",
-            remedy=f"it has roots for {', '.join(sorted(locked.roots))} (host-target); add {target} to {host} in [root.hosts]"
-            " of stack.toml, then write the lock again",
+            remedy=f"the lock has roots for {', '.join(sorted(locked.roots))} (host-target); add {target} to {host} in "
+            "[root.hosts] of stack.toml, then write the lock again",
             repeat=again,
         )
     debs = locked.roots[key].packages
@@ -138,8 +138,8 @@ def rust_alone(stack: LoadedStack, host: Arch, target: Arch) -> list[str]:
 def _rust(stack: LoadedStack) -> RustPackages:
     if stack.root.rust is None:
         raise ConfigError(
-            f"the recipe requires Rust, and stack {stack.data.name} has no Rust",
-            remedy="add [root.rust] to the stack.toml with its root, then lock it",
+            f"the recipe requires Rust, but stack {stack.data.name} has no Rust",
+            remedy="add [root.rust] to the stack.toml that defines the root of this stack, then lock that stack",
             repeat=stack.root_lock_command,
         )
     return stack.root.rust

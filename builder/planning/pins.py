@@ -66,8 +66,8 @@ def wheels(stack: LoadedStack, arch: Arch) -> tuple[LockedWheel, ...]:
             present = locked.get(canonicalize_name(requirement.name))
             if present is not None and not requirement.specifier.contains(present.version, prereleases=True):
                 raise ConfigError(
-                    f"the recipe requires {text} to build, and stack {stack.data.name} has {present.name} {present.version}",
-                    remedy="build against another stack, or patch the requirement in the recipe",
+                    f"the recipe requires {text} to build, but stack {stack.data.name} has {present.name} {present.version}",
+                    remedy="build against a different stack, or change the requirement with a patch",
                 )
         locked = _of_lock(build.lock, stack, arch, build.lock_command) | locked
         _require_all(build.texts, build.lock, "recipe.toml", build.lock_command, locked)

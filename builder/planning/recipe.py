@@ -170,7 +170,7 @@ class Wheel(Table):
     def _requires_by_its_own_name(self) -> Self:
         for name, text in self.requires.items():
             if canonicalize_name(_named(text).name) != canonicalize_name(name):
-                raise ValueError(f"requires {name!r} has {text!r}, which is a requirement of another distribution")
+                raise ValueError(f"requires {name!r} has {text!r}, which is a requirement on a different distribution")
         return self
 
 

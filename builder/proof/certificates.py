@@ -80,7 +80,7 @@ def report(wheel: Path, result: GpuResult, reader: Path) -> GpuReport:
         )
     if not result.comparisons or not result.negative_control:
         raise VerifyError(
-            f"{wheel.name} is not certified: its smoke_gpu.py names no comparisons or no negative control",
+            f"{wheel.name} is not certified: its smoke_gpu.py has no comparisons or no negative control",
             remedy="set COMPARISONS and NEGATIVE_CONTROL in the script, as docs/howto/gpu.md describes",
         )
     digests = device_digest.of_wheel(wheel, reader)
@@ -110,7 +110,7 @@ def read_report(path: Path) -> GpuReport:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
         raise ConfigError(
-            f"{path} is not a report of `builder certify`: {reason}", remedy="use the file that this command wrote"
+            f"{path} is not a report of `builder certify`: {reason}", remedy="use the file that `builder certify` wrote"
         ) from error
 
 
@@ -141,15 +141,15 @@ def _confirmed(given: GpuReport, wheels: Mapping[str, Mapping[str, str]]) -> dic
     own = wheels.get(given.wheel.sha256)
     ran = _loaded(given.device_digests, given.sm)
     if own is not None and any(own.get(sm) != digest for sm, digest in ran.items()):
-        raise VerifyError(f"the report about {given.wheel.filename} has other device digests than the wheel")
+        raise VerifyError(f"the report about {given.wheel.filename} has different device digests than the wheel")
     measured = {digest for digests in wheels.values() for digest in digests.values()}
     confirmed = {sm: digest for sm, digest in ran.items() if digest in measured}
     if not confirmed:
         theirs = ", ".join(f"sm_{sm} {digest[:16]}" for sm, digest in ran.items()) or f"none for sm_{given.sm}"
         here = sorted({f"sm_{sm} {digest[:16]}" for digests in wheels.values() for sm, digest in digests.items()})
         raise VerifyError(
-            f"{given.wheel.filename} of the report has other device code ({theirs}) than the wheels "
-            f"of this machine ({', '.join(here) or 'none'})",
+            f"{given.wheel.filename} in the report has different device code ({theirs}) than the wheels of this machine "
+            f"({', '.join(here) or 'none'})",
             remedy="build both wheels from the same recipe and stack, with the same sm",
         )
     return confirmed

@@ -45,7 +45,8 @@ def create() -> Ed25519PublicKey:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as error:
         raise UsageError(
-            f"{path} already exists", remedy="move it to another place first; keep its public key, to verify old wheels"
+            f"{path} already exists",
+            remedy="move the file to a different place first; keep its public key to verify old wheels",
         ) from error
     with os.fdopen(descriptor, "wb") as stream:
         stream.write(text)
@@ -81,7 +82,7 @@ def _parse(text: bytes, where: str) -> Ed25519PrivateKey:
         # Without the library's message and without a cause, which could contain a part of the key.
         fault = f"{where} has no ed25519 key in PEM"
         if where == VARIABLE:
-            raise ConfigError(fault, remedy="set it to the content of a key file, or unset it") from None
+            raise ConfigError(fault, remedy="set the variable to the content of a key file, or unset it") from None
         raise ConfigError(fault, remedy="move the file away, then create a key", repeat="builder key create") from None
     return key
 
@@ -148,4 +149,6 @@ def opened(dsse: Mapping[str, Any], kind: str, key: Ed25519PublicKey) -> Any:
             continue
         return json.loads(body)
     by = ", ".join(identifier[:16] for identifier, _ in signatures) or "no key"
-    raise VerifyError(f"the provenance is not signed by key {key_id(key)[:16]}, or was changed; it names {by}")
+    raise VerifyError(
+        f"the provenance is not signed by key {key_id(key)[:16]}, or was changed after signing; its signature names {by}"
+    )

@@ -42,7 +42,7 @@ def upload_token(url: str) -> str | None:
             return str(_document(client.post(_checked(url, mint), json={"token": identity}))["token"])
         except AmbientCredentialError as error:
             raise PublishError(
-                f"this job gets no identity token for {url}: {first_line(str(error), '')}",
+                f"this job cannot get an identity token for {url}: {first_line(str(error), '')}",
                 remedy="give the job the permission `id-token: write`, or set TWINE_USERNAME and TWINE_PASSWORD",
             ) from error
         except (httpx.HTTPError, KeyError, ValueError) as error:
@@ -65,7 +65,7 @@ def _document(answer: httpx.Response) -> dict[str, Any]:
     if answer.is_error:
         raise PublishError(
             f"the index refuses an upload token for this job: {document.get('detail') or answer.reason_phrase}",
-            remedy="run `index publisher list` on the index's machine, which lists the workflows that may upload",
+            remedy="run `index publisher list` on the machine of the index; it lists the workflows that may upload",
         )
     return document
 
@@ -90,7 +90,7 @@ def _checked(url: str, endpoint: str) -> str:
         ValueError: it is on another host.
     """
     if urlsplit(endpoint).hostname != urlsplit(url).hostname or not _is_safe(endpoint):
-        raise ValueError(f"the index names {endpoint}, which is on another host")
+        raise ValueError(f"the index names {endpoint}, which is on a different host")
     return endpoint
 
 

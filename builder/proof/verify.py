@@ -106,7 +106,7 @@ def read(wheel: Path) -> Inside:
             names = archive.namelist()
             place = next((name for name in names if name.endswith(".dist-info/gracefarm.json")), None)
             if place is None:
-                raise VerifyError(f"{wheel.name} was not built by gracefarm: it has no gracefarm.json")
+                raise VerifyError(f"{wheel.name} was not built by gracefarm: the wheel contains no gracefarm.json")
             content = json.loads(archive.read(place))
             document = f"{place.rpartition('/')[0]}/sboms/{sbom.FILENAME}"
             text = archive.read(document).decode() if document in names else None
@@ -144,9 +144,9 @@ def _sbom(inside: Inside) -> str:
     except ValueError as error:
         raise VerifyError(str(error)) from error
     if build_id != inside.build_id:
-        raise VerifyError(f"the SBOM belongs to build {build_id[:16]}, but the wheel to {inside.build_id[:16]}")
+        raise VerifyError(f"the SBOM belongs to build {build_id[:16]}, but the wheel belongs to build {inside.build_id[:16]}")
     if sbom.render(inside.inputs, besides) != inside.sbom:
-        raise VerifyError("the SBOM has other sources than the wheel's inputs, or was changed")
+        raise VerifyError("the SBOM lists different sources than the wheel's inputs, or it was changed")
     wanted = inside.inputs["stack"]["environment"]
     installed = [
         LockedWheel(name=material.what, version=material.version or "", sha256=material.digest or "")

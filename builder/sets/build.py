@@ -92,7 +92,7 @@ def _build_all(plan: SetPlan, jobs: int | None, settings: Settings, console: Con
     if failed:
         raise SeveralError(
             f"{failed} of {len(plan.builds)} wheels of set {plan.set.data.name} could not be built; each is described above",
-            remedy="fix them; finished builds are kept",
+            remedy="fix these errors, then repeat the command; finished builds are kept",
             repeat=f"builder set build {plan.set.data.name}",
         )
     return records
@@ -213,7 +213,7 @@ def _require_same(built: BuiltSet, at: SetAddress, files: Mapping[str, str]) -> 
     if wrong:
         raise PublishError(
             f"{at.name} at {at.base} has files that were not tested: {', '.join(wrong[:3])}{', …' if len(wrong) > 3 else ''}",
-            remedy="stage the set under another name (--as), since a published set never changes",
+            remedy="stage the set under a different name (--as), because a published set cannot be changed",
             repeat=f"builder set build {built.plan.set.data.name} --stage {at.base} --as NAME",
         )
 
@@ -229,6 +229,6 @@ def _incomplete(built: BuiltSet, at: SetAddress, missing: Sequence[str]) -> Inco
     shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
     return IncompleteError(
         f"{at.name} is staged at {at.base}, but not published: {len(missing)} wheels are missing ({shown})",
-        remedy=f"run on the index's machine: {'; '.join(commands)}; then repeat the command to publish it",
+        remedy=f"run these commands on the machine of the index: {'; '.join(commands)}; then repeat the command to publish it",
         repeat=f"builder set build {name} --stage {at.base}" + (f" --as {at.name}" if at.name != name else ""),
     )

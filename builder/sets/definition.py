@@ -122,7 +122,8 @@ def load(name: str, settings: Settings) -> LoadedSet:
     data = tables.read(place / "set.toml", WheelSet, docs="docs/reference/sets.md")
     if data.name != name:
         raise ConfigError(
-            f"{place / 'set.toml'}:1: the set has the name {data.name!r}", remedy="change it to the name of its folder"
+            f"{place / 'set.toml'}:1: `name` is {data.name!r}, which differs from the name of the set's folder",
+            remedy="change `name` to the name of the folder",
         )
     base = stack.load(settings.project / "stacks", data.stack)
     if data.target not in base.data.glibc:

@@ -61,7 +61,7 @@ def plan_set(loaded: LoadedSet, host: Arch) -> SetPlan:
     if loaded.stack.data.objects_only:
         # Wheels that were built with headers only cannot be loaded.
         raise PublishError(
-            f"stack {loaded.stack.data.name} has only headers: its wheels cannot be loaded and cannot be part of a set",
+            f"stack {loaded.stack.data.name} has only headers, so its wheels cannot be loaded and cannot be part of a set",
             remedy="build against a stack with libraries",
         )
     wheels = pins.wheels(loaded.runtime, loaded.data.target)
@@ -71,8 +71,8 @@ def plan_set(loaded: LoadedSet, host: Arch) -> SetPlan:
     for wheel in wheels:
         if wheel.name in own:
             raise ConfigError(
-                f"set {loaded.data.name} builds {wheel.name}, but its lock also has {wheel.name} {wheel.version}",
-                remedy="add it to left_out in set.toml, then lock again",
+                f"set {loaded.data.name} builds {wheel.name}, but its lock also pins {wheel.name} {wheel.version}",
+                remedy="add this package to left_out in set.toml, then lock the set again",
                 repeat=loaded.runtime.lock_command,
             )
     return SetPlan(set=loaded, builds=builds, wheels=wheels)
@@ -85,8 +85,9 @@ def _check_torch(loaded: LoadedSet, wheels: tuple[LockedWheel, ...]) -> None:
     if against is not None and mine != against:
         have = f"torch {mine.version} (sha256 {mine.sha256[:16]}…)" if mine else "no torch"
         raise ConfigError(
-            f"set {loaded.data.name} has {have}, but its wheels are built against {against.version} "
-            f"(sha256 {against.sha256[:16]}…) of stack {loaded.stack.data.name}",
-            remedy="pin the stack's torch in requirements of set.toml, and lock both before the same date",
+            f"set {loaded.data.name} has {have}, but its wheels are built against torch {against.version} (sha256 "
+            f"{against.sha256[:16]}…) of stack {loaded.stack.data.name}",
+            remedy="require the stack's version of torch in set.toml, use the same `resolved_before` in set.toml and "
+            "stack.toml, and lock the set and the stack again",
             repeat=loaded.runtime.lock_command,
         )

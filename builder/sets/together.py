@@ -102,7 +102,7 @@ def require(plan: SetPlan, wheels: Iterable[Path]) -> None:
     parsed = {wheel: parse_wheel_filename(wheel.name) for wheel in wheels}
     own = {str(name): str(version) for name, version, _, _ in parsed.values()}
     required = {str(name): _metadata_of_wheel(wheel) for wheel, (name, _, _, _) in parsed.items()}
-    _require_met(plan, own, required, remedy="add it to `requirements` in set.toml")
+    _require_met(plan, own, required, remedy="add these requirements to `requirements` in set.toml")
 
 
 def require_others(plan: SetPlan, site: Path) -> None:
@@ -116,7 +116,7 @@ def require_others(plan: SetPlan, site: Path) -> None:
     own = {str(canonicalize_name(build.recipe.data.name)): build.recipe.data.version for build in plan.builds}
     places = site.glob("lib/python*/site-packages/*.dist-info/METADATA")
     required = {place.parent.name.partition("-")[0]: place.read_bytes() for place in sorted(places)}
-    _require_met(plan, own, required, remedy="choose compatible versions in set.toml, or another recipe")
+    _require_met(plan, own, required, remedy="choose compatible versions in set.toml, or a different recipe")
 
 
 def _require_met(plan: SetPlan, own: Mapping[str, str], required: Mapping[str, bytes], *, remedy: str) -> None:

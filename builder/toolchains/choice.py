@@ -26,11 +26,11 @@ def make_plan(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch
     if reason is not None:
         raise ConfigError(
             f"{recipe.key} cannot be built with --toolchain {toolchain.kind}: {reason}",
-            remedy=f"choose another --toolchain: {', '.join(kind for kind in KINDS if kind not in recipe.data.refuses)}",
+            remedy=f"choose a different --toolchain: {', '.join(kind for kind in KINDS if kind not in recipe.data.refuses)}",
         )
     if recipe.data.build.rust and not toolchain.has_rust:
         raise ConfigError(
-            f"{recipe.key} requires Rust, which --toolchain {toolchain.kind} does not have", remedy="remove --toolchain"
+            f"{recipe.key} requires Rust, but --toolchain {toolchain.kind} has no Rust", remedy="remove --toolchain"
         )
     stack = recipe.on(toolchain.facts(stack))
     if target not in stack.data.glibc:
@@ -59,13 +59,15 @@ def _tree_plan(
     """
     if toolchain.kind != "sandbox":
         raise ConfigError(
-            f"{taker.key} uses the tree of {tree.recipe}, whose compilers differ from those of --toolchain {toolchain.kind}",
+            f"{taker.key} uses the tree of the recipe {tree.recipe}. Trees are built with the sandbox's compilers, which "
+            f"differ from those of --toolchain {toolchain.kind}",
             remedy="omit --toolchain",
         )
     source = recipe.load(taker.folder.parent, tree.recipe)
     if source.data.tree is None:
         raise ConfigError(
-            f"{taker.key} uses the tree of {source.key}, which builds a wheel", remedy="correct [[trees]] in the recipe"
+            f"{taker.key} uses the tree of the recipe {source.key}, but this recipe builds a wheel",
+            remedy="correct [[trees]] in the recipe",
         )
     return make_plan(source, stack.load(base.folder.parent, source.data.stack), host, target)
 

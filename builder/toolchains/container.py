@@ -58,7 +58,9 @@ class ContainerToolchain(SandboxToolchain):
     has_rust: ClassVar[bool] = False
     measured: ClassVar[bool] = False  # its record has the figures of cibuildwheel
     closed: ClassVar[str | None] = "ran in a container, which was removed"
-    unsealed: ClassVar[str | None] = "in a container, with the image's compilers and without a watched network"
+    unsealed: ClassVar[str | None] = (
+        "in a container, with the image's compilers and without network monitoring, so --rebuild cannot verify it"
+    )
 
     engine: str
     "podman or docker; the wheel's bytes do not depend on it."
@@ -99,7 +101,8 @@ class ContainerToolchain(SandboxToolchain):
         """
         if plan.stack.interpreter is not None:
             raise ConfigError(
-                f"an image has its own Python: --python {plan.stack.interpreter.name} is only for the sandbox",
+                f"with --toolchain container, the Python comes from the image; --python {plan.stack.interpreter.name} "
+                "requires the sandbox",
                 remedy="omit --python or --toolchain container",
             )
         image = plan.stack.data.container.get(plan.target)

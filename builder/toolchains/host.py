@@ -35,7 +35,8 @@ class HostToolchain(Toolchain):
     native: ClassVar[bool] = True
     closed: ClassVar[str | None] = "used this machine's tools without a sandbox"
     unsealed: ClassVar[str | None] = (
-        "with a machine's tools: its objects contain the path of the build folder (debug lines, __FILE__)"
+        "with the machine's tools. Its objects contain the path of the build folder (debug lines, __FILE__), so a "
+        "rebuild in another folder always differs"
     )
 
     tools: HostTools

@@ -182,14 +182,15 @@ def _interpreter(base: LoadedStack, wanted: Wanted) -> HostPython:
     if place is None:
         raise HostError(
             f"python{python}, which the lock of stack {base.data.name} requires, is not on PATH",
-            remedy="install it; or give its path: --python PATH; or give an environment that has torch: --environment PATH",
+            remedy="install this Python; or give its path with --python PATH; or give an environment that has torch with "
+            "--environment PATH",
         )
     if place.is_dir():
         place = place / "bin" / "python3"
     interpreter = probe(place)
     if wanted.environment is None and interpreter.minor != python:
         raise HostError(
-            f"{place} is Python {interpreter.minor}, but the lock of stack {base.data.name} is for {python}",
+            f"{place} is Python {interpreter.minor}, but the lock of stack {base.data.name} is for Python {python}",
             remedy=f"give a Python {python} with --python PATH, or an environment that has torch with --environment PATH",
         )
     if not interpreter.header.is_file():
@@ -219,7 +220,7 @@ def probe(executable: Path) -> HostPython:
         raise HostError(f"{executable} does not run: {error.strerror}", remedy="give a working Python interpreter") from error
     if process.returncode:
         answer = last_line(process.stderr)
-        raise HostError(f"{executable} cannot be used to build: {answer}", remedy="give another Python interpreter")
+        raise HostError(f"{executable} cannot be used for builds: {answer}", remedy="give another Python interpreter")
     try:
         answer = json.loads(process.stdout)
     except ValueError as error:
@@ -240,7 +241,8 @@ def _check_torch(base: LoadedStack, wanted: Wanted, interpreter: HostPython) -> 
     version = interpreter.distributions.get("torch")
     if version is None:
         raise HostError(
-            f"the environment of {interpreter.executable} has no torch", remedy=f"install torch {stack.torch.version} in it"
+            f"the environment of {interpreter.executable} has no torch",
+            remedy=f"install torch {stack.torch.version} in this environment",
         )
     site = next((site for site in interpreter.sites if (site / "torch" / "version.py").is_file()), None)
     cuda = torch_facts.read(site).get("cuda") if site else None
@@ -248,7 +250,8 @@ def _check_torch(base: LoadedStack, wanted: Wanted, interpreter: HostPython) -> 
         raise HostError(
             f"the environment of {interpreter.executable} has torch {version} for CUDA {cuda}, but stack {stack.name} has"
             f" torch {stack.torch.version} for CUDA {stack.torch.cuda}",
-            remedy="give a stack with this torch (--stack), or an environment with the stack's torch (--environment)",
+            remedy="give a stack with this version of torch (--stack), or an environment with the stack's version of "
+            "torch (--environment)",
         )
 
 

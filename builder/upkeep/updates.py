@@ -195,7 +195,8 @@ def _of_tags(url: str, settings: Settings) -> Callable[[], list[Release]]:
             raise HostError("git is not installed", remedy="run `builder doctor`") from error
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             raise FetchError(
-                f"the tags of {url} cannot be listed", remedy="check the network to it, or set GRACEFARM_MIRRORS to a mirror"
+                f"the tags of {url} cannot be listed",
+                remedy="check the network to this repository, or set GRACEFARM_MIRRORS to a mirror",
             ) from error
         matches = map(_TAG.search, process.stdout.splitlines())
         return [Release(version=match[1], at=None) for match in matches if match is not None]

@@ -163,7 +163,7 @@ async def make_room(
     wanted = {node.name for node in plan.nodes}
     whole = {name for name, part in parts.items() if part} == wanted
     if others or (any(parts.values()) and not whole):
-        what = "processes of another plan or environment" if others else "an engine that does not run on all nodes"
+        what = "processes of a different plan or environment" if others else "an engine that does not run on all nodes"
         console.step("ray", f"stopping {what}")
         await stop(targets, fleet.mark, jobs=SERVING)
     return tuple(others)
@@ -236,7 +236,8 @@ def _refuse_foreign(looks: Mapping[str, Json], spec: ClusterSpec) -> None:
         for port, who in seen["holders"].items():
             raise EngineError(
                 f"{node.name}: port {port} is used by {who}, which does not belong to this deployment",
-                remedy="stop that process (another Ray with `ray stop`), or set another port in [ports] of deploy.toml",
+                remedy="stop that process (if it is Ray, run `ray stop` on the node), or set a different port in [ports] "
+                "of deploy.toml",
             )
 
 

@@ -159,12 +159,12 @@ def _check_identity(fields: RawMetadata, distribution: Distribution) -> None:
         )
     if canonicalize_name(name) != distribution.project:
         raise RefusedError(
-            f"{distribution.filename}: its metadata names the project {name!r}",
+            f"{distribution.filename}: Name in its metadata is {name!r}, which differs from the file name",
             remedy="build it again; it was renamed or built incorrectly",
         )
     if not same_version(version, distribution.version):
         raise RefusedError(
-            f"{distribution.filename}: its metadata names the version {version!r}",
+            f"{distribution.filename}: Version in its metadata is {version!r}, which differs from the file name",
             remedy="build it again; it was renamed or built incorrectly",
         )
 

@@ -104,7 +104,7 @@ def test_a_lock_that_is_a_folder(farm: Farm) -> None:
             ("'files.0.url'", "must not contain white space"),
         ),
         ({"wheel": {"requires": {"triton": "triton => rubbish"}}}, ("'wheel.requires.triton'", "triton => rubbish")),
-        ({"wheel": {"requires": {"triton": "torch==2.4.0"}}}, ("'wheel'", "a requirement of another distribution")),
+        ({"wheel": {"requires": {"triton": "torch==2.4.0"}}}, ("'wheel'", "a requirement on a different distribution")),
         ({"wheel": {"sm_extra": {"*.cu": ["90x"]}}}, ("'wheel.sm_extra.*.cu.0'",)),
     ],
 )

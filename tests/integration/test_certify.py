@@ -164,7 +164,7 @@ def test_a_report_certifies_the_twin_with_the_same_device_code_and_no_other(
     built(farm, changed, toolkit, "thing-1.0-cp311-cp311-linux_aarch64.whl")
     code, cause = called(farm, monkeypatch, *accept)
     assert code == 32
-    assert "has other device code (sm_90" in cause
+    assert "has different device code (sm_90" in cause
     assert not (farm.settings.home / "certificates").exists()
 
     twin = wheel_of(tmp_path / "twin", toolkit, KERNELS, options=("-lineinfo",))
@@ -189,7 +189,7 @@ def test_a_report_certifies_the_twin_with_the_same_device_code_and_no_other(
     [
         (SCRIPT.format(error=2e-3), 31, "computes sum with an error of 0.002, but at most 0.001 is allowed"),
         ("assert False, 'off by one'\n", 31, "failed its test on a fake GPU: AssertionError: off by one"),
-        ("print('computed')\n", 32, "names no comparisons or no negative control"),
+        ("print('computed')\n", 32, "has no comparisons or no negative control"),
         ("COMPARISONS = [{'name': 'sum'}]\n", 31, "wrote no valid list of comparisons: comparisons.0.error: Field required"),
         (SCRIPT.format(error="float('nan')"), 31, "wrote no valid list of comparisons: comparisons.0.error"),
     ],

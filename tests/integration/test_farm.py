@@ -55,7 +55,11 @@ def deaf() -> Iterator[int]:
         ("ray://127.0.0.1:1", 51, "no Ray cluster answers at ray://127.0.0.1:1: Connection refused remedy: start it"),
         ("127.0.0.1:1", 51, "no Ray cluster answers at 127.0.0.1:1: Connection refused"),
         ("ray://no.such.host.invalid:10001", 51, "no Ray cluster answers at ray://no.such.host.invalid:10001: "),
-        ("http://head:8265", 2, "this is a Jobs API, which cannot return wheels remedy: use --farm ray://head:10001"),
+        (
+            "http://head:8265",
+            2,
+            "this is the address of Ray's Jobs API, which cannot return wheels remedy: use --farm ray://head:10001",
+        ),
         ("head", 2, "not an address of a Ray cluster"),
         ("ray://head:99999999", 51, "no Ray cluster answers at ray://head:99999999: "),
     ],
@@ -79,7 +83,7 @@ def test_a_farm_builds_in_the_sandbox_alone(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend(QUICK))
     ended = farm.run("build", "tiny", "--toolchain", "host", "--farm", "local")
     assert ended.code == 2
-    assert "--farm requires the sandbox remedy: omit --toolchain host" in ended.said
+    assert "--farm supports only the sandbox toolchain remedy: omit --toolchain host" in ended.said
 
 
 def test_without_ray_the_extra_is_named(farm: Farm, tmp_path: object) -> None:

@@ -168,7 +168,7 @@ def test_a_file_of_the_python_index_is_chosen_by_its_digest_among_those_of_its_v
         (
             {"sha256": "0" * 64},
             DigestError,
-            "has no file with sha256 0000.*, only other files: some_tools-12.4.99-py3-none-any.whl",
+            "has no file with sha256 0000.*, only these files: some_tools-12.4.99-py3-none-any.whl",
         ),
         ({"version": "12.5"}, FetchError, "has the project, but not this version"),
         ({"name": "other-tools"}, FetchError, "has no such project"),

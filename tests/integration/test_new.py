@@ -86,7 +86,7 @@ def test_the_recipe_of_an_sdist_says_where_each_value_comes_from_and_builds(farm
     notes = farm.settings.project / "recipes/thing/NOTES.md"
     notes.write_text("a person's words")
     again = new(farm, server, "thing")
-    assert (again.code, "is not overwritten" in again.said) == (2, True), again.said
+    assert (again.code, "does not overwrite recipes" in again.said) == (2, True), again.said
     assert notes.read_text() == "a person's words"
 
 

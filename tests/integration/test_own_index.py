@@ -61,10 +61,10 @@ def test_the_file_for_this_python_is_taken_whatever_stands_before_it(
 
 def test_an_index_that_does_not_tell_two_fitting_files_apart_is_refused(tmp_path: Path, here: Settings) -> None:
     known = page(tmp_path / "index", [OURS, "cp311-cp311-manylinux_2_28_aarch64"], digests=False)
-    with pytest.raises(FetchError, match="has several wheels that fit, without a sha256") as caught:
+    with pytest.raises(FetchError, match="has several wheels that fit the stack, and lists no sha256 for them") as caught:
         own_index.find_wheel("torch", "2.4.0", TAGS, INDEX, here)
     assert "#sha256=" in caught.value.remedy
-    with pytest.raises(FetchError, match="has several wheels that fit, without a sha256"):
+    with pytest.raises(FetchError, match="has several wheels that fit the stack, and lists no sha256 for them"):
         own_index.fetch_wheel(pinned(known[OURS]), here)
 
 

@@ -363,7 +363,7 @@ def test_trap_7_triton_is_refused_in_a_container(farm: Farm) -> None:
     contained = ContainerToolchain(engine="podman", cibuildwheel="4")
     with pytest.raises(ConfigError, match=r"triton cannot be built with --toolchain container: .*GLIBCXX_3\.4\.26") as refused:
         choice.make_plan(triton, base, Arch.AARCH64, Arch.AARCH64, contained)
-    assert refused.value.remedy == "choose another --toolchain: sandbox, host"
+    assert refused.value.remedy == "choose a different --toolchain: sandbox, host"
     choice.make_plan(triton, base, Arch.AARCH64, Arch.AARCH64)
     choice.make_plan(recipe.load(REPOSITORY / "recipes", "flash_attn"), base, Arch.AARCH64, Arch.AARCH64, contained)
     bare = stack.load(farm.settings.project / "stacks", "bare")

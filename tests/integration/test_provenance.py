@@ -195,7 +195,7 @@ TAMPERING: dict[str, tuple[Callable[[dict[str, bytes]], None], str, str]] = {
     "another file, RECORD corrected": (
         lambda content: content.update({"tiny_c/__init__.py": b"evil = 1\n"}), "provenance", "the wheel has sha256"),
     "inputs": (in_json(f"{INFO}/gracefarm.json", _other_source), "build-id", "its inputs hash to"),
-    "the SBOM's source": (in_json(f"{INFO}/sboms/{sbom.FILENAME}", _other_package), "sbom", "has other sources"),
+    "the SBOM's source": (in_json(f"{INFO}/sboms/{sbom.FILENAME}", _other_package), "sbom", "lists different sources"),
     "the SBOM's environment": (
         in_json(f"{INFO}/sboms/{sbom.FILENAME}", _other_environment), "sbom", "does not have the digest"),
     "the SBOM's build": (in_json(f"{INFO}/sboms/{sbom.FILENAME}", _other_namespace), "sbom", "the SBOM belongs to build 0000"),

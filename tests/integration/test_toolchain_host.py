@@ -169,7 +169,7 @@ def test_trap_3_a_clean_environment_that_is_there_already_is_asked_about_its_tor
 
 def test_a_rebuild_is_refused_with_the_reason_before_anything_is_built(built: Built) -> None:
     done = built.farm.run("verify", "tiny_c", "--rebuild")
-    assert (done.code, "its objects contain the path of the build folder" in done.said) == (2, True), done.said
+    assert (done.code, "Its objects contain the path of the build folder" in done.said) == (2, True), done.said
     assert "building it again" not in done.said
 
 

@@ -145,7 +145,7 @@ def test_trees_are_refused_where_they_do_not_fit(farm: Farm) -> None:
     for arguments, code, sentence in (
         (("build", "llvm", *publish), 40, "builds a tree for other recipes, which cannot be published"),
         (("plan", "llvm", *source), 2, "llvm has no tree of llvm that can be built from source"),
-        (("plan", "taker", "--toolchain", "host", *source), 3, "whose compilers differ from those of --toolchain host"),
+        (("plan", "taker", "--toolchain", "host", *source), 3, "which differ from those of --toolchain host"),
     ):
         done = farm.run(*arguments, TWINE_USERNAME="a", TWINE_PASSWORD="b")
         assert (done.code, sentence in done.said) == (code, True), done.said
@@ -153,5 +153,5 @@ def test_trees_are_refused_where_they_do_not_fit(farm: Farm) -> None:
     place.write_text(place.read_text().replace('"recipe" = "llvm"', '"recipe" = "taker"'))
     taker = recipe.load(farm.settings.project / "recipes", "taker").with_trees(("taker",))
     base = stack.load(farm.settings.project / "stacks", "bare")
-    with pytest.raises(ConfigError, match="uses the tree of taker, which builds a wheel"):
+    with pytest.raises(ConfigError, match="uses the tree of the recipe taker, but this recipe builds a wheel"):
         make_plan(taker, base, host_arch(), host_arch())

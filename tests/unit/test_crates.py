@@ -89,7 +89,10 @@ def test_crates_have_addresses_and_packages_of_the_source_do_not_count(tmp_path:
     ("text", "words"),
     [
         (entry("far", "1.0.0", "git+https://example.org/far#abc", None), "takes far 1.0.0 from a git repository, git"),
-        (entry("far", "1.0.0", "registry+https://example.org/index"), "takes far 1.0.0 from another registry, registry"),
+        (
+            entry("far", "1.0.0", "registry+https://example.org/index"),
+            "takes far 1.0.0 from a registry other than crates.io, registry",
+        ),
         (entry("old", "1.0.0", checksum=None), "has no checksum of old 1.0.0"),
         (entry("../up", "1.0.0"), "name of ../up 1.0.0 is not valid"),
         (entry("up", "1/../../2"), "version of up 1/../../2 is not valid"),
@@ -216,7 +219,7 @@ def test_a_stack_without_rust_is_refused(tmp_path: Path) -> None:
 
 def test_a_container_has_no_rust(tmp_path: Path) -> None:
     base = stack.load(REPOSITORY / "stacks", "cu130")
-    with pytest.raises(ConfigError, match="thing requires Rust, which --toolchain container does not have"):
+    with pytest.raises(ConfigError, match="thing requires Rust, but --toolchain container has no Rust"):
         choice.make_plan(
             loaded(tmp_path), base, Arch.X86_64, Arch.AARCH64, ContainerToolchain(engine="podman", cibuildwheel="0")
         )

@@ -99,7 +99,7 @@ def test_ptx_is_the_command_lines_or_the_recipes_or_the_stacks(
             "nearest",
         ),
         ({"sm": "70"}, "CUDA 13.0 of stack cu130 does not compile for sm_70", ""),
-        ({"sm": "88"}, "torch 2.11.0 of stack cu130 does not support sm_88", "remove it from"),
+        ({"sm": "88"}, "torch 2.11.0 of stack cu130 does not support sm_88", "remove this architecture from"),
         ({"sm": "100+100f"}, "sm_100 and sm_100f cannot be in one wheel", "sm_100f"),
         ({"ptx": "91"}, "does not compile for sm_91", ""),
         ({"sm_extra": {"*.cu": ("90f",)}}, "does not compile for sm_90f", ""),

@@ -567,7 +567,7 @@ def test_the_order_in_which_a_stack_lists_architectures_changes_nothing(whole: t
 def test_what_the_stack_has_is_not_locked_again_for_one_recipe(whole: tuple[LoadedRecipe, LoadedStack]) -> None:
     one, base = whole
     build = one.data.build.model_copy(update={"requires": ("wheel>=99",)})
-    with pytest.raises(ConfigError, match="requires wheel>=99 to build, and stack cu124 has wheel"):
+    with pytest.raises(ConfigError, match="requires wheel>=99 to build, but stack cu124 has wheel"):
         id_of(replaced(one, data=one.data.model_copy(update={"build": build})), base)
 
 

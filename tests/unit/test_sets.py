@@ -83,7 +83,7 @@ def test_recipes_that_require_each_other_are_refused(project: Settings) -> None:
     [
         ("summary =", "sumary =", "unknown key 'sumary'"),
         ('resolved_before = "2026-11-23"\n', "", "both requirements and resolved_before"),
-        ('name = "gh200-cu130"', 'name = "other"', "has the name 'other'"),
+        ('name = "gh200-cu130"', 'name = "other"', "`name` is 'other'"),
         ('"torch==2.11.0"', '"torch=2.11.0"', "requirements"),
         ('stack = "cu130"', 'stack = "cu13"', "unknown stack 'cu13'"),
         ('recipes = ["causal_conv1d"', 'recipes = ["causal_conv"', "unknown recipe 'causal_conv'"),
@@ -114,7 +114,7 @@ def test_another_torch_than_the_stacks_is_refused_though_its_version_is_the_same
 def test_a_lock_that_has_our_own_wheel_too_is_refused(project: Settings) -> None:
     place = project.project / "sets" / "gh200-cu130" / "requirements.lock"
     place.write_text(place.read_text() + f"causal-conv1d==1.7.0 --hash=sha256:{'0' * 64}\n")
-    with pytest.raises(ConfigError, match=r"builds causal-conv1d, but its lock also has causal-conv1d 1\.7\.0"):
+    with pytest.raises(ConfigError, match=r"builds causal-conv1d, but its lock also pins causal-conv1d 1\.7\.0"):
         planned(project, "gh200-cu130")
 
 

@@ -173,7 +173,7 @@ def test_files_are_put_in_place_and_a_patch_may_change_them(tmp_path: Path) -> N
 def test_file_on_a_place_that_is_taken(tmp_path: Path, unpacked: bool) -> None:
     content = tarball({"setup.py": ""}) if unpacked else b""
     place = "." if unpacked else "setup.py"
-    with pytest.raises(SourceError, match=r"exists in the source already|overwrites an existing file"):
+    with pytest.raises(SourceError, match=r"the source already has a file or folder|overwrites an existing file"):
         unpack(tmp_path, tarball({"thing-1/setup.py": "", "thing-1/b": ""}), files={place: (content, unpacked)})
 
 

@@ -75,7 +75,7 @@ class ArchiveInterpreter:
         places = download([Download(url=pinned.url, sha256=pinned.sha256, what=what)], settings, tick)
         archive.extract(places[pinned.sha256], folder, what, strip=True)
         program = folder / "bin" / f"python{self.python}"
-        remedy = f"pin another archive in {self.folder / 'interpreter.toml'}"
+        remedy = f"pin a different archive in {self.folder / 'interpreter.toml'}"
         if not program.is_file():
             raise RootError(f"the archive of {what} has no bin/python{self.python}", remedy=remedy)
         try:
@@ -106,8 +106,8 @@ def _name_our_compilers(data: Path) -> None:
         (build,) = (ast.literal_eval(node.value) for node in statements if isinstance(node, ast.Assign))
     except (ValueError, SyntaxError) as error:
         raise RootError(
-            f"{data.name} of the interpreter's archive is not one assignment of constants: {error}",
-            remedy="pin another archive in interpreter.toml",
+            f"{data.name} in the interpreter's archive must contain only one assignment of constants: {error}",
+            remedy="pin a different archive in interpreter.toml",
         ) from error
     for name, value in build.items():
         if name in _COMPILERS:
