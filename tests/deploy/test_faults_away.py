@@ -206,7 +206,9 @@ def test_down_with_a_node_away_ends_everything_on_the_others(scene: Scene) -> No
     try:
         done = deploy(made, "down")
         assert done.code == SSH, done.output
-        assert "k1 10.77.0.12:22 cannot be reached" in done.output
+        assert "k1 10.77.0.12:22 cannot be reached" in done.error
+        assert "; stopped on the others: k0 (" in done.error
+        assert "repeat `deploy down`, since processes on k1 may still run" in done.error
         assert set(walkthrough.left(made)) == {"k1"}
     finally:
         nodefaults.plug(made.room["k1"])
