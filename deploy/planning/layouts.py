@@ -295,11 +295,7 @@ def split_of(question: Question, tp: int) -> Split:
 
 
 def _replicas(question: Question, world: int, dp: int, slots: Sequence[Slot]) -> None:
-    """Check the requirements of vLLM 0.26.0 for replicas (v1/engine/utils.py, create_dp_placement_groups).
-
-    Raises:
-        LayoutError: replicas are not possible.
-    """
+    """Check the requirements of vLLM 0.26.0 for replicas (create_dp_placement_groups). Raises LayoutError if one fails."""
     if dp == 1:
         return
     if not question.engine.replicas:
