@@ -1,3 +1,5 @@
+"""`python -m builder`."""
+
 from builder.cli import main
 
 main()

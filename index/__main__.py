@@ -1,3 +1,5 @@
+"""`python -m index`."""
+
 from index.cli import main
 
 main()

@@ -11,7 +11,7 @@ import click
 
 from builder import fetch
 from builder.cli.options import Aim, aimed, last_build, plan_of, start
-from builder.flow import STEPS
+from builder.flow import STAGES
 from builder.planning import recipe
 from builder.proof import record
 from gracefarm.cli import json_option
@@ -64,7 +64,7 @@ def plan_command(name: str, aim: Aim) -> None:
         "build_id": plan.build_id,
         "title": plan.title,
         "inputs": plan.inputs,
-        "steps": STEPS,
+        "steps": STAGES,
         "command": command,
         "gaps": [{"what": gap.what, "url": gap.url, "reason": gap.reason} for gap in missing],
         "evidence": [
@@ -79,7 +79,7 @@ def plan_command(name: str, aim: Aim) -> None:
     value["trees"] = [{"recipe": tree.recipe.key, "build_id": tree.build_id} for tree in plan.trees]
     text = f"{plan.title}\nbuild id  {plan.build_id}\n\n{json.dumps(plan.inputs, indent=2)}\n\n"
     text += f"superseded: {plan.recipe.data.superseded}\n" if plan.recipe.data.superseded else ""
-    text += f"steps     {' > '.join(STEPS)}\ncommand   {' '.join(command)}\n"
+    text += f"steps     {' > '.join(STAGES)}\ncommand   {' '.join(command)}\n"
     text += "".join(f"digest    {known.what} {known.sha256[:16]}: {known.sentence}\n" for known in plan.evidence)
     for tree in plan.trees:
         state = "built" if record.tree_path(settings, tree.build_id).is_dir() else "not built; it is built first"

@@ -1,1 +1,1 @@
-"""Build a wheel from a source tree with PEP 517: the run, the number of jobs, the translation units."""
+"""Compile a wheel: analyse the source, choose the number of jobs, run the command, count the translation units."""

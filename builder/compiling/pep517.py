@@ -1,4 +1,4 @@
-"""Build a wheel from a source tree with PEP 517; find the cause in the log of a failed build."""
+"""Run the command that builds a wheel (from `wrappers.command`), and find the cause of a failure in its log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Fetch what a recipe pins: the only step of a build that uses the network. Fetched files are never executed."""
+"""Fetch what a recipe pins. The stage `root` fetches what a stack pins, into the same store.
+
+Fetched files are never executed.
+"""
 
 from __future__ import annotations
 

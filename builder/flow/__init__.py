@@ -1,3 +1,3 @@
 """The order of the stages of a build, a rebuild and `builder run`. Only this folder knows the order."""
 
-STEPS = ("fetch", "root", "compile", "audit", "smoke", "record", "publish")
+STAGES = ("fetch", "root", "compile", "audit", "smoke", "record", "publish")

@@ -1,4 +1,7 @@
-"""The flow: fetch, root, compile, audit, smoke, record. After a kill, the next run continues and ends with the same record."""
+"""The flow: fetch, root, compile, audit, smoke, record, publish.
+
+After a kill, the next run continues and ends with the same record.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Environments: the target's site-packages from requirements.lock, as the virtual environment /env of the sandbox.
+"""Environments, the CUDA compiler and build programs, installed from their locks.
 
+An environment is the target's site-packages from requirements.lock, as the virtual environment /env of the sandbox.
 uv unpacks the wheels (hard links from its cache); the root's native Python byte-compiles them, once for each wheel. An
 environment is read-only and shared by all builds; `fresh` makes a copy of hard links, to which one more wheel can be added.
 """

@@ -1,4 +1,7 @@
-"""The ground of a build (root, environment, compiler), and the place where its finished wheel is tested."""
+"""The ground of a build (root, environment, compiler), and the place where its finished wheel is tested.
+
+Data only; `builder/ground` assembles it.
+"""
 
 from __future__ import annotations
 

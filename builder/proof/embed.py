@@ -1,4 +1,4 @@
-"""Put the deterministic part of the record into the wheel."""
+"""Finish the wheel's metadata: version, variant label, licences, SBOM, RECORD."""
 
 from __future__ import annotations
 

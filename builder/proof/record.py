@@ -29,12 +29,12 @@ Likeness = tuple[object, ...]
 
 
 class Stage(Table):
-    """One step of the flow."""
+    """One stage of the flow."""
 
     name: str
-    "Name of the step"
+    "Name of the stage"
     command: tuple[str, ...] = ()
-    "Command that ran in the sandbox, if the step has one"
+    "Command that ran in the sandbox, if the stage has one"
     wall_s: float
     "Duration in seconds"
     cpu_s: float | None = None
@@ -46,7 +46,7 @@ class Stage(Table):
     memory_by: str | None = None
     "What enforced the memory limit: cgroup2, watchdog, podman or docker; cgroup1 in older records"
     note: str = ""
-    "Remark about the step"
+    "Remark about the stage"
 
 
 class BuiltFile(Table):

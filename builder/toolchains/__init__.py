@@ -1,4 +1,4 @@
-"""The kinds of toolchain."""
+"""The kinds of toolchain, and what they add to a build: compilers, wrappers, environment variables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Detached jobs: commands that continue without the connection. They are found on a node by their names and marks."""
+"""Detached jobs: commands that continue without the connection. They are found on a node by their names and marks.
+
+On the node, deploy/data/jobs.sh does the work.
+"""
 
 from __future__ import annotations
 

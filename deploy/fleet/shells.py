@@ -1,4 +1,4 @@
-"""The Shell of deploy.fleet.calls, with the connections of deploy.fleet.ssh."""
+"""The nodes of a fleet as RemoteNode, on which `calls.call` runs functions over the connections of deploy.fleet.ssh."""
 
 from __future__ import annotations
 
