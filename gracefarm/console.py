@@ -144,10 +144,10 @@ def _machine_error(error: OSError) -> GracefarmError | None:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
         return HostError(
             f"{error.filename}: {os.strerror(error.errno).lower()}",
-            remedy="run the command as the owner of the file, or set GRACEFARM_HOME to another folder",
+            remedy="run the command as the owner of the file, or set GRACEFARM_HOME to a different folder",
         )
     if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP) and error.filename:
-        return HostError(f"{error.filename}: {os.strerror(error.errno).lower()}", remedy="choose another path")
+        return HostError(f"{error.filename}: {os.strerror(error.errno).lower()}", remedy="choose a different path")
     return None
 
 

@@ -86,10 +86,11 @@ def read_text(path: Path) -> str:
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", remedy="make it a file that you can read") from error
+        raise ConfigError(f"cannot read {path}: {error.strerror}", remedy="make this a file that you can read") from error
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{path} is not UTF-8: {error.reason} at byte {error.start}", remedy="save it as UTF-8, which TOML and pip require"
+            f"{path} is not UTF-8: {error.reason} at byte {error.start}",
+            remedy="save the file as UTF-8, which TOML and pip require",
         ) from error
 
 

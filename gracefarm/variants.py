@@ -84,15 +84,15 @@ def check_together(variants: Iterable[Variant]) -> None:
     """Check that the wheels of a release are consistent, including the null variant: they share one JSON.
 
     Raises:
-        ValueError: a label has two meanings, or priorities or providers differ.
+        ValueError: a label has different properties in two wheels, or priorities or providers differ.
     """
     wheels = list(variants)
     labels: dict[str, Properties] = {}
     for variant in wheels:
         if labels.setdefault(variant.label, variant.properties) != variant.properties:
-            raise ValueError(f"the label {variant.label!r} has two meanings")
+            raise ValueError(f"two wheels have the label {variant.label!r}, but different properties")
     if len({variant.shared for variant in wheels}) > 1:
-        raise ValueError("the wheels name different priorities or providers")
+        raise ValueError("the wheels have different priorities or providers")
 
 
 def combine(variants: Iterable[Variant]) -> bytes:

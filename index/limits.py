@@ -79,7 +79,7 @@ class ClientGate:
         Neither twine nor `uv publish` retries after a 429, so a short wait lets their uploads succeed.
 
         Raises:
-            TooManyError: too many uploads are already waiting, or the wait was too long.
+            TooManyError: too many uploads are waiting already, or the wait was too long.
         """
         if self._has_place(client):
             self._open[client] += 1
@@ -98,7 +98,7 @@ class ClientGate:
         own = sum(address == client for address, _ in self._waiting)
         if len(self._waiting) >= self.limits.waiting_uploads or own >= max(1, self.limits.waiting_uploads // 2):
             raise TooManyError(
-                "too many uploads are already waiting", remedy="wait until some have finished, then upload it again"
+                "too many uploads are waiting already", remedy="wait until some uploads have finished, then repeat the upload"
             )
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append((client, turn))
@@ -160,7 +160,7 @@ class ClientGate:
         bucket = self._failures.get(client)
         if bucket is not None and bucket.level + (time.monotonic() - bucket.moment) * bucket.rate < 1:
             raise TooManyError(
-                "too many refused passwords from this address", remedy="wait a minute, then use the right password"
+                "this address has sent too many wrong passwords", remedy="wait a minute, then use the correct password"
             )
 
     def failure(self, client: str) -> None:
@@ -171,7 +171,7 @@ class ClientGate:
         """
         rate = self.limits.failures_per_minute
         if not _bucket(self._failures, client, rate / 60, rate).take(time.monotonic()):
-            raise TooManyError("too many refused tokens from this address", remedy="wait a minute, then use a valid token")
+            raise TooManyError("this address has sent too many invalid tokens", remedy="wait a minute, then use a valid token")
 
 
 def _bucket(buckets: dict[str, Bucket], client: str, rate: float, burst: float) -> Bucket:

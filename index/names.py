@@ -197,7 +197,7 @@ def _sdist(filename: str, published: bool) -> Distribution:
 def _check_canonical(filename: str, canonical: str) -> None:
     if filename != canonical:
         raise RefusedError(
-            f"{filename} is not the canonical spelling of its name",
+            f"{filename} is not the canonical spelling of this file name",
             remedy=f"rename it to {canonical}; all files of a release use one spelling",
         )
 
@@ -214,7 +214,7 @@ def _check_tags(filename: str, parts: list[str]) -> None:
             if not known.match(tag):
                 raise RefusedError(
                     f"{filename}: {tag!r} is not a known {kind} tag",
-                    remedy="build it with tags of PEP 425 and PEP 600; no installer would select this file",
+                    remedy="build the wheel with tags of PEP 425 and PEP 600; no installer would select this file",
                 )
 
 
@@ -229,11 +229,14 @@ def check_set_name(name: str) -> str:
             f"{name!r} is not a valid name for a set", remedy="use at most 64 characters of a-z, 0-9, '.', '_' and '-'"
         )
     if name in _RESERVED:
-        raise RefusedError(f"{name!r} is already an address of the index", remedy=f"use another name, for example {name}-1")
+        raise RefusedError(
+            f"a set cannot be named {name!r}: the index reserves this name for its own address /{name}/",
+            remedy=f"choose a different name, for example {name}-1",
+        )
     if _CUDA_VIEW.match(name):
         raise RefusedError(
-            f"{name!r} is the name of a view for that CUDA version",
-            remedy=f"use another name, for example {name}-stack",
+            f"a set cannot be named {name!r}: /{name}/ is the address of the wheels for that CUDA version",
+            remedy=f"choose a different name, for example {name}-stack",
         )
     return name
 

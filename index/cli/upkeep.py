@@ -31,7 +31,7 @@ def fsck(context: IndexContext, set_aside: bool) -> None:
     if inspection.damaged:
         raise DamagedError(
             f"damaged or missing files: {', '.join(inspection.damaged[:20])}",
-            remedy="copy the files from a backup, or run `index fsck --set-aside` and upload them again",
+            remedy="restore the files from a backup, or run `index fsck --set-aside` and upload the files again",
         )
 
 

@@ -266,8 +266,9 @@ def _check_variant(change: Transaction, candidate: InspectedFile) -> None:
         variants.check_together([*known, variants.parse(candidate.variant, own.variant)])
     except ValueError as error:
         raise RefusedError(
-            f"{own.filename} does not match the existing variant wheels of {own.version}: {error}",
-            remedy=f"build all variants of a release with the same {variants.MEMBER}; only the properties may differ",
+            f"{own.filename} contradicts the existing variant wheels of {own.version}: {error}",
+            remedy=f"build all variants of a release with the same priorities and providers in {variants.MEMBER}; only "
+            "the properties may differ",
         ) from None
 
 
@@ -279,7 +280,7 @@ def _check_same(filename: str, known: str, deleted: str | None, sha256: str) -> 
         )
     if known != sha256:
         raise RefusedError(
-            f"File already exists: {filename} has other content here (sha256 {known})",
+            f"File already exists: {filename} has different content on this index (sha256 {known})",
             remedy="a published file never changes; build a new version",
         )
 

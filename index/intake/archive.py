@@ -50,7 +50,7 @@ def open_zip(path: Path, filename: str) -> Iterator[zipfile.ZipFile]:
     except (zipfile.BadZipFile, EOFError, zlib.error, struct.error, NotImplementedError, UnicodeDecodeError) as error:
         raise RefusedError(
             f"{filename} is not a zip archive: {error}",
-            remedy="build or fetch it again; the file is truncated or has another format",
+            remedy="build or fetch the file again; it is truncated or has a different format",
         ) from error
 
 
@@ -127,7 +127,8 @@ def _check_names(filename: str, members: list[zipfile.ZipInfo]) -> None:
         folded = unicodedata.normalize("NFC", name)
         if folded in seen:
             raise RefusedError(
-                f"{filename} contains {name!r} twice", remedy="build it again; installers would disagree on which one to use"
+                f"{filename} contains {name!r} twice",
+                remedy="build the file again; installers would disagree on which of the two to use",
             )
         seen.add(folded)
         if member.flag_bits & 0x1:
@@ -152,12 +153,12 @@ def _check_framing(filename: str, archive: zipfile.ZipFile, path: Path) -> None:
         for member in sorted(archive.infolist(), key=lambda item: item.header_offset):
             if member.header_offset != position:
                 raise RefusedError(
-                    f"{filename} has bytes that belong to no file, before {member.filename}", remedy="create the archive again"
+                    f"{filename} has bytes that belong to no file before {member.filename}", remedy="create the archive again"
                 )
             position = _end_of_member(filename, stream, member)
         if position != start:
             raise RefusedError(
-                f"{filename} has bytes that belong to no file, before the central directory", remedy="create the archive again"
+                f"{filename} has bytes that belong to no file before the central directory", remedy="create the archive again"
             )
 
 
@@ -168,7 +169,7 @@ def _end_of_member(filename: str, stream: IO[bytes], member: zipfile.ZipInfo) ->
     name = stream.read(name_length)
     if header[0] != b"PK\x03\x04" or name.decode("utf-8" if flags & 0x800 else "cp437") != member.orig_filename:
         raise RefusedError(
-            f"{filename}: the local header of {member.filename} names another file", remedy="create the archive again"
+            f"{filename}: the local header of {member.filename} names a different file", remedy="create the archive again"
         )
     end: int = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length + member.compress_size
     if not flags & 0x8:

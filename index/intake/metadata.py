@@ -40,7 +40,9 @@ _TOO_LONG = f"is longer than {MAX_SPECIFIER} characters"
 _MAX_DEPTH = 50
 "Maximum nested parentheses in a marker. pip recurses and fails with a traceback at about 300."
 
-_BACKEND = "correct it in pyproject.toml and build again; see https://packaging.python.org/specifications/core-metadata"
+_BACKEND = (
+    "correct the metadata in pyproject.toml and build again; see https://packaging.python.org/specifications/core-metadata"
+)
 
 
 class HasFile(Protocol):
@@ -118,7 +120,7 @@ def _check_dependency(field: str, line: str, reason: str, distribution: Distribu
     if reason:
         raise RefusedError(
             f"{distribution.filename}: {field} {line[:200]!r} {reason}",
-            remedy="correct it and build again; with this file, installers fail on every release of the project",
+            remedy="correct the field and build again; with this file, installers fail on every release of the project",
         )
 
 

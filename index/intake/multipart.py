@@ -206,7 +206,7 @@ class _Assembler:
         if _FOLDER.search(self._headers.get("content-disposition", "")):
             # The parser would silently use the text after the last backslash, for the sake of old browsers.
             raise RefusedError(
-                "the file's name is not a plain file name: it contains a folder", remedy="send the file name only"
+                "the file's name is not a plain file name: it contains a folder", remedy="send only the file name"
             )
         if disposition != b"form-data" or b"name" not in options:
             raise RefusedError("a part of the form has no name", remedy="send multipart/form-data as twine and uv do")
@@ -218,7 +218,7 @@ class _Assembler:
             self._text = []
             return
         if self.form.files:
-            raise RefusedError("the form holds more than one file", remedy="upload one file at a time, without signatures")
+            raise RefusedError("the form contains more than one file", remedy="upload one file at a time, without signatures")
         received = Received(filename=options[b"filename"].decode("utf-8", "replace"), path=self._store.new_staging())
         self.form.files[self._name] = received
         # Always sha256; the others only if the form names them. Clients send the fields before the file.

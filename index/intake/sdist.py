@@ -108,7 +108,7 @@ def _walk(archive: tarfile.TarFile, distribution: Distribution, names: set[int])
         count += 1
         if count > MAX_MEMBERS or len(archive.pax_headers) > _MAX_GLOBAL:
             raise RefusedError(
-                f"{distribution.filename} has more than {MAX_MEMBERS} files, or too many global tar headers",
+                f"{distribution.filename} contains more than {MAX_MEMBERS} files, or too many global tar headers",
                 remedy="build the sdist again with fewer files",
             )
         if any(key.startswith("GNU.sparse.") for key in member.pax_headers):

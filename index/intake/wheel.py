@@ -84,10 +84,10 @@ def _variant(archive: zipfile.ZipFile, folder: str, distribution: Distribution) 
     there = member in archive.NameToInfo
     if there != bool(distribution.variant):
         raise RefusedError(
-            f"{distribution.filename} contains {member}, but its name has no variant label"
+            f"{distribution.filename} contains {member}, but the file name has no variant label"
             if there
-            else f"{distribution.filename} has a variant label, but lacks {member}",
-            remedy="build it again; a variant wheel requires both (PEP 825)",
+            else f"{distribution.filename} has a variant label in the file name, but contains no {member}",
+            remedy="build the wheel again; a variant wheel must have a label in its name and a variant.json (PEP 825)",
         )
     if not there:
         return None
@@ -115,8 +115,8 @@ def _dist_info(archive: zipfile.ZipFile, distribution: Distribution) -> str:
     version = version if "+" in version else version.replace("_", "+", 1)
     if canonicalize_name(name) != distribution.project or not same_version(version, distribution.version):
         raise RefusedError(
-            f"{distribution.filename} contains {folder}, which has another name or version",
-            remedy="build it again; the file was renamed",
+            f"{distribution.filename} contains {folder}, but the file name has a different name or version",
+            remedy="build the wheel again; the file was renamed",
         )
     return folder
 
@@ -141,7 +141,7 @@ def _check_wheel(archive: zipfile.ZipFile, folder: str, defects: Defects) -> Non
     if tags and tags != distribution.tags:
         defects.note(
             f"its WHEEL file has the tags {', '.join(sorted(map(str, tags)))}",
-            remedy="retag it with `python -m wheel tags`, which changes both",
+            remedy="retag the wheel with `python -m wheel tags`, which changes the file name and the WHEEL file",
         )
 
 

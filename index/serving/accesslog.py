@@ -28,7 +28,7 @@ class AccessLog:
             except OSError as error:
                 raise HostError(
                     f"the access log {target} cannot be written: {error.strerror}",
-                    remedy="give another file with --access-log",
+                    remedy="give a different file with --access-log",
                 ) from error
         self.enabled = self._stream is not None
         self._lines: list[str] = []

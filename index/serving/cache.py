@@ -40,7 +40,8 @@ async def entry(service: IndexService, entries: EntryStore, request: Request) ->
             body += piece
             if len(body) > MAX_ENTRY:
                 raise TooLargeError(
-                    f"cache entries of more than {MAX_ENTRY} bytes are refused", remedy="compile it on each machine"
+                    f"cache entries of more than {MAX_ENTRY} bytes are refused",
+                    remedy="this object cannot be shared; compile it on each machine",
                 )
         service.check_space(len(body))
         await loop.run_in_executor(service.writer, entries.keep, *place, bytes(body))

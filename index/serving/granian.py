@@ -48,12 +48,15 @@ def run(store: Store, options: ServeOptions, listen: Listen, on_listen: Callable
         HostError: the address is not available, or another server already serves this root.
     """
     if (listen.certificate is None) != (listen.key is None):
-        raise ConfigError("TLS needs both the certificate and the key", remedy="give --tls-cert and --tls-key")
+        raise ConfigError("TLS requires both the certificate and the key", remedy="give --tls-cert and --tls-key")
     if listen.certificate is not None and listen.key is not None:
         _check_pair(listen.certificate, listen.key)
     with store.serving() as ours:
         if not ours:
-            raise HostError(f"another server already serves {store.root}", remedy="stop it, or give another --root")
+            raise HostError(
+                f"another server already serves {store.root}",
+                remedy="stop that server, or give a different folder with --root",
+            )
         # The parser warns about every malformed body. The client gets the error, and a hostile client must not fill the log.
         logging.getLogger("python_multipart").setLevel(logging.ERROR)
         store.sweep()
@@ -88,7 +91,7 @@ def _check_pair(certificate: Path, key: Path) -> None:
     except ssl.SSLError as error:
         raise ConfigError(
             f"{certificate} and {key} are not a valid certificate and key: {error.reason or error}",
-            remedy="provide both in PEM format, the key without a password",
+            remedy="provide the certificate and the key in PEM format; the key must have no password",
         ) from error
 
 
@@ -102,7 +105,8 @@ def _bind(listen: Listen) -> socket.socket:
         listener.close()
         raise HostError(
             f"cannot listen on {listen.host} port {listen.port}: {error.strerror}",
-            remedy="stop the program that listens there, or give another address with --host and --port (0: any free port)",
+            remedy="stop the program that listens there, or give a different address with --host and --port (port 0 "
+            "selects a free port)",
         ) from error
     return listener
 

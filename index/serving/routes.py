@@ -184,7 +184,7 @@ SELECT content, project.status, (SELECT CASE WHEN max(deleted IS NULL) THEN NULL
 
 def _check_state(filename: str, row: sqlite3.Row) -> None:
     if row["deleted"] is not None:
-        raise GoneError(f"{filename} was deleted on {row['deleted'][:10]}", remedy="choose another version")
+        raise GoneError(f"{filename} was deleted on {row['deleted'][:10]}", remedy="choose a different version")
     if row["status"] == "quarantined":
         raise ForbiddenError(f"the project of {filename} is quarantined", remedy="ask the operator of this index")
 
@@ -207,7 +207,7 @@ def _locate(service: IndexService, sha256: str, filename: str) -> tuple[str, str
             raise NotFoundError(f"this index has no attestations of {wanted}", remedy="upload the file with its attestations")
         return row["provenance_sha256"], "application/vnd.pypi.integrity.v1+json"
     if row["metadata_sha256"] is None:
-        raise NotFoundError(f"this index has no metadata of {wanted}", remedy="read it from the file itself")
+        raise NotFoundError(f"this index has no metadata of {wanted}", remedy="read the metadata from the file itself")
     return row["metadata_sha256"], "text/plain; charset=utf-8"
 
 

@@ -114,10 +114,10 @@ def _open(service: IndexService, actor: str, name: str, matrix: list[staged.Expe
     same = known_set.matrix == tuple(matrix) and known_set.without == tuple(sorted({normalise(text) for text in without}))
     if known_set.state == "dropped" or not same:
         raise RefusedError(
-            f"a set {name!r} already exists; it is {known_set.state} and has another matrix"
+            f"a set {name!r} already exists; it is {known_set.state} and has a different matrix"
             if known_set.state != "dropped"
             else f"a set {name!r} existed and was dropped; names of sets cannot be reused",
-            remedy="choose another name",
+            remedy="choose a different name",
         )
     return known_set
 

@@ -88,12 +88,12 @@ def _check_form(form: Form, queried: str) -> tuple[Received, Distribution]:
     if name and canonicalize_name(name) != distribution.project:
         raise RefusedError(
             f"the form names the project {name!r}, but the file is {distribution.filename}",
-            remedy="upload it with the project name of the file",
+            remedy="send the project name that the file name contains",
         )
     if version and not same_version(version, distribution.version):
         raise RefusedError(
             f"the form names the version {version!r}, but the file is {distribution.filename}",
-            remedy="upload it with the version of the file",
+            remedy="send the version that the file name contains",
         )
     if filetype and filetype != distribution.kind:
         raise RefusedError(
@@ -122,6 +122,6 @@ def _check_digests(form: Form, received: Received) -> None:
                 received.digests[field] = hashlib.file_digest(stream, new_hash).hexdigest()
         if announced and announced != received.digests[field]:
             raise RefusedError(
-                f"the {field} in the form differs from that of the received file ({received.digests[field]})",
+                f"the {field} in the form differs from the digest of the received file ({received.digests[field]})",
                 remedy="upload it again; the transfer was damaged",
             )

@@ -39,7 +39,7 @@ from index.store.files import Store, disk_errors, flush
 MAX_FILE = Limits.upload
 "Maximum bytes of a file if upstream does not give its size."
 
-_UNTRUSTED = "do not trust this upstream index; set the environment variable GRACEFARM_PYTHON_INDEX to another one"
+_UNTRUSTED = "do not trust this upstream index; set the environment variable GRACEFARM_PYTHON_INDEX to a different index"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,12 +221,12 @@ def _upstream(catalogue: Catalogue, upstream: PyPISimple, pin: Pin) -> list[_Ups
     except NoSuchProjectError as error:
         raise FetchError(
             f"the upstream index has no project {pin.name}",
-            remedy="set the environment variable GRACEFARM_PYTHON_INDEX to an index that has it",
+            remedy="set the environment variable GRACEFARM_PYTHON_INDEX to an index that has this project",
         ) from error
     except (RequestException, UnsupportedContentTypeError, UnsupportedRepoVersionError) as error:
         raise FetchError(
             f"cannot read the page of {pin.name} on the upstream index: {type(error).__name__}",
-            remedy="try again later, or set the environment variable GRACEFARM_PYTHON_INDEX to another index",
+            remedy="try again later, or set the environment variable GRACEFARM_PYTHON_INDEX to a different index",
         ) from error
     files = [
         _upstream_file(package, digest, pin)
@@ -244,7 +244,7 @@ def _upstream(catalogue: Catalogue, upstream: PyPISimple, pin: Pin) -> list[_Ups
     if not left:
         raise RefusedError(
             f"every locked file of {pin.name} {pin.version} was withdrawn from this index",
-            remedy="lock another version, or undo the withdrawal with `index withdraw FILENAME --undo`",
+            remedy="lock a different version, or undo the withdrawal with `index withdraw FILENAME --undo`",
         )
     return left
 
@@ -261,7 +261,7 @@ def _chosen(selection: Selection, pin: Pin, files: list[_UpstreamFile]) -> list[
     if not wheels and not others:
         raise FetchError(
             f"none of the {len(files)} locked files of {pin.name} {pin.version} matches {selection}",
-            remedy="give --platform and --python for which the lock has files, or omit them",
+            remedy="give values of --platform and --python for which the lock has files, or omit these options",
         )
     return [*wheels, *others]
 
@@ -290,12 +290,13 @@ def _version(filename: str, pin: Pin) -> str:
         same = name == pin.name and version == Version(pin.version)
     except (RefusedError, InvalidWheelFilename, InvalidSdistFilename, InvalidVersion) as error:
         raise FetchError(
-            f"the upstream index names a locked file {filename!r}, which is not a file name of a wheel or sdist",
+            f"the upstream index lists a locked file {filename!r}, which is not a valid name of a wheel or sdist",
             remedy="remove the hash of this file from the lock",
         ) from error
     if not same:
         raise FetchError(
-            f"the upstream index names a locked file of {pin.name} {pin.version} {filename!r}, which is another release",
+            f"the upstream index names a locked file of {pin.name} {pin.version} {filename!r}, which belongs to a "
+            "different release",
             remedy=_UNTRUSTED,
         )
     return str(version)
@@ -423,7 +424,7 @@ def _download(store: Store, client: httpx.Client, item: _UpstreamFile) -> Iterat
                     count += len(chunk)
                     if count > bound:
                         raise DigestError(
-                            f"upstream sends more than the {bound} bytes that {item.filename} may have",
+                            f"the upstream index sends more than the {bound} bytes that {item.filename} may have",
                             remedy=_UNTRUSTED,
                         )
                     digest.update(chunk)
@@ -431,11 +432,12 @@ def _download(store: Store, client: httpx.Client, item: _UpstreamFile) -> Iterat
                 flush(stream)
         except httpx.HTTPError as error:
             raise FetchError(
-                f"failed to fetch {item.filename} from upstream: {error}", remedy="repeat the command; it continues from here"
+                f"failed to fetch {item.filename} from upstream: {error}",
+                remedy="repeat the command; it continues with this file",
             ) from error
         if digest.hexdigest() != item.sha256:
             raise DigestError(
-                f"upstream sent {item.filename} with sha256 {digest.hexdigest()}, expected {item.sha256}",
+                f"the upstream index sent {item.filename} with sha256 {digest.hexdigest()}, but {item.sha256} was expected",
                 remedy=_UNTRUSTED,
             )
         yield path
@@ -490,7 +492,9 @@ def _served_metadata(client: httpx.Client, item: _UpstreamFile, sha256: str) -> 
             f"failed to fetch the metadata of {item.filename} from upstream: {error}", remedy="try again later"
         ) from error
     if hashlib.sha256(raw).hexdigest() != sha256:
-        raise DigestError(f"upstream sent metadata of {item.filename} that differs from the listed digest", remedy=_UNTRUSTED)
+        raise DigestError(
+            f"the upstream index sent metadata of {item.filename} that does not have the listed digest", remedy=_UNTRUSTED
+        )
     defects = Defects(distribution=parse_filename(item.filename, published=True))
     metadata.read(raw, defects, lambda _name: True)
     return raw, "\n".join(defects.sentences)

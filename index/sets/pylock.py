@@ -35,13 +35,13 @@ def parse(raw: bytes) -> Pylock:
         raise RefusedError(f"the {FILENAME} is not TOML: {error}", remedy="send the unmodified file") from None
     except (PylockValidationError, PylockUnsupportedVersionError) as error:
         raise RefusedError(
-            f"the {FILENAME} does not conform to PEP 751: {error}", remedy="write it with a tool that supports PEP 751"
+            f"the {FILENAME} does not conform to PEP 751: {error}", remedy="write the file with a tool that supports PEP 751"
         ) from None
     for package in lock.packages:
         if not _digests(package):
             raise RefusedError(
                 f"the {FILENAME} lists {package.name} without the sha256 of a file",
-                remedy="lock files, not folders or repositories",
+                remedy="use a lock that lists files with sha256, not folders or repositories",
             )
     return lock
 

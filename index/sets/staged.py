@@ -91,7 +91,7 @@ def _matrix_line(text: str) -> Iterator[ExpectedWheel]:
         parsed = None
     if parsed is None or len(rest) > 2 or parsed.url:
         raise UsageError(
-            f"the matrix line {text!r} is not valid", remedy="write it like: causal-conv1d==1.7.0 cp311,cp312 aarch64"
+            f"the matrix line {text!r} is not valid", remedy="write a line such as: causal-conv1d==1.7.0 cp311,cp312 aarch64"
         )
     pythons = rest[0].split(",") if rest else [""]
     arches = rest[1].split(",") if len(rest) > 1 else [""]
@@ -116,7 +116,7 @@ def create(
     left_out = sorted({normalise(project) for project in without})
     with catalogue.change(actor) as change:
         if change.execute("SELECT 1 FROM release_set WHERE name = ?", (name,)).fetchone():
-            raise UsageError(f"the name {name!r} is or was in use by a set", remedy="choose another name")
+            raise UsageError(f"a set with the name {name!r} exists or existed", remedy="choose a different name")
         change.execute(
             "INSERT INTO release_set (name, state, preview, channel, matrix, created, without)"
             " VALUES (?, 'staged', ?, ?, ?, ?, ?)",
@@ -225,8 +225,8 @@ def publish(store: Store, catalogue: Catalogue, actor: str, name: str) -> Releas
             shown = "; ".join(unmet[:MAX_UNMET]) + (f"; and {len(unmet) - MAX_UNMET} more" if len(unmet) > MAX_UNMET else "")
             raise RefusedError(
                 f"the set {name} does not contain all that its wheels require; missing: {shown}",
-                remedy=f"upload them to /stage/{name}/legacy/ or mirror a lock that has them, then publish again; to publish"
-                " a set without a project, create another set: index stage create NAME --without PROJECT",
+                remedy=f"upload them to /stage/{name}/legacy/ or mirror a lock that lists them, then publish again; to "
+                "publish a set without a project, create a new set: index stage create NAME --without PROJECT",
             )
         _check_pylock(catalogue, complete)
         rows = change.execute(
@@ -266,8 +266,8 @@ def _check_pylock(catalogue: Catalogue, complete: ReleaseSet) -> None:
     if raw is not None and (lacking := pylock.lacking(pylock.parse(raw), complete.digests)):
         raise RefusedError(
             f"the set {complete.name} lacks packages of its {pylock.FILENAME}: {'; '.join(lacking[:MAX_UNMET])}",
-            remedy=f"upload or mirror the files, or store the right {pylock.FILENAME} with `index stage pylock`,"
-            " then publish again",
+            remedy=f"upload or mirror the missing files, or store the correct {pylock.FILENAME} with `index stage "
+            "pylock`, then publish again",
         )
 
 
@@ -312,6 +312,6 @@ def check_staged(change: Transaction, name: str) -> None:
     """
     row = change.execute("SELECT state FROM release_set WHERE name = ?", (name,)).fetchone()
     if row is None:
-        raise UsageError(f"no set is named {name!r}", remedy="create it with `index stage create`")
+        raise UsageError(f"no set is named {name!r}", remedy="create the set with `index stage create`")
     if row["state"] != "staged":
         raise UsageError(f"the set {name} is {row['state']}", remedy="create a new set; only staged sets can be changed")

@@ -36,7 +36,7 @@ def render(catalogue: Catalogue, view: View) -> str:
     if gone:
         raise NotFoundError(
             f"the set {view.argument} no longer has files of {', '.join(sorted(gone))}, so its lock would be incomplete",
-            remedy="ask the operator of this index, who finds the reason with `index log` and `index fsck`",
+            remedy="ask the operator of this index; `index log` and `index fsck` show the reason",
         )
     lines = [f"# The set {view.argument} of this index.\n"]
     for project in names:

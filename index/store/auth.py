@@ -105,7 +105,7 @@ def revoke(catalogue: Catalogue, actor: str, name: str) -> int:
     with catalogue.change(actor) as change:
         count = change.execute("UPDATE token SET revoked = ? WHERE name = ? AND revoked IS NULL", (change.time, name)).rowcount
         if not count:
-            raise UsageError(f"no valid token is named {name!r}", remedy="`index token list` shows them")
+            raise UsageError(f"no valid token is named {name!r}", remedy="`index token list` lists the valid tokens")
         change.note("token.revoke", name, count=count)
     return count
 
@@ -222,7 +222,7 @@ def allow_set(token: Token, set_name: str | None) -> None:
     if token.set_name is not None and token.set_name != set_name:
         raise ForbiddenError(
             f"the token {token.name!r} is only for the " + _SCOPES.get(token.set_name, f"set {token.set_name}"),
-            remedy="create another token with `index token create`"
+            remedy="create a token for this purpose with `index token create`"
             if CACHE in (token.set_name, set_name)
             else f"upload to {'' if token.set_name == NIGHTLY else '/stage'}/{token.set_name}/legacy/",
         )
@@ -244,4 +244,6 @@ def _credentials(authorization: str | None) -> tuple[str, str]:
             return name, secret
         except (binascii.Error, UnicodeDecodeError):
             pass
-    raise UnauthenticatedError("uploads require a token", remedy="send it as the password, with the user name __token__")
+    raise UnauthenticatedError(
+        "uploads require a token", remedy="send the token as the password, with the user name __token__"
+    )

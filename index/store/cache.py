@@ -43,7 +43,7 @@ class EntryStore:
             NotFoundError: no entry can have that name, or the index keeps none.
         """
         if not self._limit or kind not in KINDS or not _RECIPE.match(recipe) or not _KEY.match(key):
-            raise NotFoundError("there is no such cache entry here", remedy="entries are at /cache/KIND/RECIPE/KEY")
+            raise NotFoundError("there is no such cache entry", remedy="entries are at /cache/KIND/RECIPE/KEY")
         return self._root / kind / recipe / key[:2] / key
 
     def read(self, kind: str, recipe: str, key: str) -> bytes:
@@ -57,7 +57,7 @@ class EntryStore:
             content = path.read_bytes()
             os.utime(path)
         except FileNotFoundError:
-            raise NotFoundError("there is no such cache entry here", remedy="compile it") from None
+            raise NotFoundError("there is no such cache entry", remedy="compile it") from None
         return content
 
     def keep(self, kind: str, recipe: str, key: str, entry: bytes) -> None:

@@ -190,7 +190,7 @@ def open_catalogue(path: Path) -> Catalogue:
         catalogue.close()
         raise ConfigError(
             f"{path} is not a readable catalogue: {error}",
-            remedy="restore it from a backup; or move it away, then import the wheels again with `index import FOLDER`",
+            remedy="restore the file from a backup; or move it away, then import the wheels again with `index import FOLDER`",
         ) from error
     return catalogue
 

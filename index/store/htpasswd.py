@@ -35,11 +35,12 @@ def read(path: Path) -> dict[str, str]:
         if hashed.startswith(_SHA1):
             raise ConfigError(
                 f"{path}, line {number}: the password of {name} is hashed with SHA-1, which is too weak",
-                remedy=f"hash it again: `htpasswd -B {path} {name}`",
+                remedy=f"hash the password again: `htpasswd -B {path} {name}`",
             )
         if not name or not hashed.startswith((*_BCRYPT, _APR1)):
             raise ConfigError(
-                f"{path}, line {number}: expected a user with a bcrypt or apr1 hash", remedy="write it with `htpasswd -B`"
+                f"{path}, line {number}: expected a user with a bcrypt or apr1 hash",
+                remedy="write the line with `htpasswd -B`",
             )
         users[name] = hashed
     return users

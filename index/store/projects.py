@@ -46,7 +46,7 @@ def set_status(catalogue: Catalogue, actor: str, project: str, status: str, reas
     with catalogue.change(actor) as change:
         row = change.execute("UPDATE project SET status = ?, reason = ? WHERE name = ?", (status, reason, project))
         if not row.rowcount:
-            raise UsageError(f"this index has no project {project!r}", remedy="`index host` lists them")
+            raise UsageError(f"this index has no project {project!r}", remedy="`index host` lists the projects")
         change.note("project.status", project, project, status=status, reason=reason)
 
 

@@ -81,7 +81,7 @@ def parse(raw: bytes) -> dict[str, object]:
         try:
             json.dumps(document, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise RefusedError("the record contains half a surrogate pair", remedy="write its text as UTF-8") from None
+            raise RefusedError("the record contains an unpaired surrogate", remedy="write the text as valid UTF-8") from None
     return document
 
 
@@ -151,7 +151,7 @@ def _check_reach(change: Transaction, token: Token, identifier: str, project: st
     rows = change.execute(_REACHED, {"scope": token.set_name}).fetchall()
     if not any(row["build"] == identifier or row["sha256"] in digests for row in rows):
         raise ForbiddenError(
-            f"this build has no wheel in {token.set_name}", remedy="upload the wheel first, or use another token"
+            f"this build has no wheel in {token.set_name}", remedy="upload the wheel first, or use a different token"
         )
 
 

@@ -20,7 +20,7 @@ MOST = 2
 SIGSTORE = "tuf-repo-cdn.sigstore.dev"
 "Address of Sigstore's current keys."
 
-_REMEDY = "upload the file without attestations, or attest it in the workflow of its project's publisher"
+_REMEDY = "upload the file without attestations, or attest it in the workflow of the project's publisher"
 
 
 @dataclass(kw_only=True)
@@ -67,7 +67,7 @@ class AttestationVerifier:
         if not identities:
             raise RefusedError(
                 "this project has no publisher that can attest files",
-                remedy="add one with `index publisher add`, or upload without attestations",
+                remedy="add a publisher with `index publisher add`, or upload without attestations",
             )
         bundles: dict[str, AttestationBundle] = {}
         types: set[str] = set()

@@ -54,7 +54,7 @@ def exchange(catalogue: Catalogue, keys: IssuerKeys, text: str) -> MintedToken:
         reached = [publisher for publisher in matching if _keeps_number(change, publisher, claims)]
         if not reached:
             raise ForbiddenError(
-                f"{matching[0].repository} is another repository than the trusted one: its numeric id differs",
+                f"{matching[0].repository} is not the trusted repository: the name is the same, but the numeric id differs",
                 remedy="if the repository was replaced on purpose, run `index publisher remove` and `index publisher add`",
             )
         ids = [publisher.id for publisher in reached]
@@ -74,7 +74,7 @@ def _spend(change: Transaction, claims: Mapping[str, Any]) -> None:
     change.execute("DELETE FROM spent WHERE expires < ?", (change.time,))
     if not change.execute("INSERT OR IGNORE INTO spent (digest, expires) VALUES (?, ?)", (digest, end)).rowcount:
         raise UnauthenticatedError(
-            "the identity token is refused: it was exchanged before", remedy="ask the issuer for a new one"
+            "the identity token is refused: it was exchanged before", remedy="ask the issuer for a new token"
         )
 
 

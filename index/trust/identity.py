@@ -73,4 +73,4 @@ class IssuerKeys:
 
 
 def _refused(reason: str) -> UnauthenticatedError:
-    return UnauthenticatedError(f"the identity token is refused: {reason}", remedy="ask the issuer for a new one")
+    return UnauthenticatedError(f"the identity token is refused: {reason}", remedy="ask the issuer for a new token")

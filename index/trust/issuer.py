@@ -42,7 +42,7 @@ class IssuerClient(PyJWKClient):
         with self._fetching:
             if time.monotonic() < self._silent_until:
                 raise UnreachableError(
-                    f"the issuer {self.issuer} did not respond a moment ago", remedy="try again in a minute"
+                    f"the issuer {self.issuer} did not respond to an earlier request", remedy="try again in a minute"
                 )
             try:
                 if not self._described:
@@ -72,7 +72,7 @@ def _keys_url(issuer: str, place: str) -> str:
     keys = document.get("jwks_uri") if isinstance(document, dict) else None
     if not isinstance(keys, str) or not is_safe_url(keys) or document.get("issuer") != issuer:
         raise UnreachableError(
-            f"{place} names another issuer than {issuer}, or no https address of its keys",
-            remedy="run `index publisher remove`, then `index publisher add` with the right --issuer",
+            f"{place} names a different issuer than {issuer}, or contains no https address of the issuer's keys",
+            remedy="run `index publisher remove`, then `index publisher add` with the correct --issuer",
         )
     return keys

@@ -150,7 +150,7 @@ def audience(catalogue: Catalogue) -> str:
     """
     row = catalogue.row("SELECT value FROM meta WHERE key = 'audience'")
     if row is None:
-        raise NotFoundError("no project of this index has a publisher", remedy="add one with `index publisher add`")
+        raise NotFoundError("no project of this index has a publisher", remedy="add a publisher with `index publisher add`")
     return str(row["value"])
 
 
@@ -172,7 +172,8 @@ def _check(publisher: TrustedPublisher) -> None:
     if not _REPOSITORY[publisher.kind].fullmatch(publisher.repository):
         shape = "OWNER/NAME" if publisher.kind == "github" else "GROUP/NAME"
         raise UsageError(
-            f"{publisher.repository!r} is not a repository of {publisher.kind}", remedy=f"give it as {shape}, without the host"
+            f"{publisher.repository!r} is not a repository of {publisher.kind}",
+            remedy=f"give the repository as {shape}, without the host",
         )
     if not _WORKFLOW[publisher.kind].fullmatch(publisher.workflow):
         github, gitlab = "its file name, such as release.yml", "the file's path in the repository, such as .gitlab-ci.yml"

@@ -331,7 +331,7 @@ def test_an_encrypted_member_is_refused(shared: Server) -> None:
 def test_a_local_header_that_names_another_file_is_refused(shared: Server) -> None:
     name, content = wheel("header_pkg")
     changed = content.replace(b"header_pkg/__init__.py", b"header_pkg/__evil__.py", 1)
-    refused(shared.upload(name, changed), "names another file")
+    refused(shared.upload(name, changed), "names a different file")
 
 
 @pytest.mark.parametrize("part", ["WHEEL", "RECORD", "METADATA"])
@@ -602,7 +602,7 @@ def test_open_uploads_of_one_client_are_bounded(tmp_path_factory: pytest.TempPat
             await_metric(server, "waiting_uploads 1.0")
             with httpx.Client(base_url=server.url) as client:
                 other = Server(**{**vars(server), "client": client})
-                refused(other.upload(*wheel("over_pkg")), "too many uploads are already waiting", status=429)
+                refused(other.upload(*wheel("over_pkg")), "too many uploads are waiting already", status=429)
             assert not waiting.done()
             for connection in held:
                 connection.close()

@@ -800,7 +800,7 @@ def test_a_set_is_opened_filled_and_published_over_http(shared: Server) -> None:
     assert opened.json()["missing"] == matrix["expect"]
     assert shared.client.put("/stage/autumn", json=matrix, auth=auth).status_code == 200, "repeating the same is allowed"
     other = shared.client.put("/stage/autumn", json={"expect": ["far_pkg==1.0"]}, auth=auth)
-    assert (other.status_code, "has another matrix" in other.text) == (400, True)
+    assert (other.status_code, "has a different matrix" in other.text) == (400, True)
 
     assert shared.upload(*wheel("far_pkg", "1.0", AARCH64), path=opened.json()["upload"]).status_code == 200
     refused = shared.client.post("/stage/autumn/publish", auth=auth)

@@ -242,7 +242,7 @@ def test_a_repository_that_was_made_again_is_another_one(tmp_path: Path, issuer:
         assert mint(server, issuer.token(audience)).status_code == 200
         stolen = mint(server, issuer.token(audience, repository_id="815"))
         assert stolen.status_code == 403
-        assert "its numeric id differs" in stolen.json()["detail"]
+        assert "the numeric id differs" in stolen.json()["detail"]
         run_index(root, "publisher", "remove", "ours", issuer.repository)
         run_index(root, *add)
         assert mint(server, issuer.token(audience, repository_id="815")).status_code == 200
