@@ -25,7 +25,7 @@ from builder.box.host import uncut
 from builder.ground import torch_facts
 from builder.planning.plan import Wanted
 from builder.planning.stack import HOST_SUFFIX, Arch, LoadedStack, Torch, host_arch
-from builder.toolchains.headers import unread_headers
+from builder.toolchains.glibc_headers import unread_headers
 from gracefarm.errors import HostError
 from gracefarm.files import sha256_file
 from gracefarm.process import last_line, tail

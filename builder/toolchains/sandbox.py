@@ -20,7 +20,7 @@ from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from builder.toolchains import ccache, cuda_home, device_store, meson, rust, wrappers
-from builder.toolchains.headers import unread_headers
+from builder.toolchains.glibc_headers import unread_headers
 from builder.toolchains.sandbox_trial import SandboxTrialEnvironment
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError, HostError

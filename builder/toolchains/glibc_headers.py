@@ -1,4 +1,4 @@
-"""Headers of the C library that the CUDA compiler cannot read."""
+"""Headers of glibc that the CUDA compiler cannot read."""
 
 from __future__ import annotations
 
