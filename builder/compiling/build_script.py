@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from builder.compiling.script import (
+from builder.compiling.syntax import (
     UNKNOWN,
     FunctionNode,
     Read,
