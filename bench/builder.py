@@ -18,7 +18,7 @@ from builder import fetch
 from builder.box import binfmt, sandbox
 from builder.box.sandbox import BindMount, Sandbox
 from builder.fetch import source
-from builder.flow.ground import lay_ground
+from builder.flow.root_stage import lay_ground
 from builder.ground import environment, root
 from builder.planning import recipe, settings, stack
 from builder.planning.ground import Ground

@@ -11,7 +11,7 @@ from pathlib import Path
 from builder import fetch
 from builder.box import sandbox
 from builder.fetch import source
-from builder.flow.ground import lay_ground
+from builder.flow.root_stage import lay_ground
 from builder.planning import recipe, settings, stack
 from builder.planning.plan import NO_CACHES
 from builder.planning.stack import Arch

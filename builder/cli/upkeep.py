@@ -75,7 +75,7 @@ def shell_command(name: str) -> None:
     builder shell causal_conv1d
     """
     from builder.box import sandbox
-    from builder.flow.ground import reopen
+    from builder.flow.root_stage import reopen
 
     settings, console = start()
     last = last_build(name, settings)

@@ -17,8 +17,8 @@ from builder.fetch import source
 from builder.flow import judge, tree
 from builder.flow.attempt import Attempt, BuildOptions
 from builder.flow.compile import checkpoint, compiled, prepare
-from builder.flow.ground import lay_ground
 from builder.flow.publishing import publish_build, refuse_licence, refuse_objects, refuse_tree, send_failure
+from builder.flow.root_stage import lay_ground
 from builder.ground import torch_facts
 from builder.planning.ground import Ground
 from builder.planning.plan import Plan

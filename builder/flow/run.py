@@ -17,8 +17,8 @@ from builder.box.sandbox import BindMount, Sandbox
 from builder.compiling import pep517
 from builder.flow.attempt import BuildOptions
 from builder.flow.build import build
-from builder.flow.ground import lay_ground
 from builder.flow.publishing import refuse_objects, send_record, upload_wheel
+from builder.flow.root_stage import lay_ground
 from builder.ground import environment
 from builder.planning.plan import Plan
 from builder.planning.settings import Settings

@@ -20,7 +20,7 @@ import pytest
 from builder.box import sandbox
 from builder.compiling import units
 from builder.compiling.jobs import cores
-from builder.flow.ground import lay_ground
+from builder.flow.root_stage import lay_ground
 from builder.planning import recipe, stack
 from builder.planning.plan import Caches
 from builder.planning.stack import Arch, host_arch

@@ -18,7 +18,7 @@ from builder.box import sandbox
 from builder.box.sandbox import Sandbox
 from builder.data.toolchain import bitcode
 from builder.flow import rebuild
-from builder.flow.ground import lay_ground
+from builder.flow.root_stage import lay_ground
 from builder.planning import recipe, stack
 from builder.planning.plan import Caches
 from builder.planning.stack import Arch, host_arch

@@ -23,7 +23,7 @@ import pytest
 from builder.box import sandbox
 from builder.box.sandbox import Sandbox
 from builder.flow import run
-from builder.flow.ground import lay_ground
+from builder.flow.root_stage import lay_ground
 from builder.ground import root
 from builder.planning import gaps, packages, pins, recipe, stack
 from builder.planning.plan import NO_CACHES, Wanted
