@@ -22,7 +22,7 @@ from deploy.fleet.results import require
 from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import Fleet
 from deploy.rehearsal import hub, walkthrough
-from deploy.steps import dealing, weights
+from deploy.steps import assignment, weights
 from gracefarm import settings
 from gracefarm.console import Console
 from tests.deploy import kit
@@ -127,7 +127,7 @@ def busiest(outcome: weights.Brought) -> float:
     The least: the mean; the largest file; and since some node has ceil(files/nodes) files, the smallest so many.
     """
     files = outcome.manifest.files
-    shares = dealing.deal(files, [f"k{rank}" for rank in range(NODES)])
+    shares = assignment.deal(files, [f"k{rank}" for rank in range(NODES)])
     sizes = sorted(file.size for file in files)
     least = max(sum(sizes) / NODES, sizes[-1], sum(sizes[: -(-len(sizes) // NODES)]))
     return max(sum(file.size for file in share) for share in shares.values()) / least

@@ -15,8 +15,8 @@ from deploy.fleet.results import combined_error, on_all, try_all
 from deploy.nodes import paths
 from deploy.nodes.state import StepRecord, digest
 from deploy.remote.wire import Json
-from deploy.steps import dealing
-from deploy.steps.dealing import Manifest, Portion, WeightsFile
+from deploy.steps import assignment
+from deploy.steps.assignment import Manifest, Portion, WeightsFile
 from deploy.steps.processes import NO_MARK
 from deploy.steps.step import Applied, Looks, Step, Undone, Work, end_jobs
 from gracefarm.console import Console, Tick
@@ -47,7 +47,7 @@ class WeightsSpec:
     "HF_ENDPOINT: a mirror of the Hub."
     token: str | None = field(default=None, repr=False)
     "Passed on stdin. The worker keeps it in memory and writes it to no file."
-    skip: Sequence[str] = dealing.SKIP
+    skip: Sequence[str] = assignment.SKIP
     workers: int = 8
     "Concurrent downloads on each node."
     patience: float = 120.0
@@ -112,11 +112,11 @@ class WeightsStep(Step):
         """Download the files."""
         spec = spec_of(work)
         brought = await bring(work.nodes, spec, work.console)
-        pinned, size = brought.manifest, dealing.told(brought.manifest.size)
+        pinned, size = brought.manifest, assignment.told(brought.manifest.size)
         seen = await call(work.nodes[0], "look.look", {"prefix": NO_MARK, "weights": brought.folder, "count": False})
         return Applied(
             text=f"{spec.repo} at {pinned.commit[:12]}: {len(pinned.files)} files, {size}",
-            now=f"{dealing.told(brought.fetched)} downloaded now by {len(work.nodes)} nodes" if brought.fetched else "",
+            now=f"{assignment.told(brought.fetched)} downloaded now by {len(work.nodes)} nodes" if brought.fetched else "",
             data={
                 "folder": brought.folder,
                 "commit": pinned.commit,
@@ -154,7 +154,7 @@ async def bring(targets: Sequence[RemoteNode], spec: WeightsSpec, console: Conso
     """
     pinned = await _manifest(targets[0], spec, console)
     place = paths.weights(spec.root, spec.repo, pinned.commit)
-    console.step("weights", f"{spec.repo} at {pinned.commit[:12]}: {len(pinned.files)} files, {dealing.told(pinned.size)}")
+    console.step("weights", f"{spec.repo} at {pinned.commit[:12]}: {len(pinned.files)} files, {assignment.told(pinned.size)}")
     with console.progress("weights") as tick:
         notice = BusyNotice(console)
         run = _Run(spec=spec, manifest=pinned, place=place, console=console, tick=tick, notice=notice)
@@ -172,7 +172,7 @@ async def _manifest(head: RemoteNode, spec: WeightsSpec, console: Console) -> Ma
         python=spec.worker_python,
         on_event=lambda event: told(head.name, event),
     )
-    return dealing.manifest(answer["repo"], answer["commit"], answer["files"], skip=spec.skip)
+    return assignment.manifest(answer["repo"], answer["commit"], answer["files"], skip=spec.skip)
 
 
 @dataclass(kw_only=True)
@@ -196,7 +196,7 @@ class _Run:
         for number in range(1, ROUNDS + 1):
             head = nodes[0]
             state = await self._alone(head)
-            shares = dealing.rounds(self.manifest, state["final"], state["ready"], [node.name for node in nodes])
+            shares = assignment.rounds(self.manifest, state["final"], state["ready"], [node.name for node in nodes])
             if not any(portion.fetch or portion.verify for portion in shares.values()):
                 return await self._finish(head, number - 1)
             self._measure(shares, state)
@@ -235,7 +235,7 @@ class _Run:
         self._done = self.manifest.size - missing
         if missing and state["free"] < missing + min(ROOM, missing):
             raise DiskFullError(
-                f"{dealing.told(missing)} are missing, but the shared folder has only {dealing.told(state['free'])} free",
+                f"{assignment.told(missing)} are missing, but the shared folder has only {assignment.told(state['free'])} free",
                 remedy=f"free space on it: `deploy env gc` removes old environments; {self.spec.root}/weights has the models",
             )
 
@@ -308,7 +308,7 @@ async def verify(targets: Sequence[RemoteNode], spec: WeightsSpec, commit: str, 
     place = paths.weights(spec.root, spec.repo, commit)
     text = (await call(targets[0], "weights.read_manifest", {"final": place}))["manifest"]
     pinned = Manifest.model_validate(json.loads(text))
-    shares: dict[str, list[WeightsFile]] = dealing.deal(pinned.files, [node.name for node in targets])
+    shares: dict[str, list[WeightsFile]] = assignment.deal(pinned.files, [node.name for node in targets])
 
     async def rehash(node: RemoteNode) -> Json:
         files = [file.model_dump() for file in shares[node.name]]

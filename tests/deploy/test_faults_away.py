@@ -19,7 +19,7 @@ import pytest
 from deploy.rehearsal import hub, walkthrough
 from deploy.rehearsal.rig import GATEWAY
 from deploy.rehearsal.walkthrough import REPO, Rehearsal
-from deploy.steps import dealing
+from deploy.steps import assignment
 from deploy.steps.order import UP
 from tests.deploy import faultkit, nodefaults
 from tests.deploy.faultkit import begin, deploy, end, kill, steps, until, until_running, well
@@ -63,7 +63,7 @@ class Scene:
     @property
     def wanted(self) -> list[str]:
         """What the deployment must consist of in the end."""
-        return sorted(path for path in self.served.files if not dealing.skipped(path, dealing.SKIP))
+        return sorted(path for path in self.served.files if not assignment.skipped(path, assignment.SKIP))
 
     def whole(self) -> bool:
         """Every file is there as the Hub has it."""

@@ -30,8 +30,8 @@ from deploy.nodes import paths
 from deploy.rehearsal import hub
 from deploy.remote import marked
 from deploy.remote.hub import patiently
-from deploy.steps import dealing, processes, weights
-from deploy.steps.dealing import WeightsFile
+from deploy.steps import assignment, processes, weights
+from deploy.steps.assignment import WeightsFile
 from gracefarm.console import Console
 from gracefarm.errors import DigestError, DiskFullError, FetchError, GracefarmError, HostError
 from tests.deploy import kit
@@ -82,7 +82,7 @@ def content(outcome: weights.Brought) -> dict[str, bytes]:
 
 
 def wanted(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {path: data for path, data in files.items() if not dealing.skipped(path, dealing.SKIP)}
+    return {path: data for path, data in files.items() if not assignment.skipped(path, assignment.SKIP)}
 
 
 @pytest.fixture
@@ -528,7 +528,7 @@ def test_the_deal_of_the_real_shape_is_within_five_percent_of_the_best() -> None
         WeightsFile(path=f"{n}", size=source.randrange(4_200_000_000, 4_900_000_000), sha256="0" * 64) for n in range(191)
     ]
     for count in range(2, 17):
-        shares = dealing.deal(files, [f"k{n}" for n in range(count)])
+        shares = assignment.deal(files, [f"k{n}" for n in range(count)])
         assert max(sum(file.size for file in share) for share in shares.values()) <= 1.05 * lower_bound(files, count)
 
 
@@ -554,14 +554,14 @@ def test_every_missing_file_is_fetched_or_verified_exactly_once_and_not_by_its_s
     files = [
         WeightsFile(path=f"f{n}", size=size, sha256=hashlib.sha256(b"%d" % n).hexdigest()) for n, size in enumerate(sizes)
     ]
-    pinned = dealing.Manifest(repo="org/model", commit=hub.COMMIT, files=tuple(files))
+    pinned = assignment.Manifest(repo="org/model", commit=hub.COMMIT, files=tuple(files))
     nodes = [f"k{n}" for n in range(count)]
     there = {f"f{n}": sizes[n] for n in final if n < len(sizes)}
     staged: dict[str, dict[str, int]] = {}
     for n, node in ready.items():
         if n < len(sizes):
             staged.setdefault(f"k{node}", {})[f"f{n}"] = sizes[n]
-    shares = dealing.rounds(pinned, there, staged, nodes)
+    shares = assignment.rounds(pinned, there, staged, nodes)
     verified = sorted(file.path for share in shares.values() for _, file in share.verify)
     assert verified == sorted(file.path for file in files if file.path not in there)
     fetched = [file.path for share in shares.values() for file in share.fetch]
@@ -573,6 +573,6 @@ def test_every_missing_file_is_fetched_or_verified_exactly_once_and_not_by_its_s
 
 def test_a_path_that_leaves_its_folder_is_refused() -> None:
     with pytest.raises(DigestError, match="leaves its folder"):
-        dealing.manifest("org/model", hub.COMMIT, [{"path": "a/../../x", "size": 1, "sha256": "0" * 64}])
+        assignment.manifest("org/model", hub.COMMIT, [{"path": "a/../../x", "size": 1, "sha256": "0" * 64}])
     with pytest.raises(DigestError, match="no digest"):
-        dealing.manifest("org/model", hub.COMMIT, [{"path": "x", "size": 1}])
+        assignment.manifest("org/model", hub.COMMIT, [{"path": "x", "size": 1}])
