@@ -15,7 +15,7 @@ from deploy.fleet.results import combined_error
 from deploy.planning.plans import ServePlan
 from deploy.steps import cache, environment, processes, remains, served_plan
 from deploy.steps.cache import CacheStep
-from deploy.steps.download import DownloadStep
+from deploy.steps.download_environment import DownloadStep
 from deploy.steps.engine import EngineStep
 from deploy.steps.environment import EnvironmentStep
 from deploy.steps.preflight import PreflightStep

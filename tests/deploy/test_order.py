@@ -31,7 +31,7 @@ from deploy.rehearsal import source, standin
 from deploy.remote import look, marked
 from deploy.steps import environment, order, processes, ray, setlock, step
 from deploy.steps.assignment import told
-from deploy.steps.download import DownloadStep
+from deploy.steps.download_environment import DownloadStep
 from deploy.steps.environment import EnvironmentStep
 from deploy.steps.order import StepChoice
 from deploy.steps.proof import ProofStep
