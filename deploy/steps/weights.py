@@ -235,7 +235,8 @@ class _Run:
         self._done = self.manifest.size - missing
         if missing and state["free"] < missing + min(ROOM, missing):
             raise DiskFullError(
-                f"{assignment.told(missing)} are missing, but the shared folder has only {assignment.told(state['free'])} free",
+                f"{assignment.told(missing)} are missing, but the shared folder has only "
+                f"{assignment.told(state['free'])} free",
                 remedy=f"free space on it: `deploy env gc` removes old environments; {self.spec.root}/weights has the models",
             )
 
