@@ -89,7 +89,7 @@ def plan(
     if count is None and any((kind, engine_name, repo, tp, pp, dp)):
         raise UsageError(
             "--gpu, --engine, --model, --tp, --pp and --dp require --nodes",
-            remedy="add --nodes N; or, in deploy.toml, set engine, repo in [model], or the keys of [layout]",
+            remedy="add --nodes N; or set these values in deploy.toml: engine, repo in [model], and the keys of [layout]",
         )
     split = {"tensor_parallel": tp, "pipeline_parallel": pp, "data_parallel": dp, "objective": objective}
     if count is None:

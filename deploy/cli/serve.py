@@ -135,7 +135,9 @@ def purge(context: DeployContext, share: bool, weights: bool, yes: bool, no_wait
     what = ["jobs, logs, secrets and uv"] + (["environments"] if share else []) + (["the model's files"] if weights else [])
     question = f"Remove {', '.join(what)} from {len(deployment.nodes)} nodes?"
     if not yes and not (console.interactive and click.confirm(question, err=True)):
-        raise UsageError("nothing was removed, since it was not confirmed", remedy="to remove without asking, use --yes")
+        raise UsageError(
+            "nothing was removed, because the removal was not confirmed", remedy="to remove without asking, use --yes"
+        )
 
     async def go(work: Work) -> Removed:
         await order.down(work)

@@ -170,7 +170,7 @@ def first_cause(lines: list[str], names: Mapping[str, str], *, returncode: int |
     if returncode in (137, -9, 9):
         return Cause(
             kind="killed",
-            text="it was killed (SIGKILL), by the kernel for host memory or by a user",
+            text="it was killed (SIGKILL), either by the kernel because host memory ran out, or by a user",
             remedy="collect the kernel's messages with `deploy collect`; if host memory was full, reduce cpu_offload_gib",
         )
     return no_cause(lines)
@@ -186,7 +186,8 @@ def no_cause(lines: Sequence[str]) -> Cause:
     return Cause(
         kind="none",
         text=f"no cause found; the engine was {progress.phase}; {line}",
-        remedy="see the whole log with `deploy logs`; collect the logs of all nodes and the stacks with `deploy collect`",
+        remedy="see the whole log with `deploy logs`; collect the logs of all nodes, and the stacks of their processes, "
+        "with `deploy collect`",
         line=last,
     )
 

@@ -160,7 +160,7 @@ def explain(node: Node, error: BaseException) -> GracefarmError:
         return error
     if isinstance(error, asyncssh.HostKeyNotVerifiable):
         return SshError(
-            f"{where}: the host key is not the pinned one: {error.reason}",
+            f"{where}: the host key differs from the pinned key: {error.reason}",
             remedy="compare the fingerprint on the node's console; if the node was reinstalled, run `deploy init --repin`",
         )
     if isinstance(error, asyncssh.PermissionDenied):
@@ -177,7 +177,8 @@ def explain(node: Node, error: BaseException) -> GracefarmError:
         )
     if isinstance(error, asyncssh.ConfigParseError):
         return SshError(
-            f"the configuration of ssh cannot be read: {error}", remedy="fix that line, then check it with `ssh -G HOST`"
+            f"the configuration of ssh cannot be read: {error}",
+            remedy="fix that line, then check the configuration with `ssh -G HOST`",
         )
     if isinstance(error, FileNotFoundError):
         return SshError(
@@ -190,5 +191,5 @@ def explain(node: Node, error: BaseException) -> GracefarmError:
     )
     return SshError(
         f"{where} cannot be reached: {text}",
-        remedy="check that the node is up, its address is right, and the port of sshd is open",
+        remedy="check that the node is running, that its address is correct, and that the port of sshd is open",
     )

@@ -36,7 +36,8 @@ async def require_forwarding(fleet: Fleet, node: Node, port: int) -> None:
         if refused.code == OPEN_ADMINISTRATIVELY_PROHIBITED:
             raise ForwardingError(
                 f"{node.name}: sshd forbids forwarding port {port} (AllowTcpForwarding, DisableForwarding or PermitOpen)",
-                remedy="set `AllowTcpForwarding local` in its /etc/ssh/sshd_config, reload sshd, then repeat the command",
+                remedy="set `AllowTcpForwarding local` in /etc/ssh/sshd_config on this node, reload sshd, then repeat "
+                "the command",
             ) from error
 
 
@@ -76,7 +77,7 @@ async def forward_local(fleet: Fleet, node: Node, local_port: int, remote_port: 
     except OSError as error:
         raise SshError(
             f"port {local_port} of this machine: {error.strerror}",
-            remedy="give another port with --port or --dashboard-port; 0 selects a free port",
+            remedy="give a different port with --port or --dashboard-port; 0 selects a free port",
         ) from error
     try:
         yield int(server.sockets[0].getsockname()[1])

@@ -190,7 +190,7 @@ def find_config() -> Path:
             return folder / FILE
     raise ConfigError(
         f"no {FILE} in this folder or its parents",
-        remedy="write one with `deploy init ips.txt`, or give its path: deploy --file PATH",
+        remedy="create this file with `deploy init ips.txt`, or give its path: deploy --file PATH",
     )
 
 
@@ -206,7 +206,7 @@ def load_deployment(path: Path | None = None) -> Deployment:
         data.local.format(user="u", node="k0")
     except (KeyError, IndexError, ValueError) as error:
         raise ConfigError(
-            f"{place}: key 'local': unknown placeholder; only {{user}} and {{node}} are replaced",
+            f"{place}: key 'local': unknown placeholder; only {{user}} and {{node}} are allowed",
             remedy=f"remove the other placeholders; {DOCS} describes `local`",
         ) from error
     return Deployment(path=place, data=data, nodes=_nodes(place, data))
@@ -222,7 +222,7 @@ def _nodes(path: Path, config: Config) -> tuple[Node, ...]:
         entries += [NodeConfig(address=address, group=group.name, **access) for address in group.hosts]
     entries += config.node
     if not entries:
-        raise ConfigError(f"{path}: no nodes", remedy='set hosts = [...] or file = "ips.txt" in [nodes]')
+        raise ConfigError(f"{path}: the file lists no nodes", remedy='set hosts = [...] or file = "ips.txt" in [nodes]')
     nodes: list[Node] = []
     for rank, entry in enumerate(entries):
         node = _node(rank, entry, config.nodes, base)

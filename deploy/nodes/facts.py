@@ -127,7 +127,7 @@ class Facts(KeptFact):
         for node in self.nodes:
             if node.name == name:
                 return node
-        raise ConfigError(f"no facts of node {name}", remedy="collect them with `deploy facts`")
+        raise ConfigError(f"there are no facts of node {name}", remedy="collect the facts with `deploy facts`")
 
     @property
     def shares(self) -> tuple[str, ...]:
@@ -148,7 +148,7 @@ def load_facts(deployment: Deployment) -> Facts:
         ) from error
     except ValidationError as error:
         raise ConfigError(
-            f"{deployment.folder.facts} is damaged or was written by another version of gracefarm",
+            f"{deployment.folder.facts} is damaged or was written by a different version of gracefarm",
             remedy="collect the facts again with `deploy facts`",
         ) from error
 

@@ -74,7 +74,8 @@ def read(folder: Folder) -> State:
     except ValidationError as error:
         raise ConfigError(
             f"{folder.state}: {error.errors()[0]['msg']}",
-            remedy="rename the file; every step then checks the nodes again, and repeats only what is missing",
+            remedy="rename this file, then repeat the command; every step then checks the nodes again, and does only "
+            "what is missing",
         ) from error
     if state.version != VERSION:
         raise ConfigError(

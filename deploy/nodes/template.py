@@ -31,9 +31,9 @@ def write_config(ips: Path, path: Path, *, access: Access, share: str | None = N
         if before == relative:
             return False
         raise ConfigError(
-            f"{path} exists already and takes its nodes from {before or 'its own lists'}",
-            remedy=f"to use the nodes of this file, run `deploy init {path}`; to deploy to other nodes, run `deploy init` in"
-            " another folder, or `deploy --file PATH init`",
+            f"{path} already exists and takes its nodes from {before or 'its own lists'}",
+            remedy=f"to use the nodes of this file, run `deploy init {path}`; to deploy to other nodes, run `deploy "
+            "init` in a different folder, or `deploy --file PATH init`",
         )
     atomic_write(path, render(relative, access=access, share=share, repo=repo))
     return True

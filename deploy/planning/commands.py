@@ -44,7 +44,8 @@ def node_env(deployment: Deployment, engine: Engine, layout: Layout, facts: Node
         if redact.called_secret(name) or redact.Redactor().line(value) != value:
             raise ConfigError(
                 f"[env] {name} is a secret, which must not be in deploy.toml or in a plan",
-                remedy="remove it: `deploy serve` creates the keys, and takes the Hub's token from HF_TOKEN in your shell",
+                remedy="remove it from [env]; `deploy serve` creates the keys itself, and takes the Hub's token from "
+                "HF_TOKEN in your shell",
             )
         if name in (engine.host_variable, engine.partition_variable):
             raise ConfigError(
@@ -53,9 +54,9 @@ def node_env(deployment: Deployment, engine: Engine, layout: Layout, facts: Node
             )
         if layout.offload_gib and engine.offload_env.get(name, value) != value:
             raise ConfigError(
-                f"[env] {name} = {value}: with it, {engine.name} {engine.version} ignores the {layout.offload_gib:g} GiB of "
-                "weights in host memory that this layout needs",
-                remedy="remove it from [env], or use so many nodes that no weights are in host memory",
+                f"[env] {name} = {value}: with this setting, {engine.name} {engine.version} ignores the "
+                f"{layout.offload_gib:g} GiB of weights in host memory that this layout needs",
+                remedy="remove it from [env], or use more nodes, so that no weights are in host memory",
             )
         env[name] = value
     return env

@@ -313,8 +313,8 @@ def _replicas(question: Question, world: int, dp: int, slots: Sequence[Slot]) ->
         have = " and ".join(map(str, sorted(counts)))
         raise LayoutError(
             f"dp {dp}: a replica of {world} GPUs must fill whole nodes or a part of one, but the nodes have {have} GPUs",
-            remedy="set tensor_parallel and pipeline_parallel so that their product divides the number of GPUs of a node, or "
-            "is a multiple of it",
+            remedy="set tensor_parallel and pipeline_parallel so that their product divides the number of GPUs of a "
+            "node, or is a multiple of that number",
         )
 
 

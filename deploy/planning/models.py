@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 ENDPOINT = "https://huggingface.co"
 TIMEOUT = 10.0
 WHOLE = "check that the file is the complete config.json of this model"
-SAME = "check that config.json and the weights are of the same model"
+SAME = "check that config.json and the weights belong to the same model"
 _HUB = "correct the environment variable HF_ENDPOINT"
-TRUST = "to serve it without a prediction, set trust = true, tensor_parallel and pipeline_parallel in [layout]"
+TRUST = "to serve this model without a prediction, set trust = true, tensor_parallel and pipeline_parallel in [layout]"
 
 
 class GatedError(FetchError):
@@ -99,7 +99,7 @@ def from_file(path: Path, *, repo: str, revision: str) -> Model:
     except WorkerError as error:
         raise ConfigError(error.cause, remedy=error.remedy) from error
     except OSError as error:
-        raise ConfigError(f"{path}: {error}", remedy="make the files readable") from error
+        raise ConfigError(f"{path}: {error}", remedy="make the files readable for your user") from error
 
 
 def _named(model: Model, index: Mapping[str, str]) -> Model:
@@ -190,7 +190,7 @@ def resolve(repo: str, revision: str, *, token: str | None = None) -> str:
     """The commit of a branch, tag or commit. This works for gated repositories too. Raises FetchError."""
     commit = str(_ask(f"api/models/{repo}/revision/{revision}", repo, revision, token).get("sha", ""))
     if not COMMIT.fullmatch(commit):
-        raise FetchError(f"{endpoint()} does not answer as the Hugging Face Hub does", remedy=_HUB)
+        raise FetchError(f"{endpoint()} does not answer like the Hugging Face Hub", remedy=_HUB)
     return commit
 
 
@@ -209,7 +209,7 @@ def _ask(path: str, repo: str, revision: str, token: str | None) -> dict[str, An
             " config.json",
         ) from error
     except ValueError as error:
-        raise FetchError(f"{base} does not answer as the Hugging Face Hub does", remedy=_HUB) from error
+        raise FetchError(f"{base} does not answer like the Hugging Face Hub", remedy=_HUB) from error
     return answer if isinstance(answer, dict) else {}
 
 

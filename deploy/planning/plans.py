@@ -254,7 +254,7 @@ def trusted(deployment: Deployment, facts: Facts, repo: str, revision: str) -> S
     if not (forced.tensor_parallel and forced.pipeline_parallel):
         raise ConfigError(
             "[layout] trust requires tensor_parallel and pipeline_parallel, since the planner does not know the model",
-            remedy="set both in [layout]; their product is the number of GPUs",
+            remedy="set both keys in [layout]; their product is the number of GPUs",
         )
     engine = engines.engine(data.engine)
     known = {node.name: facts.node(node.name) for node in deployment.nodes}

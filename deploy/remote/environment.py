@@ -208,14 +208,14 @@ def _failure(command: str, root: str, text: str) -> WorkerError:
         if kind == "digest":
             return WorkerError(
                 "digest",
-                f"the mirror has another file than uv pins: {words}",
-                "set python_mirror in deploy.toml to another mirror",
+                f"the mirror has a different file than uv pins: {words}",
+                "set python_mirror in deploy.toml to a different mirror",
             )
         return WorkerError("python", f"uv could not install Python: {words}", _BRING)
     if kind == "digest":
         return WorkerError(
             "digest",
-            f"the index has another file than the lock pins: {words}",
+            f"the index has a different file than the lock pins: {words}",
             "set index in deploy.toml to the index of this lock",
         )
     if kind in ("absent", "unsolved"):

@@ -191,10 +191,10 @@ async def start_or_attach(fleet: Fleet, head: RemoteNode, spec: EngineSpec, cons
         who = next(iter(seen["holders"].values()))
         raise EngineError(
             f"{head.name}: port {port(spec.plan)} is used by {who}, which does not belong to this deployment",
-            remedy="stop that process, or set `engine` in [ports] of deploy.toml to another port",
+            remedy="stop that process, or set `engine` in [ports] of deploy.toml to a different port",
         )
     elif left:
-        console.step("engine", "stopping the engine of another plan or environment")
+        console.step("engine", "stopping the engine of a different plan or environment")
     if not same:
         await asyncio.gather(*(stop_job(fleet, node, paths.ENGINE_JOB, grace=30) for node in (place, *followers)))
         await _require_memory(spec, console)
@@ -341,13 +341,13 @@ async def _give_up(fleet: Fleet, place: Node, spec: EngineSpec, progress: Progre
     if progress.phase == PHASES[-1]:  # the engine is ready but not reachable, so it is not stopped
         raise EngineError(
             f"no completion after {spec.load:g} s, but the engine's log says that it listens; it is still running",
-            remedy="find the reason with `deploy status`, and read its log with `deploy logs`",
+            remedy="find the reason with `deploy status`, and read the engine's log with `deploy logs`",
         )
     await stop_job(fleet, place, paths.ENGINE_JOB)
     raise EngineError(
         f"no completion after {spec.load:g} s; the engine was {progress.phase} for {progress.elapsed():.0f} s and was stopped",
-        remedy="read its log with `deploy logs`; if it only needs more time, increase load_timeout in [options] of"
-        " deploy.toml",
+        remedy="read the engine's log with `deploy logs`; if the engine only needs more time, increase load_timeout in "
+        "[options] of deploy.toml",
     )
 
 
@@ -382,7 +382,8 @@ async def _ended(spec: EngineSpec, status: JobStatus, progress: Progress) -> Eng
     )
     if status.state != "exited" and cause.kind in ("unknown", "none"):
         return EngineError(
-            f"the engine {how} while {progress.phase}", remedy="read its log with `deploy logs`, then repeat the command"
+            f"the engine {how} while {progress.phase}",
+            remedy="read the engine's log with `deploy logs`, then repeat the command",
         )
     if cause.kind == "none":
         return EngineError(f"the engine {how}: {cause.text}", remedy=cause.remedy)

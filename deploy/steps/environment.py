@@ -182,9 +182,10 @@ async def claim(work: Work) -> None:
     if owner != work.fleet.mark:
         share, name, root = paths.share(work.deployment), work.deployment.name, work.environment_root
         raise ConfigError(
-            f"another deployment on {share} has the name {name}: {root} belongs to {owner}, this one is {work.fleet.mark}",
-            remedy="set another name in deploy.toml; if the other deployment does not exist anymore, run "
-            f"`deploy run -k head -- rm {root}/owner`",
+            f"another deployment on {share} has the name {name}: {root} belongs to {owner}, but this deployment is "
+            f"{work.fleet.mark}",
+            remedy="set a different name in deploy.toml; if the other deployment no longer exists, run `deploy run -k "
+            f"head -- rm {root}/owner`",
         )
 
 
@@ -262,7 +263,8 @@ async def prove(targets: Sequence[RemoteNode], folder: str, wanted: Matrix, seco
     if bad:
         raise InstallError(
             f"the environment does not work on all nodes: {'; '.join(bad[:4])}" + ("; …" if len(bad) > 4 else ""),
-            remedy="it was not activated; run `deploy env matrix` for all results, and `deploy preflight` to check the nodes",
+            remedy="the environment was not activated; run `deploy env matrix` for all results, and `deploy preflight` "
+            "to check the nodes",
         )
     return rows
 

@@ -82,7 +82,7 @@ class PreflightStep(Step):
         share = work.deployment.data.share
         for node, seen in looks.items():
             if share and _mounted(seen) != record.data.get("shares", {}).get(node):
-                return f"{share} is not mounted on {node}, or from another source"
+                return f"{share} is not mounted on {node}, or is mounted from a different source"
             if record.data["boots"].get(node) != seen["boot"]:
                 return f"{node} was rebooted"
         return None

@@ -201,9 +201,12 @@ def _names(survey: Survey) -> Judgement:
     name = survey.hostname
     local = [address for address in survey.resolves if address.startswith("127.") or address == "::1"]
     if not survey.resolves:
-        return _warn(f"{name} does not resolve", "add it to /etc/hosts, since gloo and Ray look it up")
+        return _warn(f"{name} does not resolve", "add this name to /etc/hosts, because gloo and Ray look it up")
     if local:
-        remedy = f"set the address of {name} in /etc/hosts to the private one, since gloo and NCCL would bind to {local[0]}"
+        remedy = (
+            f"set the address of {name} in /etc/hosts to the node's private address; otherwise gloo and NCCL bind to "
+            f"{local[0]}"
+        )
         return _bad(f"{name} resolves to {local[0]}", remedy)
     return _ok(", ".join(survey.resolves))
 
@@ -243,8 +246,8 @@ def _ports(seen: Pairs, expected: Expected) -> Judgement:
         port, who = next(iter(foreign.items()))
         return _bad(
             f"port {port} is used by {who}" + (f", and {len(foreign) - 1} more are in use" if len(foreign) > 1 else ""),
-            f"stop the process (`deploy down` stops those of this deployment; `ss -ltnp 'sport = :{port}'` shows others), or"
-            " set other ports in [ports]",
+            f"stop the process (`deploy down` stops the processes of this deployment; `ss -ltnp 'sport = :{port}'` shows "
+            "other processes), or set different ports in [ports]",
         )
     shut = [
         f"{peer}:{number}"
@@ -292,11 +295,13 @@ def _share(survey: Survey, seen: Pairs, expected: Expected) -> Judgement:
 
 def _disk(disk: OwnDisk) -> Judgement:
     """The disk for logs, secrets and Ray's folder."""
-    remedy = f"free space on it (`df -h {disk.path}`), or set another `local` in deploy.toml"
+    remedy = f"free space on it (`df -h {disk.path}`), or set a different `local` in deploy.toml"
     if disk.error == "No space left on device":
         return _bad(f"no space left on {disk.path}", remedy)
     if disk.error:
-        return _bad(f"{disk.path}: {disk.error}", "make it writable for the deploying user, or set another `local`")
+        return _bad(
+            f"{disk.path}: {disk.error}", "make the folder writable for the deploying user, or set a different `local`"
+        )
     text = f"{disk.free / GIB:.1f} GiB free on {disk.path}"
     return _warn(f"{text}, which has Ray's logs and spilled objects", remedy) if disk.free < DISK else _ok(text)
 
@@ -327,10 +332,10 @@ def _python(python: NodePython, environment: ActiveEnvironment | None, source: s
             python.error, f"check that the shared folder is mounted on this node: it contains {environment.interpreter}"
         )
     if python.version != common:
-        remedy = "check that this node has the same shared folder as the others"
+        remedy = "check that this node has the same shared folder as the other nodes"
         if source == "system":
             remedy = 'install the same patch release on all nodes, or set `python = "managed"` in deploy.toml'
-        return _bad(f"{python.version}, but the others have {common}", remedy)
+        return _bad(f"{python.version}, but the other nodes have {common}", remedy)
     of = f"environment {environment.id[:12]}" if environment else "of the system; no environment is active yet"
     return _ok(f"{python.version}, {of}")
 
@@ -342,7 +347,7 @@ def _cuda(cuda: Cuda, gpus: int, rehearsal: bool) -> Judgement:
     if gpus == 0:  # the facts have no GPU either, so the plan does not use the node, and `up` of the others continues
         reason = f"{count}, which the stored facts do not have" if count else cuda.error or "no NVIDIA driver"
         return _warn(
-            f"{reason}: the plan does not use this node", "fix the driver or replace the node, then run `deploy facts`"
+            f"{reason}, so the plan does not use this node", "fix the driver or replace the node, then run `deploy facts`"
         )
     if cuda.absent:
         return _bad("libcuda.so.1 is missing", "install the NVIDIA driver, or use an image that has it")
@@ -362,7 +367,8 @@ def _memory(cuda: Cuda) -> Judgement:
     text = f"{worst.free / GIB:.1f} of {worst.total / GIB:.1f} GiB free"
     if worst.free < 0.95 * worst.total:
         return _bad(
-            text, "stop the process that uses this GPU: `nvidia-smi` shows it; `deploy down` stops those of this deployment"
+            text,
+            "stop the process that uses this GPU: `nvidia-smi` shows it; `deploy down` stops the processes of this deployment",
         )
     return _ok(text)
 

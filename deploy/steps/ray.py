@@ -215,7 +215,9 @@ async def _make_room(
     unfit = [node for node in targets if serving(looks[node.name]) and not fits(node)]
     names = tuple(node.name for node in unfit)
     if unfit:
-        console.step("ray", f"stopping incomplete processes, or those of another plan or environment: {', '.join(names)}")
+        console.step(
+            "ray", f"stopping processes that are incomplete or belong to a different plan or environment: {', '.join(names)}"
+        )
         await _end_engine(targets, looks, mark, console)
         await stop(unfit, mark, jobs=SERVING)
     return names

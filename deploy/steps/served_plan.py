@@ -89,7 +89,7 @@ def _parsed(text: str, path: str) -> object:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"{path}: not JSON: {error}", remedy="fetch it again: `deploy up --from weights`") from error
+        raise ConfigError(f"{path}: not JSON: {error}", remedy="fetch the file again: `deploy up --from weights`") from error
 
 
 def _local(work: Work, name: str) -> Path:

@@ -76,7 +76,7 @@ def _fetch_lock(index: str, name: str, path: Path, console: Console) -> str:
         whole = httpx.URL(index.rstrip("/") + "/").join("../requirements.lock")
     except httpx.InvalidURL as error:
         raise ConfigError(
-            f"index in deploy.toml is not a URL: {error}", remedy="set it to http://HOST:PORT/SET/simple/"
+            f"index in deploy.toml is not a URL: {error}", remedy="set index to http://HOST:PORT/SET/simple/"
         ) from error
     address = str(whole.copy_with(userinfo=b""))  # for messages, without a password
     remedy = f"build the lock with `builder set build {name}`; copy it to {path}, or set lock in deploy.toml to its path"

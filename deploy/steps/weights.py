@@ -105,7 +105,7 @@ class WeightsStep(Step):
             if seen["weights"] is None or seen["weights"]["manifest"] != record.data["manifest"]:
                 return f"{node} does not see them"
             if seen["weights"]["wrong"]:
-                return f"missing or of another size: {', '.join(seen['weights']['wrong'][:3])}"
+                return f"missing or of a different size: {', '.join(seen['weights']['wrong'][:3])}"
         return None
 
     async def apply(self, work: Work, looks: Looks) -> Applied:
@@ -203,8 +203,8 @@ class _Run:
             nodes = self._without(nodes, await self._round(nodes, shares))
         raise DigestError(
             f"{', '.join(sorted(set(self.corrupt))[:3]) or 'some files'}: corrupt in {ROUNDS} downloads",
-            remedy="set the environment variable HF_ENDPOINT to another server, or revision in [model] of deploy.toml to a"
-            " later commit",
+            remedy="set the environment variable HF_ENDPOINT to a different server, or revision in [model] of "
+            "deploy.toml to a later commit",
         )
 
     @property
@@ -237,7 +237,8 @@ class _Run:
             raise DiskFullError(
                 f"{assignment.told(missing)} are missing, but the shared folder has only "
                 f"{assignment.told(state['free'])} free",
-                remedy=f"free space on it: `deploy env gc` removes old environments; {self.spec.root}/weights has the models",
+                remedy="free space on the shared folder: `deploy env gc` removes old environments, and "
+                f"{self.spec.root}/weights contains the models",
             )
 
     async def _round(self, nodes: Sequence[RemoteNode], shares: Mapping[str, Portion]) -> dict[str, GracefarmError]:
@@ -249,7 +250,7 @@ class _Run:
         for corrupt in (answer["corrupt"] for answer in good.values()):
             self.corrupt += corrupt
             if corrupt:
-                self.console.warn(f"corrupt, will be downloaded again by another node: {', '.join(corrupt)}")
+                self.console.warn(f"corrupt; another node will download these files again: {', '.join(corrupt)}")
         return bad
 
     def _without(self, nodes: list[RemoteNode], bad: Mapping[str, GracefarmError]) -> list[RemoteNode]:

@@ -136,7 +136,8 @@ def plan_of(folder: Folder) -> ServePlan | None:
         return None
     except ValidationError as error:
         raise ConfigError(
-            f"{path} is damaged or was written by another version of gracefarm", remedy="run `deploy serve`, which replaces it"
+            f"{path} is damaged or was written by a different version of gracefarm",
+            remedy="run `deploy serve`, which replaces it",
         ) from error
 
 
@@ -182,7 +183,10 @@ def watch_of(deployment: Deployment, fleet: Fleet) -> Watch:
     except ConfigError as error:
         notes.append(f"{error.cause}; {error.remedy}")
     if facts is None and deployment.folder.facts.exists():
-        notes.append(f"{deployment.folder.facts} is damaged or from another version; collect them again with `deploy facts`")
+        notes.append(
+            f"{deployment.folder.facts} is damaged or was written by a different version; collect the facts again with "
+            "`deploy facts`"
+        )
     return Watch(deployment=deployment, fleet=fleet, facts=facts, plan=plan, notes=tuple(notes))
 
 
@@ -312,7 +316,7 @@ def _at_rest(kept: State, *, planned: bool) -> Service:
         if open_[name].outcome == "failed":
             again = "serve" if name in order.SERVE else "up"
             return Service(word="FAILED", detail=name, text=open_[name].text, remedy=f"repeat `deploy {again}`")
-        text = f"step {name} has started and not ended"
+        text = f"step {name} has started but not ended"
         again = "wait; if no command is running, continue with `deploy serve`"
         return Service(word="LOADING", detail=name, text=text, remedy=again)
     if "engine" in kept.steps or (planned and "load" in kept.steps):

@@ -108,7 +108,7 @@ def _of_running(signs: Signs, dead: list[str]) -> Diagnosis:
     if answer.text.startswith("HTTP 5"):  # a worker has died; the engine's server may continue to run
         text = f"no completion: {answer.text}; {ray}, and the engine's process is still running"
         return Diagnosis(kind="dead-engine", text=text, remedy=_AGAIN)
-    text = f"the engine hangs: {answer.text}, it generates no tokens for other requests either, and {ray}"
+    text = f"the engine hangs: {answer.text}, it generates no tokens for any other request, and {ray}"
     return Diagnosis(kind="wedged", text=text, remedy=_AGAIN)
 
 

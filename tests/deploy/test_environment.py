@@ -106,7 +106,7 @@ def test_built_once_proven_switched_rolled_back_collected(
             assert (again.id, again.built, again.switched) == (made[0].id, False, False)
             second = await environment.build_and_activate(nodes, spec(two), here, console)
             assert (root / "env").resolve().name == second.id
-            with pytest.raises(DigestError, match="the index has another file than the lock pins"):
+            with pytest.raises(DigestError, match="the index has a different file than the lock pins"):
                 await environment.build_and_activate(nodes, spec("tiny==1.0 --hash=sha256:" + "0" * 64), here, console)
             broken = publish(folder, "3.0", "import nothing_there\n")
             with pytest.raises(InstallError, match="k0: tiny: ModuleNotFoundError"):
@@ -224,7 +224,7 @@ def test_a_python_that_is_another_than_uv_knows_or_cannot_be_had_is_told_with_a_
     async def go() -> None:
         async with kit.nodes(tmp_path, 1) as nodes:
             spec = EnvironmentSpec(root=str(root), lock=lock, index=url, engine="tiny", source="managed", mirror=mirror)
-            with pytest.raises(DigestError, match=r"k0: the mirror has another file than uv pins: .*Hash mismatch"):
+            with pytest.raises(DigestError, match=r"k0: the mirror has a different file than uv pins: .*Hash mismatch"):
                 await environment.build_and_activate(nodes, spec, here, Console())
             shutil.rmtree(tmp_path / "mirror" / "20260101")
             with pytest.raises(HostError, match=r"uv could not install Python: .*No such file") as error:

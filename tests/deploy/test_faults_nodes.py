@@ -36,7 +36,7 @@ def test_another_host_key(made: Rehearsal) -> None:
     nodefaults.new_host_key(made.room["k1"])
     done = deploy(made, "up")
     assert done.code == SSH
-    assert "k1 10.77.0.12:22: the host key is not the pinned one" in done.output
+    assert "k1 10.77.0.12:22: the host key differs from the pinned key" in done.output
     well(made, "init", "deploy.toml", "--accept", "--repin")
     well(made, "up")
 
@@ -206,7 +206,7 @@ def test_a_shard_that_rotted_or_was_cut_short_is_brought_again(made: Rehearsal) 
     assert "downloaded now" in well(made, "up")
     short.write_bytes(short.read_bytes()[:100])
     output = well(made, "up", "--skip", "proof")
-    assert f"missing or of another size: {short.name}" in output
+    assert f"missing or of a different size: {short.name}" in output
     assert "all files match the Hub's digests" in well(made, "weights", "verify")
 
 

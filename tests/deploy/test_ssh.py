@@ -138,7 +138,7 @@ def test_another_host_key_is_refused_by_name_and_nothing_runs(tmp_path: Path) ->
         done = await fleet.run("touch $HOME/was-here")
         assert done["k0"].ok
         assert isinstance(done["k1"].error, SshError)
-        assert "the host key is not the pinned one" in done["k1"].error.cause
+        assert "the host key differs from the pinned key" in done["k1"].error.cause
         assert "deploy init --repin" in done["k1"].error.remedy
         assert not (made[1].home / "was-here").exists()
 
