@@ -11,7 +11,7 @@ from gracefarm.errors import ConfigError, UsageError
 from gracefarm.files import atomic_write
 from index.cli.common import IndexContext, in_context
 from index.limits import Limits
-from index.serving import granian, proxies
+from index.serving import proxies, server
 from index.serving.service import ServeOptions
 from index.store import auth, htpasswd
 
@@ -177,8 +177,8 @@ def serve(
             atomic_write(port_file, address.rpartition(":")[2] + "\n")
         context.console.event("listening", f"serving {context.store.root} on {address}/simple/", url=address)
 
-    listen = granian.Listen(host=host, port=port, certificate=tls_cert, key=tls_key)
-    granian.run(context.store, options, listen, announce)
+    listen = server.Listen(host=host, port=port, certificate=tls_cert, key=tls_key)
+    server.run(context.store, options, listen, announce)
 
 
 def _size(text: str) -> int:

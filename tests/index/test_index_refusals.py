@@ -27,7 +27,7 @@ import index.intake.wheel
 from index.errors import RefusedError
 from index.intake.defects import Defects
 from index.names import parse_filename
-from index.serving.granian import GRACE
+from index.serving.server import GRACE
 from tests.processes import open_files
 
 

@@ -1,4 +1,4 @@
-"""Run the front on granian, one server per root."""
+"""Run the server of a root on granian: repair the store, assemble the application, listen, end. One server per root."""
 
 from __future__ import annotations
 
