@@ -20,7 +20,7 @@ from index.serving.accesslog import AccessLog
 from index.serving.draining import Body, drain
 from index.serving.proxies import client_address
 from index.serving.service import IndexService
-from index.simple_api import listings, negotiate
+from index.simple_api import negotiate, views
 from index.simple_api.negotiate import Encoding
 from index.web.site import forwarded_prefix
 
@@ -159,7 +159,7 @@ class Front:
             at = parts.index("simple")
         except ValueError:
             return None
-        view = listings.find(self.service.catalogue, parts[:at])
+        view = views.find(self.service.catalogue, parts[:at])
         if view is None or len(parts) - at > 3 or (len(parts) - at == 3 and parts[-1]):
             return self._no_view(scope)
         name = parts[at + 1] if len(parts) - at > 1 else ""
@@ -172,10 +172,10 @@ class Front:
 
     def _no_view(self, scope: Scope) -> PageAnswer:
         """404 with a list of the views."""
-        self._views = self._views or tuple(view.address for view in listings.public(self.service.catalogue))
+        self._views = self._views or tuple(view.address for view in views.public(self.service.catalogue))
         prefix = self._prefix(scope)
-        views = ", ".join(prefix + address for address in self._views)
-        return _plain(404, f"this view does not exist (existing views: {views})\n")
+        existing = ", ".join(prefix + address for address in self._views)
+        return _plain(404, f"this view does not exist (existing views: {existing})\n")
 
     def _no_method(self, scope: Scope) -> PageAnswer:
         """405 with the address for uploads."""
@@ -184,7 +184,7 @@ class Front:
     def _prefix(self, scope: Scope) -> str:
         return forwarded_prefix(Request(scope), self.service.options.trusted_proxies)
 
-    def _page(self, view: listings.View, name: str, media: str | None, encoding: Encoding) -> PageAnswer:
+    def _page(self, view: views.View, name: str, media: str | None, encoding: Encoding) -> PageAnswer:
         if media is None:
             return _plain(406, f"this page is available as {negotiate.JSON}, {negotiate.HTML} and text/html\n")
         page = self.service.page_cache.page(view, name, negotiate.format_of(media))

@@ -40,7 +40,7 @@ from index.serving.draining import Body, drain
 from index.serving.proxies import client_address
 from index.serving.service import IndexService
 from index.serving.upload import take
-from index.simple_api import listings, negotiate, requirements
+from index.simple_api import negotiate, requirements, views
 from index.store import auth, provenance, records
 from index.store.auth import Token
 from index.web.site import forwarded_prefix
@@ -158,7 +158,7 @@ async def packages(service: IndexService, _request: Request) -> Response:
 async def bare_name(service: IndexService, request: Request) -> Response:
     """GET /NAME and /NAME/: redirect to the project's page, as in pypiserver."""
     name = name_in_address(request.path_params["name"])
-    if not listings.files(service.catalogue, listings.ALL, name):
+    if not views.files(service.catalogue, views.ALL, name):
         raise NotFoundError(f"/simple/ has no project {name!r}", remedy="/ and /simple/ list the projects")
     up = "../" if request.url.path.endswith("/") else ""
     return RedirectResponse(f"{up}simple/{name}/", status_code=303)
@@ -256,7 +256,7 @@ async def record(service: IndexService, request: Request) -> Response:
 async def staged_record(service: IndexService, request: Request) -> Response:
     """GET /preview/TOKEN/records/ID and …/log: builds of the wheels in that staged set."""
     identifier = records.check_id(request.path_params["id"])
-    view = listings.find(service.catalogue, ("preview", request.path_params["token"]))
+    view = views.find(service.catalogue, ("preview", request.path_params["token"]))
     row = service.catalogue.row(
         "SELECT * FROM record WHERE id = ? AND EXISTS (SELECT 1 FROM file JOIN member ON member.file_id = file.id"
         " WHERE file.build = record.id AND set_name = ?)",
@@ -271,7 +271,7 @@ async def set_lock(service: IndexService, request: Request) -> Response:
 
     def render() -> str:
         with service.catalogue.moment():
-            view = listings.find(service.catalogue, prefix)
+            view = views.find(service.catalogue, prefix)
             if view is None or view.kind != "set":
                 raise NotFoundError(f"this index has no set {prefix[-1]!r}", remedy="/sets/ lists the sets")
             return requirements.render(service.catalogue, view)

@@ -18,7 +18,7 @@ from index.serving.routes import body_of, identify
 from index.serving.service import IndexService
 from index.sets import pylock, staged
 from index.sets.staged import ReleaseSet
-from index.simple_api import listings, negotiate
+from index.simple_api import negotiate, views
 from index.store import auth
 from index.store.auth import Token
 from index.web.site import forwarded_prefix
@@ -77,7 +77,7 @@ async def put_pylock(service: IndexService, request: Request) -> Response:
 async def get_pylock(service: IndexService, request: Request) -> Response:
     """GET /SET/pylock.toml, /preview/TOKEN/pylock.toml."""
     prefix = request.url.path.strip("/").split("/")[:-1]
-    view = listings.find(service.catalogue, prefix)
+    view = views.find(service.catalogue, prefix)
     raw = staged.pylock_of(service.catalogue, view.argument) if view is not None and view.kind == "set" else None
     if raw is None:
         raise NotFoundError(

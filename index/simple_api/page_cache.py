@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 import zstandard
 
 from index.errors import NotFoundError
-from index.simple_api import listings, simple
-from index.simple_api.listings import View
+from index.simple_api import simple, views
 from index.simple_api.negotiate import Encoding, Format
+from index.simple_api.views import View
 from index.store.catalogue import Catalogue
 
 POLL = 0.002
@@ -154,11 +154,11 @@ def render(catalogue: Catalogue, view: View, project: str, form: Format, base_ur
         NotFoundError: the view has no project of that name.
     """
     if not project:
-        names = listings.projects(catalogue, view)
+        names = views.projects(catalogue, view)
         return simple.root_json(names) if form == "json" else simple.root_html(names)
-    files = listings.files(catalogue, view, project)
+    files = views.files(catalogue, view, project)
     if not files:
-        others = ", ".join(other.address for other in listings.other_views(catalogue, view, project))
+        others = ", ".join(other.address for other in views.other_views(catalogue, view, project))
         if others:
             torch = f"torch {view.torch}" if view.torch else "every torch"
             raise NotFoundError(
@@ -166,7 +166,7 @@ def render(catalogue: Catalogue, view: View, project: str, form: Format, base_ur
                 remedy=f"see {others}",
             )
         raise NotFoundError(f"this index has no project {project!r}", remedy="the address one level up lists the projects")
-    files += listings.variants_json(catalogue, view, project, files)
-    status = listings.status(catalogue, project)
+    files += views.variants_json(catalogue, view, project, files)
+    status = views.status(catalogue, project)
     make = simple.project_json if form == "json" else simple.project_html
     return make(view, project, files, status, base_url)

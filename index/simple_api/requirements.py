@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from gracefarm import pins
 from index.errors import NotFoundError
-from index.simple_api import listings
-from index.simple_api.listings import View
+from index.simple_api import views
+from index.simple_api.views import View
 from index.store.catalogue import Catalogue
 
 FILENAME = "requirements.lock"
@@ -31,7 +31,7 @@ def render(catalogue: Catalogue, view: View) -> str:
         NotFoundError: the set has several versions of a project (for example one per architecture), which one lock cannot
             express; or every file of a project was lost, withdrawn or deleted, so a lock would silently lack the project.
     """
-    names = listings.projects(catalogue, view)
+    names = views.projects(catalogue, view)
     gone = {row["project"] for row in catalogue.rows(_EVER, {"name": view.argument})}.difference(names)
     if gone:
         raise NotFoundError(
@@ -40,7 +40,7 @@ def render(catalogue: Catalogue, view: View) -> str:
         )
     lines = [f"# The set {view.argument} of this index.\n"]
     for project in names:
-        files = listings.files(catalogue, view, project)
+        files = views.files(catalogue, view, project)
         versions = sorted({item.version for item in files})
         if len(versions) > 1:
             raise NotFoundError(

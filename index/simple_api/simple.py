@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from packaging.version import Version
 
-from index.simple_api.listings import Listed, ProjectStatus, View
+from index.simple_api.views import Listed, ProjectStatus, View
 from index.store.provenance import SUFFIX
 from index.trust.publishers import is_safe_url
 

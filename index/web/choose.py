@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from index.errors import NotFoundError
 from index.names import name_in_address, wheel_tags
-from index.simple_api import listings
+from index.simple_api import views
 from index.simple_api.simple import file_path
 from index.web.finder import WheelChoice
 from index.web.projects import choices_of
@@ -25,7 +25,7 @@ _MARK = '"__WHEELS__"'
 def choose(site: Site, request: Request) -> Response:
     """GET /project/NAME/choose.py: a program, served as plain text."""
     name = name_in_address(request.path_params["name"])
-    if listings.status(site.catalogue, name).status == "quarantined":
+    if views.status(site.catalogue, name).status == "quarantined":
         raise NotFoundError(f"the project {name} is quarantined", remedy="the page of the project gives the reason")
     choices = choices_of(site.catalogue, name)
     base = site.base(request)

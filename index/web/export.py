@@ -20,10 +20,10 @@ from gracefarm.errors import ConfigError
 from gracefarm.files import atomic_write, sync_directory
 from index.errors import DamagedError, NotFoundError
 from index.sets import pylock, staged
-from index.simple_api import listings, requirements
-from index.simple_api.listings import Listed, View
+from index.simple_api import requirements, views
 from index.simple_api.negotiate import Encoding, Format
 from index.simple_api.page_cache import Page, render
+from index.simple_api.views import Listed, View
 from index.store import variants
 from index.store.catalogue import Catalogue
 from index.store.files import Store, disk_errors
@@ -113,15 +113,15 @@ class StaticExport:
     def add_files(self, tick: Tick = no_tick) -> None:
         """Every file that a page links to, with its metadata."""
         catalogue = self.site.catalogue
-        listed = [(view, name) for view in listings.public(catalogue) for name in listings.projects(catalogue, view)]
+        listed = [(view, name) for view in views.public(catalogue) for name in views.projects(catalogue, view)]
         for number, (view, name) in enumerate(listed):
             tick(number, len(listed), name)
-            if listings.status(catalogue, name).status == "quarantined":
+            if views.status(catalogue, name).status == "quarantined":
                 continue
-            shown = listings.files(catalogue, view, name)
+            shown = views.files(catalogue, view, name)
             for item in shown:
                 self._add_file(item)
-            for document in listings.variants_json(catalogue, view, name, shown):
+            for document in views.variants_json(catalogue, view, name, shown):
                 self._add_variants(document)
         tick(len(listed), len(listed), "")
 
@@ -144,8 +144,8 @@ class StaticExport:
 
     def add_simple_pages(self) -> None:
         """The simple API in each format and coding, and the locks of sets."""
-        for view in listings.public(self.site.catalogue):
-            for name in [*listings.projects(self.site.catalogue, view), ""]:
+        for view in views.public(self.site.catalogue):
+            for name in [*views.projects(self.site.catalogue, view), ""]:
                 self._add_simple_page(view, name)
             if view.kind == "set":
                 self._add_lock(view)
@@ -207,7 +207,7 @@ class StaticExport:
             program = f"project/{name}/{choose.FILENAME}"
             if not self._keeps(name, path, f"{path}.gz", program, f"{program}.gz"):
                 yield _page(project_pages.project, f"/project/{name}/", name=name)
-                if listings.status(catalogue, name).status != "quarantined":
+                if views.status(catalogue, name).status != "quarantined":
                     yield program, _body(partial(choose.choose, site), f"/{program}", name=name)
         for row in catalogue.rows("SELECT id FROM public_record ORDER BY id"):
             yield _page(partial(builds.build, site), f"/board/{row['id']}/", id=row["id"])

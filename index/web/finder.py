@@ -12,7 +12,7 @@ from packaging.tags import Tag
 from gracefarm.pythons import serves
 from gracefarm.variants import split_label
 from index.names import wheel_tags
-from index.simple_api.listings import Listed
+from index.simple_api.views import Listed
 
 FINDER = ("cuda", "torch", "python", "sm", "platform")
 "Properties that the wheel finder asks for, in this order."

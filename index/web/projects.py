@@ -14,9 +14,9 @@ from starlette.responses import RedirectResponse, Response
 from gracefarm.variants import split_label
 from index.errors import NotFoundError
 from index.names import name_in_address, view_of_cuda
-from index.simple_api import listings
-from index.simple_api.listings import ALL, NIGHTLY, Listed, View
+from index.simple_api import views
 from index.simple_api.simple import file_path
+from index.simple_api.views import ALL, NIGHTLY, Listed, View
 from index.store.catalogue import Catalogue
 from index.store.facts import built_for
 from index.web import about
@@ -105,7 +105,7 @@ class ProjectPages:
         asked["python"] = asked_python(asked["python"])
         shown = [choice for choice in choices if all(choice.fits(key, value) for key, value in asked.items())]
         best = best_of(shown)
-        state = listings.status(self.site.catalogue, name)
+        state = views.status(self.site.catalogue, name)
         offered = state.status != "quarantined"
         return self.site.render(
             request,
@@ -159,7 +159,7 @@ def choices_of(catalogue: Catalogue, name: str) -> list[WheelChoice]:
     Raises:
         NotFoundError: the project has no files.
     """
-    files = [*listings.files(catalogue, ALL, name), *listings.files(catalogue, NIGHTLY, name)]
+    files = [*views.files(catalogue, ALL, name), *views.files(catalogue, NIGHTLY, name)]
     if not files:
         raise NotFoundError(f"this index has no project {name!r}", remedy="/ lists all projects")
     return sorted((choice_of(item) for item in files), key=_newest_first, reverse=True)
@@ -218,15 +218,15 @@ def variant_views(catalogue: Catalogue, name: str) -> list[str]:
     can load need no such view.
     """
     stacks = {(item.facts.cuda, built_for(item.version, item.facts) or "") for item in _variants(catalogue, ALL, name)}
-    views = [view for view in listings.public(catalogue) if view.kind == "cuda" and (view.argument, view.torch) in stacks]
-    if not any(view.torch for view in views):
-        views = [ALL] if stacks else []
+    shown = [view for view in views.public(catalogue) if view.kind == "cuda" and (view.argument, view.torch) in stacks]
+    if not any(view.torch for view in shown):
+        shown = [ALL] if stacks else []
     nightly = [NIGHTLY] if _variants(catalogue, NIGHTLY, name) else []
-    return ["".join(f"{part}/" for part in view.prefix) for view in (*views, *nightly)]
+    return ["".join(f"{part}/" for part in view.prefix) for view in (*shown, *nightly)]
 
 
 def _variants(catalogue: Catalogue, view: View, name: str) -> list[Listed]:
-    return [item for item in listings.files(catalogue, view, name) if split_label(item.filename)[1] and item.yanked is None]
+    return [item for item in views.files(catalogue, view, name) if split_label(item.filename)[1] and item.yanked is None]
 
 
 def _project_row(name: str, items: Sequence[sqlite3.Row]) -> ProjectRow:

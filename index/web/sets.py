@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from index.errors import NotFoundError
 from index.sets import staged
-from index.simple_api import listings, requirements
+from index.simple_api import requirements, views
 from index.store.catalogue import Catalogue
 from index.web.site import Site
 
@@ -16,7 +16,7 @@ def sets(site: Site, request: Request) -> Response:
     """Render the page of published sets and views."""
     with site.catalogue.moment():
         published = [item for item in staged.all_sets(site.catalogue) if item.state == "published"]
-        shown = [view for view in listings.public(site.catalogue) if view.kind != "set"]
+        shown = [view for view in views.public(site.catalogue) if view.kind != "set"]
         lockless = {item.name: _lockless(site.catalogue, item.name) for item in published}
         defects = {item.name: _defects(site.catalogue, item.name) for item in published}
     return site.render(request, "sets.html", sets=published, views=shown, lockless=lockless, defects=defects)
@@ -35,7 +35,7 @@ def _defects(catalogue: Catalogue, name: str) -> dict[str, str]:
 def _lockless(catalogue: Catalogue, name: str) -> str:
     """Why the set has no lock; "" if it has one."""
     try:
-        requirements.render(catalogue, listings.View(kind="set", prefix=(name,), argument=name))
+        requirements.render(catalogue, views.View(kind="set", prefix=(name,), argument=name))
     except NotFoundError as error:
         return error.cause
     return ""

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from index.errors import NotFoundError
-from index.simple_api import listings
+from index.simple_api import views
 from index.simple_api.simple import file_path
 from index.store import documents, records
 from index.web.finder import choice_of
@@ -21,14 +21,14 @@ def wheel(site: Site, request: Request) -> Response:
     row = catalogue.row("SELECT * FROM public_file WHERE filename = ?", (request.path_params["filename"],))
     if row is None:
         raise NotFoundError("this index has no such wheel", remedy="the project's page lists its wheels")
-    item = listings.listed(row)
+    item = views.listed(row)
     build_row = catalogue.row("SELECT * FROM record WHERE id = ?", (item.build,))
     record = records.summary(build_row) if build_row is not None else None
     sets = catalogue.rows(
         "SELECT set_name FROM member JOIN release_set ON name = set_name WHERE file_id = ? AND state = 'published'",
         (row["id"],),
     )
-    choice, state = choice_of(item), listings.status(catalogue, item.project)
+    choice, state = choice_of(item), views.status(catalogue, item.project)
     installable = item.kind == "bdist_wheel" and not choice.variant and item.yanked is None and state.status != "quarantined"
     document = document_of(site.store, record)
     return site.render(

@@ -22,8 +22,8 @@ import httpx
 import pytest
 from index_kit import JSON, Server, run_index, run_json, serving, start, stop, wheel
 
-from index.simple_api.listings import View
 from index.simple_api.negotiate import Format
+from index.simple_api.views import View
 from index.store import upkeep
 from index.store.catalogue import Catalogue, open_catalogue
 from index.store.files import Store

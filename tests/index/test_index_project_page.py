@@ -14,7 +14,7 @@ from browser_kit import SECOND_HOST, check_page, chromium
 from index_kit import Server, run_index, sdist, serving, wheel
 from playwright.sync_api import Browser
 
-from index.simple_api.listings import Listed
+from index.simple_api.views import Listed
 from index.store.facts import CudaFacts
 from index.web.about import about, render
 from index.web.finder import WheelChoice, asked_python, choice_of, options

@@ -19,8 +19,8 @@ from index_kit import JSON, Server, make_token, run_index, run_json, serving, wh
 
 from index.serving.assembly import build
 from index.serving.service import ServeOptions
-from index.simple_api import listings
-from index.simple_api.listings import Listed, View
+from index.simple_api import views
+from index.simple_api.views import Listed, View
 from index.store.catalogue import Catalogue
 from index.store.files import Store
 
@@ -319,14 +319,14 @@ def test_a_lock_is_of_one_moment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     run_index(root, "stage", "create", "now")
     run_index(root, "stage", "add", "now", *sorted(path.name for path in (tmp_path / "wheels").iterdir()))
     run_index(root, "stage", "publish", "now")
-    real = listings.files
+    real = views.files
 
     def meanwhile(catalogue: Catalogue, view: View, project: str) -> list[Listed]:
         if project == "moment-a":
             run_index(root, "delete", "moment-b", "1.0", "--yes")
         return real(catalogue, view, project)
 
-    monkeypatch.setattr(listings, "files", meanwhile)
+    monkeypatch.setattr(views, "files", meanwhile)
     application = build(Store(root=root), ServeOptions())
 
     async def ask() -> str:
