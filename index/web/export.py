@@ -22,7 +22,8 @@ from index.errors import DamagedError, NotFoundError
 from index.sets import pylock, staged
 from index.simple_api import requirements, views
 from index.simple_api.negotiate import Encoding, Format
-from index.simple_api.page_cache import Page, render
+from index.simple_api.page_cache import Page
+from index.simple_api.pages import render
 from index.simple_api.views import Listed, View
 from index.store import variants
 from index.store.catalogue import Catalogue
