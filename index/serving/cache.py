@@ -11,7 +11,7 @@ from starlette.routing import Route
 
 from index.errors import TooLargeError
 from index.intake.multipart import pieces
-from index.serving.routes import client_of, identify
+from index.serving.requests import client_of, identify
 from index.serving.service import IndexService
 from index.store import auth
 from index.store.cache import MAX_ENTRY, EntryStore

@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from index.errors import NotFoundError
-from index.serving.routes import body_of, client_of, identify, send_stored
+from index.serving.requests import body_of, client_of, identify, send_stored
 from index.serving.service import IndexService
 from index.store import documents
 from index.store.auth import Token

@@ -1,4 +1,4 @@
-"""Routes of uploads, files, records, locks and operation. front.py answers /simple/; index/web has the web pages' routes."""
+"""Routes of files, records, locks and operation, and the application with all routes. front.py answers /simple/."""
 
 from __future__ import annotations
 
@@ -21,82 +21,22 @@ from starlette.routing import Route
 from gracefarm.errors import UsageError
 from gracefarm.variants import index_filename
 from index.errors import (
-    DamagedError,
     ForbiddenError,
     GoneError,
     NotFoundError,
     RefusalError,
     RefusedError,
-    TooLargeError,
-    UnauthenticatedError,
     sentence,
 )
-from index.intake.admission import Destination
-from index.intake.multipart import pieces
 from index.names import name_in_address
-from index.serving import openapi
-from index.serving.download import FileAnswer
-from index.serving.draining import Body, drain
-from index.serving.proxies import client_address
+from index.serving import openapi, upload
+from index.serving.requests import IMMUTABLE, body_of, client_of, identify, send_stored
 from index.serving.service import IndexService
-from index.serving.upload import take
 from index.simple_api import negotiate, requirements, views
-from index.store import auth, provenance, records
-from index.store.auth import Token
+from index.store import provenance, records
 from index.web.site import forwarded_prefix
 
-IMMUTABLE = "public, max-age=31536000, immutable"
-
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
-
-
-def client_of(service: IndexService, request: Request) -> str:
-    """Address of the client, resolved through trusted proxies."""
-    return client_address(request.scope, service.options.trusted_proxies)
-
-
-async def identify(service: IndexService, request: Request) -> Token:
-    """The request's token.
-
-    Raises:
-        UnauthenticatedError, TooManyError: the token is missing or invalid, or the address sent too many invalid ones.
-    """
-    client, authorization = client_of(service, request), request.headers.get("authorization")
-    service.gate.write(client)
-    try:
-        if not auth.is_user(authorization):
-            return auth.identify(service.catalogue, authorization)
-        service.gate.guessing(client)
-        return await asyncio.get_running_loop().run_in_executor(
-            service.workers, auth.identify_user, service.catalogue, authorization, service.passwords
-        )
-    except UnauthenticatedError:
-        service.gate.failure(client)
-        raise
-
-
-async def legacy(service: IndexService, request: Request) -> Response:
-    """POST /legacy/, /nightly/legacy/, /stage/SET/legacy/, and / as in pypiserver."""
-    set_name = request.path_params.get("set_name")
-    body = Body(request.receive)
-    destination = Destination(
-        set_name=set_name,
-        channel="nightly" if request.url.path.startswith("/nightly/") else "release",
-        allow_new=service.options.allow_new,
-        variants=service.options.variants,
-    )
-    try:
-        token = await identify(service, request)
-        # Only the set is checked before the body is read. The form names the project later; `take` checks that.
-        auth.allow_set(token, destination.scope)
-        async with service.gate.upload(client_of(service, request)):
-            upload = await take(service, token, destination, request, body)
-    except RefusalError as error:
-        service.metrics.uploads[str(error.status)] += 1
-        await drain(body, service.limits.idle)
-        raise
-    service.metrics.uploads[upload.outcome] += 1
-    return PlainTextResponse(upload.sentence + "\n", headers={"X-Sha256": upload.sha256})
 
 
 async def stored_file(service: IndexService, request: Request) -> Response:
@@ -211,27 +151,6 @@ def _locate(service: IndexService, sha256: str, filename: str) -> tuple[str, str
     return row["metadata_sha256"], "text/plain; charset=utf-8"
 
 
-def send_stored(service: IndexService, request: Request, sha256: str, media: str, *, cache: str = IMMUTABLE) -> Response:
-    """The stored bytes of that digest, with ranges and 304.
-
-    Raises:
-        DamagedError: the bytes are missing from the store.
-    """
-    etag = f'"{sha256}"'
-    headers = {"ETag": etag, "Cache-Control": cache, "Accept-Ranges": "bytes"}
-    match = request.headers.get("if-none-match")
-    if match and negotiate.names_etag(match, etag):
-        return Response(status_code=304, headers=headers)
-    path = service.store.path(sha256)
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        raise DamagedError(
-            "the store has lost this file", remedy="upload it again; `index fsck` lists all lost files"
-        ) from None
-    return FileAnswer(path, service.downloads, stat_result=status, media_type=media, headers=headers)
-
-
 async def record(service: IndexService, request: Request) -> Response:
     """/records/ID and /records/ID/log: GET is public, PUT requires a token."""
     identifier = records.check_id(request.path_params["id"])
@@ -290,18 +209,6 @@ def _send_record(service: IndexService, request: Request, row: sqlite3.Row | Non
     return send_stored(
         service, request, digest, "text/plain; charset=utf-8" if is_log else "application/json", cache="no-cache"
     )
-
-
-async def body_of(service: IndexService, request: Request) -> bytes:
-    """The whole body of a request, up to the limit for records."""
-    body = bytearray()
-    async for piece in pieces(request.receive, service.limits):
-        body += piece
-        if len(body) > records.MAX_RECORD:
-            raise TooLargeError(
-                f"records and logs may have at most {records.MAX_RECORD} bytes", remedy="compress or shorten the log"
-            )
-    return bytes(body)
 
 
 CHANGES = 1000
@@ -384,19 +291,15 @@ async def on_http(_request: Request, error: Exception) -> Response:
 
 
 def starlette_app(service: IndexService, more: list[Route], on_end: Callable[[], None]) -> Starlette:
-    """The Starlette application behind `Front`, for all except /simple/. `more` has the routes of sets and web pages."""
+    """The Starlette application behind `Front`, for all except /simple/. `more`: all other routes, from assembly.py."""
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         yield
         on_end()
 
-    upload = partial(legacy, service)
     routes = [
-        Route("/legacy/", upload, methods=["POST"]),
-        Route("/legacy", upload, methods=["POST"]),
-        Route("/nightly/legacy/", upload, methods=["POST"]),
-        Route("/stage/{set_name}/legacy/", upload, methods=["POST"]),
+        *upload.routes(service),
         Route("/files/{sha256}/{filename}", partial(stored_file, service)),
         Route("/packages/", partial(packages, service)),
         Route("/packages/{filename}", partial(package, service)),
@@ -408,7 +311,7 @@ def starlette_app(service: IndexService, more: list[Route], on_end: Callable[[],
         Route(f"/preview/{{token}}/{requirements.FILENAME}", partial(set_lock, service)),
         *operation(service),
         *more,
-        Route("/", upload, methods=["POST"]),
+        upload.at_root(service),
         Route("/{name}", partial(bare_name, service)),
         Route("/{name}/", partial(bare_name, service)),
     ]

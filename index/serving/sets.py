@@ -14,7 +14,7 @@ from starlette.routing import Route
 from gracefarm.errors import UsageError
 from index.errors import NotFoundError, RefusedError
 from index.names import check_set_name, normalise
-from index.serving.routes import body_of, identify
+from index.serving.requests import body_of, identify
 from index.serving.service import IndexService
 from index.sets import pylock, staged
 from index.sets.staged import ReleaseSet

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from index.errors import NotAcceptableError, NotFoundError, RefusalError, RefusedError, UnauthenticatedError, sentence
 from index.intake.multipart import pieces
-from index.serving.routes import client_of
+from index.serving.requests import client_of
 from index.serving.service import IndexService
 from index.simple_api import negotiate
 from index.store import auth

@@ -5,16 +5,21 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 
 from packaging.utils import canonicalize_name
 from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
 from starlette.types import Receive
 
-from index.errors import RefusedError
+from index.errors import RefusalError, RefusedError
 from index.intake import admission
 from index.intake.admission import Admission, Destination
 from index.intake.multipart import DIGESTS, Form, Received, receive_form
 from index.names import Distribution, parse_filename, same_version
+from index.serving.draining import Body, drain
+from index.serving.requests import client_of, identify
 from index.serving.service import IndexService
 from index.store import auth
 from index.store.auth import Token
@@ -35,6 +40,46 @@ class Upload:
         if self.outcome == "created":
             return f"{self.filename} is published"
         return f"{self.filename} already exists with the same bytes"
+
+
+def routes(service: IndexService) -> list[Route]:
+    """/legacy/, /nightly/legacy/ and /stage/SET/legacy/."""
+    answer = partial(legacy, service)
+    return [
+        Route("/legacy/", answer, methods=["POST"]),
+        Route("/legacy", answer, methods=["POST"]),
+        Route("/nightly/legacy/", answer, methods=["POST"]),
+        Route("/stage/{set_name}/legacy/", answer, methods=["POST"]),
+    ]
+
+
+def at_root(service: IndexService) -> Route:
+    """POST /, as in pypiserver. It comes after the web page at the same address."""
+    return Route("/", partial(legacy, service), methods=["POST"])
+
+
+async def legacy(service: IndexService, request: Request) -> Response:
+    """POST /legacy/, /nightly/legacy/, /stage/SET/legacy/, and / as in pypiserver."""
+    set_name = request.path_params.get("set_name")
+    body = Body(request.receive)
+    destination = Destination(
+        set_name=set_name,
+        channel="nightly" if request.url.path.startswith("/nightly/") else "release",
+        allow_new=service.options.allow_new,
+        variants=service.options.variants,
+    )
+    try:
+        token = await identify(service, request)
+        # Only the set is checked before the body is read. The form names the project later; `take` checks that.
+        auth.allow_set(token, destination.scope)
+        async with service.gate.upload(client_of(service, request)):
+            upload = await take(service, token, destination, request, body)
+    except RefusalError as error:
+        service.metrics.uploads[str(error.status)] += 1
+        await drain(body, service.limits.idle)
+        raise
+    service.metrics.uploads[upload.outcome] += 1
+    return PlainTextResponse(upload.sentence + "\n", headers={"X-Sha256": upload.sha256})
 
 
 async def take(service: IndexService, token: Token, destination: Destination, request: Request, receive: Receive) -> Upload:
