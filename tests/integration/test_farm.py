@@ -52,7 +52,7 @@ def deaf() -> Iterator[int]:
 @pytest.mark.parametrize(
     ("address", "exit_code", "words"),
     [
-        ("ray://127.0.0.1:1", 51, "no Ray cluster answers at ray://127.0.0.1:1: Connection refused remedy: start it"),
+        ("ray://127.0.0.1:1", 51, "no Ray cluster answers at ray://127.0.0.1:1: Connection refused remedy: start the cluster"),
         ("127.0.0.1:1", 51, "no Ray cluster answers at 127.0.0.1:1: Connection refused"),
         ("ray://no.such.host.invalid:10001", 51, "no Ray cluster answers at ray://no.such.host.invalid:10001: "),
         (

@@ -95,7 +95,9 @@ def test_commit_that_does_not_exist(upstream: Repository, settings: Settings) ->
 def test_wrong_tree(upstream: Repository, settings: Settings) -> None:
     pinned = upstream.source(upstream.git("rev-parse", "HEAD"), tree="b" * 40)
     for _ in range(2):  # the second time from the store
-        with pytest.raises(DigestError, match=f"has tree {upstream.tree('HEAD')}, but {'b' * 40} is pinned"):
+        with pytest.raises(
+            DigestError, match=f"has the git tree id {upstream.tree('HEAD')}, but the tree id {'b' * 40} is pinned"
+        ):
             fetch_git(pinned, settings)
 
 
@@ -410,5 +412,5 @@ def test_submodule_where_the_parent_has_none(
 
 def test_submodule_with_a_wrong_tree(nested: Repository, upstream: Repository, settings: Settings, tmp_path: Path) -> None:
     other = {"url": upstream.url, "commit": upstream.git("rev-parse", "HEAD"), "tree": "c" * 40}
-    with pytest.raises(DigestError, match=r"submodule third party/middle/deps/inner: .* but ccc"):
+    with pytest.raises(DigestError, match=r"submodule third party/middle/deps/inner: .* but the tree id ccc"):
         fetch_git(with_submodules(nested, tmp_path, **{"third party/middle/deps/inner": other}), settings)
