@@ -36,11 +36,11 @@ def list_command() -> None:
             lines.append(f"{key:20} {error.cause}")
             continue
         last = next(iter(record.all_of(settings, key)), None)
-        outcome = last.outcome if last else None
+        outcome = last.state if last else None
         shown = {"name", "version", "stack", "summary", "superseded"}
         rows.append(data.model_dump(include=shown) | {"recipe": key, "last": outcome})
         superseded = f" (superseded: {data.superseded})" if data.superseded else ""
-        lines.append(f"{key:20} {data.version:12} {data.stack:8} {outcome or '-':8} {data.summary}{superseded}")
+        lines.append(f"{key:20} {data.version:12} {data.stack:8} {outcome or '-':10} {data.summary}{superseded}")
     console.result(rows, "\n".join(lines) or "no recipes")
 
 
@@ -119,7 +119,9 @@ def log_command(name: str) -> None:
 @click.argument("name")
 @json_option
 def show_command(name: str) -> None:
-    """Show the record of a recipe's last build: outcome, stages, verdicts.
+    """Show the record of a recipe's last build: state, stages, gates.
+
+    The last build is the one that was started last, for any target and stack.
 
     \b
     builder show causal_conv1d
@@ -131,7 +133,7 @@ def show_command(name: str) -> None:
     settings, console = start()
     last = last_build(name, settings)
     product = record.product_path(settings, last)
-    lines = [f"{last.name} {last.version}, stack {last.stack}: {last.outcome}, {last.finished}", f"build id  {last.build_id}"]
+    lines = [f"{last.name} {last.version}, stack {last.stack}: {last.state}, {last.finished}", f"build id  {last.build_id}"]
     if last.failure:
         lines += [f"cause     {last.failure.cause}", f"remedy    {last.failure.remedy}"]
     if last.jobs:

@@ -20,7 +20,7 @@ from builder.planning.settings import Settings
 from builder.proof import judges
 from builder.proof.shared_cache import SharedCacheUse
 from builder.smoke import GpuResult, SmokeResult
-from gracefarm.errors import ConfigError, GracefarmError
+from gracefarm.errors import ConfigError, ExitCode, GracefarmError
 from gracefarm.files import atomic_write, sha256_file
 from gracefarm.tables import Table
 
@@ -172,6 +172,12 @@ class Record(Table):
     def like(self) -> Likeness:
         """Builds of the recipe with the same value have similar costs."""
         return likeness(self.stack, self.inputs)
+
+    @property
+    def state(self) -> str:
+        """The outcome, or `unfinished` for a build that is running or was interrupted."""
+        interrupted = self.failure is not None and self.failure.kind == ExitCode.INTERRUPTED.name.lower()
+        return "unfinished" if interrupted else self.outcome
 
 
 def now() -> str:

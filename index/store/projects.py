@@ -70,5 +70,16 @@ def _update_release(change: Transaction, column: str, value: str | None, project
         (value, project, canonicalize_version(version)),
     ).fetchall()
     if not rows:
-        raise UsageError(f"this index has no release {project} {version}", remedy="`index stats` lists the projects")
+        raise _unknown_release(change, project, version)
     return [row["filename"] for row in rows]
+
+
+def _unknown_release(change: Transaction, project: str, version: str) -> UsageError:
+    rows = change.execute("SELECT DISTINCT release FROM live_file WHERE project = ? ORDER BY release", (project,)).fetchall()
+    known = ", ".join(row["release"] for row in rows)
+    if known:
+        return UsageError(
+            f"this index has no release {project} {version}",
+            remedy=f"repeat the command with one of the releases of {project}: {known}",
+        )
+    return UsageError(f"this index has no files of {project}", remedy="`index stats` lists the projects")

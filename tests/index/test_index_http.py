@@ -315,7 +315,11 @@ def test_yank_and_back(hosted: Server) -> None:
     assert hosted.page("yank-pkg").json()["files"][0]["yanked"] is False
     run_index(hosted.root, "yank", "yank-pkg", "1.0")
     assert hosted.page("yank-pkg").json()["files"][0]["yanked"] is True
-    assert run_index(hosted.root, "yank", "yank-pkg", "9", check=False).returncode == 2
+    refused = run_index(hosted.root, "yank", "yank-pkg", "9", check=False)
+    assert refused.returncode == 2
+    assert "one of the releases of yank-pkg: 1" in refused.stderr
+    absent = run_index(hosted.root, "yank", "absent-pkg", "9", check=False)
+    assert "this index has no files of absent-pkg" in absent.stderr
 
 
 def test_deleted_names_are_never_reused(hosted: Server) -> None:
