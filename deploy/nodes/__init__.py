@@ -1,1 +1,1 @@
-"""The nodes of a deployment: deploy.toml, facts, paths, state."""
+"""The nodes of a deployment: deploy.toml, facts, paths, state, secrets."""

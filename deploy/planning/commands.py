@@ -1,8 +1,11 @@
-"""The commands and environments of a plan: of Ray on every node, and of the engine on the head."""
+"""The commands and environments of a plan: of Ray on every node, and of the engine on the head.
+
+`option` reads an option of such a command.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from deploy.nodes import paths, redact
 from deploy.nodes.deployment import Deployment, Node
@@ -155,3 +158,13 @@ def serve_env(deployment: Deployment, engine: Engine, layout: Layout, private: s
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
     }
+
+
+def option(argv: Sequence[str], name: str) -> str | None:
+    """The value of `--name value` or `--name=value`."""
+    for index, word in enumerate(argv):
+        if word.startswith(name + "="):
+            return word.partition("=")[2]
+        if word == name and index + 1 < len(argv):
+            return argv[index + 1]
+    return None

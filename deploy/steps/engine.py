@@ -25,6 +25,8 @@ from deploy.fleet.jobs import JobStatus, follow_job, job_status, start_job, stop
 from deploy.fleet.ssh import Fleet
 from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment, Folder, Node
+from deploy.nodes.secret import kept_secret
+from deploy.planning.commands import option
 from deploy.planning.plans import ServePlan, plan_mark
 from deploy.planning.shards import GIB
 from deploy.remote.wire import Json
@@ -88,12 +90,12 @@ class Answering:
 
 def api_key(folder: Folder) -> str:
     """The deployment's API key, generated once."""
-    return ray.kept_secret(folder.api_key, "gf-" + secrets.token_urlsafe(32))
+    return kept_secret(folder.api_key, "gf-" + secrets.token_urlsafe(32))
 
 
 def port(plan: ServePlan) -> int:
     """The port of the engine on the head's loopback."""
-    return int(ray.option(plan.serve, "--port") or 2242)
+    return int(option(plan.serve, "--port") or 2242)
 
 
 def spec_of(

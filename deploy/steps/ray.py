@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from deploy.fleet.calls import RemoteNode, call
 from deploy.fleet.files import put_file
@@ -22,6 +21,8 @@ from deploy.fleet.results import on_all
 from deploy.fleet.ssh import Fleet
 from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment
+from deploy.nodes.secret import kept_secret
+from deploy.planning.commands import option
 from deploy.planning.plans import NodePlan, ServePlan, plan_mark
 from deploy.remote.wire import Json
 from deploy.steps import processes
@@ -30,7 +31,6 @@ from deploy.steps.processes import PLAN_MARK, of_job, raylet, stop
 from deploy.steps.step import Applied, Looks, ServingStep, Undone, Work, end_jobs
 from gracefarm.console import Console
 from gracefarm.errors import EngineError, GracefarmError
-from gracefarm.files import atomic_write
 
 TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"  # noqa: S105 - the name of a variable
 SERVING = (paths.ENGINE_JOB, paths.RAY_JOB)
@@ -79,16 +79,6 @@ def address(plan: ServePlan) -> str:
     return f"{plan.head.private}:{option(plan.head.ray, '--port') or 6379}"
 
 
-def option(argv: Sequence[str], name: str) -> str | None:
-    """The value of `--name value` or `--name=value`."""
-    for index, word in enumerate(argv):
-        if word.startswith(name + "="):
-            return word.partition("=")[2]
-        if word == name and index + 1 < len(argv):
-            return argv[index + 1]
-    return None
-
-
 def ports(argv: Sequence[str]) -> list[int]:
     """The single ports in the arguments of `ray start`."""
     names = [word.partition("=")[0] for word in argv if word.startswith("--") and word.partition("=")[0].endswith("port")]
@@ -110,15 +100,6 @@ def spec_of(deployment: Deployment, plan: ServePlan, environment: str = "") -> C
         token=kept_secret(deployment.folder.path / "ray-token", secrets.token_hex(32)),
         wave=deployment.data.options.ray_wave,
     )
-
-
-def kept_secret(path: Path, fresh: str) -> str:
-    """Read a secret from the file. If the file does not exist, create it with `fresh` and mode 0600."""
-    with suppress(FileNotFoundError):
-        return path.read_text().strip()
-    atomic_write(path, fresh + "\n")
-    path.chmod(0o600)
-    return fresh
 
 
 class RayStep(ServingStep):

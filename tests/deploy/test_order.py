@@ -27,6 +27,7 @@ from deploy.nodes.config import Config
 from deploy.nodes.deployment import Deployment
 from deploy.nodes.facts import Facts
 from deploy.nodes.state import StepRecord
+from deploy.planning.commands import option
 from deploy.rehearsal import source, standin
 from deploy.remote import look, marked
 from deploy.steps import environment, order, processes, ray, setlock, step
@@ -384,8 +385,8 @@ def test_a_port_has_its_holder_and_a_free_one_none() -> None:
 def test_ports_and_options_are_read_from_the_plans_own_command() -> None:
     argv = ("ray", "start", "--head", "--port", "6379", "--node-manager-port=8077", "--min-worker-port", "20000")
     assert ray.ports(argv) == [6379, 8077]
-    assert ray.option(argv, "--node-manager-port") == "8077"
-    assert ray.option(argv, "--temp-dir") is None
+    assert option(argv, "--node-manager-port") == "8077"
+    assert option(argv, "--temp-dir") is None
 
 
 def test_another_plans_raylet_is_not_this_plans() -> None:
