@@ -530,8 +530,8 @@ def liar(files: list[dict[str, object]], content: bytes) -> Iterator[tuple[str, 
 @pytest.mark.parametrize(
     ("filename", "more", "code", "words"),
     [
-        ("../../lied-1.0-py3-none-any.whl", {}, 10, "names a locked file"),
-        ("a/lied-1.0-py3-none-any.whl", {}, 10, "names a locked file"),
+        ("../../lied-1.0-py3-none-any.whl", {}, 10, "lists a locked file"),
+        ("a/lied-1.0-py3-none-any.whl", {}, 10, "lists a locked file"),
         ("other-1.0-py3-none-any.whl", {}, 10, "of lied 1.0"),
         ("lied-2.0-py3-none-any.whl", {}, 10, "of lied 1.0"),
         ("lied-1.0-py3-none-any.whl", {"size": 100}, 11, "more than the 100 bytes"),
