@@ -45,7 +45,7 @@ _STACK_AND_TARGET = (
         type=click.Choice([arch.value for arch in Arch]),
         default=Arch.AARCH64.value,
         show_default=True,
-        help="Architecture of the wheel.",
+        help="Architecture of the wheel; with the host toolchain, the default is that of this machine.",
     ),
 )
 _TOOLS = (

@@ -49,7 +49,7 @@ def list_command() -> None:
 @click.argument("name")
 @json_option
 def plan_command(name: str) -> None:
-    """Show the digests of all inputs of NAME, the unknown digests, the order of the builds, and which builds exist.
+    """Show the inputs of NAME with their digests, inputs with unknown digests, the build order, and existing builds.
 
     \b
     builder set plan gh200-cu124

@@ -155,7 +155,10 @@ def only(cells: Sequence[Cell], text: str, known: Known) -> list[Cell]:
         lists = [device_code.parse(value) for value in axes["sm"]]
         kept = [cell for cell in kept if cell.sm in lists]
     if not kept:
-        raise UsageError(f"no cell of the selector matches {text!r}", remedy="`builder matrix` lists the cells")
+        raise UsageError(
+            f"--only {text!r} matches none of the cells that --matrix selects",
+            remedy="repeat the command without --only, or with axis values of the cells that `builder matrix` lists",
+        )
     return kept
 
 

@@ -140,7 +140,7 @@ def test_a_part_of_the_cells_is_chosen_by_axes() -> None:
     assert len(only(cells, "sm=100", KNOWN)) == len(cells) // 2
     for text, sentence in (
         ("stack=cu12", "unknown stack"),
-        ("sm=120", "no cell of the selector matches"),
+        ("sm=120", "matches none of the cells that --matrix selects"),
         ("place=here", "not AXIS=VALUES"),
     ):
         with pytest.raises(UsageError, match=sentence):
