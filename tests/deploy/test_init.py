@@ -225,7 +225,7 @@ def test_another_deploy_toml_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "deploy.toml").write_text('[nodes]\nhosts = ["127.0.0.9"]\n')
     done = deploy(tmp_path, "init", "ips.txt", "--accept")
     assert done.returncode == 3
-    assert "exists already" in done.stderr
+    assert "already exists" in done.stderr
     assert "127.0.0.9" in (tmp_path / "deploy.toml").read_text()
 
 
