@@ -15,6 +15,7 @@ from gracefarm.files import atomic_write
 
 ENGINE, SET = "vllm", "gh200-cu130"
 "The engine that can be served today, and its newest set of wheels."
+NO_INDEX = f'# index = "http://HOST:8080/{SET}/simple/"    # the farm\'s index; default: PyPI'
 NO_SHARE = '# share = "/path"        # shared folder, at the same path on all nodes'
 
 
@@ -46,7 +47,7 @@ def render(ips: str, *, access: Access, share: str | None, repo: str) -> str:
         f"name = {quoted(name_of(repo))}    # every key: docs/reference/deploy.md",
         f"engine = {quoted(ENGINE)}",
         f"set = {quoted(SET)}",
-        f'# index = "http://HOST:8080/{SET}/simple/"    # the farm\'s index; default: PyPI',
+        NO_INDEX,
         f"share = {quoted(share)}" if share else NO_SHARE,
         "[nodes]",
         f"file = {quoted(ips)}",

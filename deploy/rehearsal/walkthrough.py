@@ -204,7 +204,7 @@ def configure(rehearsal: Rehearsal) -> None:
         f'name = "{template.name_of(REPO)}"': 'name = "rehearsal"',
         f'engine = "{template.ENGINE}"': 'engine = "aphrodite"',
         f'set = "{template.SET}"': 'set = "rehearsal"',
-        f'# index = "http://HOST:8080/{template.SET}/simple/"': f'index = "{rehearsal.index}"\nlock = "requirements.lock"\n'
+        template.NO_INDEX: f'index = "{rehearsal.index}"    # the index of the rehearsal\nlock = "requirements.lock"\n'
         'python = "system"',
     }
     more = f"[layout]\ntensor_parallel = {tp}\npipeline_parallel = {pp}\n\n[options]\nrehearsal = true\n"

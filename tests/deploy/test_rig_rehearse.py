@@ -12,13 +12,18 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import psutil
 import pytest
 
+from deploy.nodes import template
+from deploy.nodes.config import Access
+from deploy.nodes.deployment import load_deployment
 from deploy.rehearsal import locks, source, walkthrough
+from deploy.rehearsal.rig import Rig
 from gracefarm import pins, settings
 from gracefarm.console import Console
 from gracefarm.errors import ExitCode
@@ -155,3 +160,15 @@ def test_an_ordinary_user_is_told_in_one_sentence_before_anything_is_fetched(tmp
     (said,) = [json.loads(line) for line in done.stdout.splitlines()]
     assert said["text"] == "the rehearsal creates network namespaces, which requires root"
     assert not (tmp_path / "home").exists()
+
+
+def test_each_comment_of_the_edited_deploy_toml_is_on_the_line_of_its_key(tmp_path: Path) -> None:
+    room = cast("Rig", SimpleNamespace(nodes=[None, None]))
+    rehearsal = walkthrough.Rehearsal(room=room, folder=tmp_path, console=Console(), index="http://10.77.0.1:8090/s/simple/")
+    path = tmp_path / "deploy.toml"
+    (tmp_path / "ips.txt").write_text("10.77.0.11\n10.77.0.12\n")
+    template.write_config(tmp_path / "ips.txt", path, access=Access(), repo=walkthrough.REPO)
+    walkthrough.configure(rehearsal)
+    assert load_deployment(path).data.index == rehearsal.index
+    commented = [line.split()[0] for line in path.read_text().splitlines() if " # " in line]
+    assert commented == ["name", "index", "#", "revision"]  # the third is the line of `share`
