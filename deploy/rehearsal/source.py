@@ -38,6 +38,8 @@ class Source:
     set_name: str
     lock: str
     "Text of the nodes' requirements.lock: Ray and the simulated engine, every wheel with its sha256."
+    count: int
+    "Number of wheels in the set: those of `lock`, and those with which the nodes download the weights."
 
     def path(self) -> str:
         """Path of the set's simple API."""
@@ -56,7 +58,7 @@ def prepare(home: Path, console: Console) -> Source:
     text = locks.on(locks.committed("rehearsal"), machine) + wheel.pin
     every = locks.merged(text, locks.on(locks.committed("rehearsal-download"), machine))
     name = f"rehearsal-{hashlib.sha256(every.encode()).hexdigest()[:12]}"
-    source = Source(root=home / "rehearsal" / "index", set_name=name, lock=text)
+    source = Source(root=home / "rehearsal" / "index", set_name=name, lock=text, count=every.count("=="))
     with lock(home / "rehearsal" / "index.lock", lambda: console.step("wait", "another rehearsal fills the index")):
         try:
             sets = index_command(source.root, "stage", "list")
@@ -66,7 +68,9 @@ def prepare(home: Path, console: Console) -> Source:
             sets = []
         if any(entry["name"] == name and entry["state"] == "published" for entry in sets):
             return source
-        console.step("wheels", f"adding {every.count('==')} wheels of Ray and huggingface_hub to the rehearsal's index")
+        console.step(
+            "wheels", f"adding {source.count} wheels of Ray, huggingface_hub and the simulated engine to the rehearsal's index"
+        )
         _upload(source.root, wheel)
         path = home / "rehearsal" / "set.lock"
         path.write_text(every)

@@ -142,7 +142,7 @@ def rehearsal(
     begin = time.monotonic()
     wheels = source.prepare(home, console)
     _fetch_uv(settings)
-    console.step("index", f"{wheels.lock.count('==')} wheels ready in {time.monotonic() - begin:.1f} s")
+    console.step("index", f"{wheels.count} wheels ready in {time.monotonic() - begin:.1f} s")
     with run_folder(home) as folder, ExitStack() as stack:
         begin = time.monotonic()
         room = stack.enter_context(open_rig(folder, count=count, share_size=share_size))

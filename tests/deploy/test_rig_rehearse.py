@@ -133,6 +133,7 @@ def test_a_kept_index_that_this_version_cannot_read_is_made_anew(tmp_path: Path,
     monkeypatch.setattr(source, "index_command", without_ray)
     found = source.prepare(tmp_path, Console())
     assert command(found.root, "stage", "list")[0]["state"] == "published"
+    assert found.count == 1
 
 
 def test_locks_hold_one_wheel_for_each_machine() -> None:
