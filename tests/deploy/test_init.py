@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
@@ -105,6 +106,8 @@ def test_what_is_written_is_ten_lines_that_can_be_served_today(tmp_path: Path, n
     data = deployment.data
     assert (data.name, data.engine, data.set, data.model.repo) == ("qwen3-32b", "vllm", "gh200-cu130", "Qwen/Qwen3-32B")
     assert "http://HOST:8080/gh200-cu130/simple/" in text
+    (page,) = re.findall(r"docs/\S+\.md", text)
+    assert all(f"| `{key}` |" in (ROOT / page).read_text() for key in type(data).model_fields)
     lock = setlock.lock_text(deployment, Console())
     setlock.require_engine(deployment, lock)
     assert not [pin.text for pin in pins.parse(lock, "the lock") if "+" in pin.version]  # none of the farm's own builds
