@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 
@@ -29,7 +33,7 @@ LOOKS = (
     type=click.IntRange(1, 89),
     help="Number of nodes. Each node simulates one GPU.",
 )
-@click.option("--keep", is_flag=True, help="Keep the nodes running until Ctrl-C.")
+@click.option("--keep", is_flag=True, help="Keep the nodes running until Ctrl-C or SIGTERM.")
 @reporting
 def rehearse(context: DeployContext, count: int, keep: bool) -> None:
     """Rehearse a deployment on simulated nodes, from ips.txt to streamed tokens. Each node is a set of Linux namespaces.
@@ -45,7 +49,7 @@ def rehearse(context: DeployContext, count: int, keep: bool) -> None:
     extras.require("index")
     console, here = context.console, settings.load()
     begin = time.monotonic()
-    with walkthrough.rehearsal(count, here.home, here, console) as rehearsal:
+    with _interrupted_by_signals(), walkthrough.rehearsal(count, here.home, here, console) as rehearsal:
         walkthrough.start(rehearsal)
         rehearsal.command("up")
         rehearsal.command("serve")
@@ -54,7 +58,7 @@ def rehearse(context: DeployContext, count: int, keep: bool) -> None:
         for name, *more in LOOKS:
             rehearsal.command(name, *more)
         if keep:
-            _wait(context, rehearsal)
+            _wait(rehearsal)
         rehearsal.command("down")
         walkthrough.nothing_left(rehearsal)
     rows = [{"step": step.name, "argv": step.argv, "seconds": round(step.seconds, 2)} for step in rehearsal.steps]
@@ -78,11 +82,37 @@ def _ask(rehearsal: Rehearsal) -> dict[str, object]:
     return {"tokens": tokens, "text": answer, "answer_s": round(seconds, 2)}
 
 
-def _wait(context: DeployContext, rehearsal: Rehearsal) -> None:
-    prefix = " ".join(rehearsal.room.command([]))
-    place = f"deploy.toml is in {rehearsal.folder}"
-    context.console.step("keep", f"READY; open a shell in the nodes' network with: {prefix} bash   ({place}); end with Ctrl-C")
+@contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt within the block, so that it cleans up.
+
+    A shell without job control starts a command with `&` in such a way that it ignores SIGINT.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _wait(rehearsal: Rehearsal) -> None:
+    for sentence in kept(rehearsal):
+        rehearsal.console.step("keep", sentence)
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
-        context.console.step("keep", "stopping the rehearsal")
+        rehearsal.console.step("keep", "stopping the rehearsal")
+
+
+def kept(rehearsal: Rehearsal) -> list[str]:
+    """What a user can do with the nodes of a kept rehearsal."""
+    variables = [f"{name}={value}" for name, value in rehearsal.environ.items()]
+    shell = shlex.join(rehearsal.room.command(["env", *variables, "bash"]))
+    return [
+        f"READY; deploy.toml is in {rehearsal.folder}",
+        f"open a shell in the nodes' network with: {shell}",
+        "to use the nodes for another deployment, first run `deploy down` in the folder of deploy.toml",
+        "end the rehearsal with Ctrl-C",
+    ]

@@ -103,6 +103,9 @@ class Rehearsal:
                     kept.append(line)
                     self.console.event("output", f"{'':9}  {line.rstrip()}")
                 return process.wait(), "".join(kept)
+            except KeyboardInterrupt:
+                _end(process)  # it may still write to the folder, which will be removed
+                raise
             finally:
                 late.cancel()
 
@@ -114,11 +117,15 @@ class Rehearsal:
             try:
                 yield process
             finally:
-                process.terminate()
-                try:
-                    process.wait(timeout=30)
-                finally:
-                    process.kill()
+                _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    try:
+        process.wait(timeout=30)
+    finally:
+        process.kill()
 
 
 def layout(count: int) -> tuple[int, int]:

@@ -19,6 +19,7 @@ import httpx
 import psutil
 import pytest
 
+from deploy.cli.rehearse import kept
 from deploy.nodes import template
 from deploy.nodes.config import Access
 from deploy.nodes.deployment import load_deployment
@@ -88,6 +89,39 @@ def test_killed_it_leaves_nothing_and_the_next_one_sweeps(tmp_path: Path) -> Non
     time.sleep(0.2)
     with walkthrough.run_folder(settings.load().home) as folder:
         assert set(runs.glob("*")) - before == {folder, folder.with_suffix(".lock")}
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_without_a_remainder_though_it_was_started_in_the_background(number: signal.Signals) -> None:
+    runs = settings.load().home / "rehearsal" / "runs"
+    before = set(runs.glob("*")) if runs.exists() else set()
+    owner = subprocess.Popen(
+        ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", sys.executable, "-m", "deploy", "rehearse", "--nodes", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert owner.stdout
+    for line in owner.stdout:
+        if "deploy init" in line:  # the signal comes in the middle of a command
+            break
+    family = psutil.Process(owner.pid).children(recursive=True)
+    owner.send_signal(number)
+    assert owner.wait(60) == ExitCode.INTERRUPTED
+    owner.stdout.close()
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+    assert set(runs.glob("*")) - before == set()
+
+
+def test_the_shell_of_a_kept_rehearsal_has_the_hub(tmp_path: Path) -> None:
+    room = cast("Rig", SimpleNamespace(command=lambda argv: ["nsenter", "-t", "7", *argv]))
+    environ = {"HF_ENDPOINT": "http://10.77.0.1:8091"}
+    lines = kept(walkthrough.Rehearsal(room=room, folder=tmp_path, console=Console(), index="", environ=environ))
+    assert lines[1].endswith(": nsenter -t 7 env HF_ENDPOINT=http://10.77.0.1:8091 bash")
+    assert str(tmp_path) in lines[0]
+    assert "first run `deploy down`" in lines[2]
 
 
 @pytest.mark.parametrize(
