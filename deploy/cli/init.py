@@ -81,6 +81,8 @@ def init(
     if not there:
         raise combined_error(lost, len(deployment.nodes))
     asked, silent = _ask(deployment, console, there)
+    if not asked.nodes:
+        raise combined_error({**lost, **silent}, len(deployment.nodes))
     if len(asked.nodes) == len(deployment.nodes):
         _propose(deployment, asked, console)
     deployment = load_deployment(path)
@@ -215,7 +217,8 @@ def facts(context: DeployContext, kept: bool) -> None:
         context.console.result(_document(asked), table(asked))
         return
     asked, bad = _ask(deployment, context.console, [node.name for node in deployment.nodes])
-    context.console.result(_document(asked), table(asked))
+    if asked.nodes:
+        context.console.result(_document(asked), table(asked))
     if bad:
         raise combined_error(bad, len(deployment.nodes))
 

@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -20,14 +20,16 @@ import pytest
 
 from deploy import cli
 from deploy.cli.plan import schemas
+from deploy.fleet.calls import RemoteNode
 from deploy.nodes import state
-from deploy.nodes.deployment import Folder, load_deployment
-from deploy.nodes.facts import load_facts
+from deploy.nodes.deployment import Deployment, Folder, load_deployment
+from deploy.nodes.facts import Facts, load_facts
 from deploy.planning import models, plans
 from deploy.rehearsal import hub
 from deploy.steps import setlock
 from gracefarm import pins
 from gracefarm.console import Console
+from gracefarm.errors import GracefarmError, SshError
 from tests.deploy.servers import Servers, servers
 
 ROOT = Path(__file__).parent.parent.parent
@@ -199,6 +201,23 @@ def test_a_key_that_the_user_trusts_already_needs_no_question(tmp_path: Path, no
     done = init(tmp_path, nodes)
     assert done.returncode == 0, done.stderr
     assert "2 known" in done.stderr
+
+
+def test_where_no_node_answers_there_is_only_the_error(
+    tmp_path: Path, nodes: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert init(tmp_path, nodes, "--accept").returncode == 0
+
+    async def refused(deployment: Deployment, asked: Sequence[RemoteNode]) -> tuple[Facts, dict[str, GracefarmError]]:
+        return Facts(nodes=()), {node.name: SshError(f"{node.name}: ssh refused the key") for node in asked}
+
+    monkeypatch.setattr("deploy.cli.init.probe_nodes", refused)
+    for command in ("init", "deploy.toml"), ("facts",):
+        done = deploy(tmp_path, *command)
+        assert done.returncode == 60
+        assert done.stdout == ""
+        assert "2 of 2 nodes failed: k0: ssh refused the key; k1: ssh refused the key" in done.stderr
+        assert "missing" not in done.stderr
 
 
 def test_a_node_that_is_down_is_named_and_the_others_are_kept(tmp_path: Path, nodes: Servers) -> None:
