@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -113,9 +114,19 @@ def _write(context: DeployContext, file: Path | None, access: Access, share: str
         there = {**data.nodes.model_dump(), "share": data.share, "model": data.model.repo}
         wished = {"share": share, "model": model}
         given = {**access.model_dump(exclude_none=True), **{name: value for name, value in wished.items() if value}}
-        if other := [f"--{name}" for name, value in given.items() if there[name] != value]:
-            context.console.warn(f"{', '.join(other)} ignored, since {path} has other values; change them there")
+        for name, value in given.items():
+            if there[name] != value:
+                context.console.warn(_ignored(path, name, value, there[name]))
     return path
+
+
+def _ignored(path: Path, option: str, value: object, before: object) -> str:
+    """Why an option has no effect on a deploy.toml that exists, and how to change the value there."""
+    key, place = {"share": ("share", "the lines above [nodes]"), "model": ("repo", "[model]")}.get(option, (option, "[nodes]"))
+    wanted = f"{key} = {json.dumps(value)}"
+    if before is None:
+        return f"--{option} ignored: {path} has no `{key}`; add `{wanted}` to {place}"
+    return f"--{option} ignored: {path} has `{key} = {json.dumps(before)}`; change it to `{wanted}` in {place}"
 
 
 def _pin(deployment: Deployment, console: Console, *, accept: bool, repin: bool) -> Mapping[str, GracefarmError]:

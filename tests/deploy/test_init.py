@@ -94,8 +94,11 @@ def test_accepted_keys_are_pinned_facts_are_kept_and_a_second_time_changes_nothi
     assert again.returncode == 0, again.stderr
     assert "2 pinned" in again.stderr
     assert "ignored" not in again.stderr  # the same words as in deploy.toml
-    other = init(tmp_path, nodes, "--key", "k", "--share", "/srv")
-    assert "--key, --share ignored, since " in other.stderr
+    other = init(tmp_path, nodes, "--key", "k", "--share", "/srv", "--user", "other")
+    told = " ".join(other.stderr.split())
+    assert 'deploy.toml has no `key`; add `key = "k"` to [nodes]' in told
+    assert 'deploy.toml has no `share`; add `share = "/srv"` to the lines above [nodes]' in told
+    assert 'deploy.toml has `user = "tester"`; change it to `user = "other"` in [nodes]' in told
     assert before == ((tmp_path / "deploy.toml").read_bytes(), (tmp_path / ".deploy" / "known_hosts").read_bytes())
 
 
