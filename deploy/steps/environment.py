@@ -234,7 +234,7 @@ async def build_and_activate(
         }
         job = f"{JOBS}{spec.link}"
         answer = await call(
-            head, "environment.build", request, job=job, on_event=lambda event: _tell(console, head.name, event)
+            head, "environment.build", request, job=job, on_event=lambda event: _tell(console, spec.link, head.name, event)
         )
         built = bool(answer["built"])
         if built:
@@ -284,8 +284,9 @@ async def collect(targets: Sequence[RemoteNode], root: str, *, keep: int = 2, gr
     return await call(targets[0], "environment.collect", {"root": root, "used": used, "keep": keep, "grace": grace})
 
 
-def _tell(console: Console, node: str, event: Json) -> None:
+def _tell(console: Console, link: str, node: str, event: Json) -> None:
+    """Report an event with the name of the environment, since two environments are built in parallel."""
     if event["event"] == "step":
-        console.step("env", f"{node}: {event['text']}")
+        console.step(link, f"{node}: {event['text']}")
     elif event["event"] == "wait":
-        console.step("wait", f"{node}: another process builds this environment ({event['owner']}); waiting for it")
+        console.step(link, f"{node}: another process builds this environment ({event['owner']}); waiting for it")

@@ -80,8 +80,7 @@ async def up(work: Work, choice: StepChoice | None = None) -> bool:
     # This is not a step, since the state of older deployments does not have it, and it must precede all other lanes.
     if any(seen.get("owner") != work.fleet.mark for seen in looks.values()):
         await environment.claim(work)
-    lanes = {lane[-1].name: perform_all(lane, work, looks) for lane in TOGETHER if chosen.wants(lane)}
-    changed = await side_by_side(work.console, lanes) or changed
+    changed = await side_by_side([lane for lane in TOGETHER if chosen.wants(lane)], work, looks) or changed
     # This completes the record of the step `cache`, which ran before there was a file to measure with.
     if CacheStep.name not in chosen.skip:
         changed = await cache.measure_new(work) or changed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -162,9 +162,21 @@ async def perform_all(steps: Sequence[Step], work: Work, looks: Looks) -> bool:
     return any(applied)
 
 
-async def side_by_side(console: Console, lanes: Mapping[str, Awaitable[bool]]) -> bool:
-    """Run all lanes in parallel until all have ended. A failure is reported at once, since other lanes may run for hours."""
-    going = {asyncio.ensure_future(lane): name for name, lane in lanes.items()}
+async def side_by_side(lanes: Sequence[Sequence[Step]], work: Work, looks: Looks) -> bool:
+    """Run all lanes in parallel until all have ended. A failure is reported at once, since other lanes may run for hours.
+
+    A lane is a sequence of steps. Reports name the current step of a lane. Return whether anything was done.
+    """
+    current = [lane[0].name for lane in lanes]
+
+    async def run(number: int, lane: Sequence[Step]) -> bool:
+        changed = False
+        for step in lane:
+            current[number] = step.name
+            changed = await perform(step, work, looks) is not None or changed
+        return changed
+
+    going = {asyncio.ensure_future(run(number, lane)): number for number, lane in enumerate(lanes)}
     left = set(going)
     try:
         while left:
@@ -172,8 +184,8 @@ async def side_by_side(console: Console, lanes: Mapping[str, Awaitable[bool]]) -
             for task in ended:
                 error = task.exception()
                 if left and isinstance(error, GracefarmError):
-                    rest = " and ".join(going[other] for other in left)
-                    console.warn(f"{going[task]} failed: {error.cause}; {error.remedy}. Still running: {rest}")
+                    rest = " and ".join(current[number] for other, number in going.items() if other in left)
+                    work.console.warn(f"{current[going[task]]} failed: {error.cause}; {error.remedy}. Still running: {rest}")
     finally:
         for task in left:
             task.cancel()

@@ -178,6 +178,22 @@ def test_an_environment_that_fails_is_told_while_the_weights_still_come(
     assert "environment failed: the index lacks tiny; mirror it. Still running: weights" in words
 
 
+def test_a_failure_is_told_with_the_step_that_failed_and_not_with_the_last_one_of_its_lane(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails = Made("download", error=InstallError("k0: uv could not install Python", remedy="set a mirror"))
+    slow = Made("environment")
+    slow.seconds = 0.1
+
+    async def go(work: Work) -> None:
+        with pytest.raises(InstallError):
+            await step.side_by_side([(slow,), (fails, Made("weights"))], work, {})
+
+    assert set(with_work(tmp_path, go).steps) == {"download", "environment"}
+    words = " ".join(capsys.readouterr().err.split())
+    assert "download failed: k0: uv could not install Python; set a mirror. Still running: environment" in words
+
+
 def test_what_was_killed_in_the_middle_is_never_taken_for_done(tmp_path: Path) -> None:
     class NotLookedAt(Made):
         def check(self, _work: Work, _record: StepRecord, _looks: Looks) -> str | None:
