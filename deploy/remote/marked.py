@@ -33,6 +33,16 @@ def processes(prefix: str | tuple[str, ...], sessions: Collection[int] = ()) -> 
     return [ours[pid] for pid in sorted(ours)]
 
 
+def deployment_of(pid: int) -> str:
+    """The id of the deployment to which a process or its session belongs; empty if there is none."""
+    table = _table()
+    process = table.get(pid)
+    if process is None:
+        return ""
+    same = (str(other["mark"]) for other in table.values() if other["session"] == process["session"])
+    return (str(process["mark"]) or next(filter(None, same), "")).partition("/")[0]
+
+
 def _table() -> dict[int, Json]:
     table: dict[int, Json] = {}
     for folder in Path("/proc").glob("[0-9]*"):

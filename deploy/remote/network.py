@@ -7,6 +7,7 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
+from deploy.remote.marked import deployment_of
 from deploy.remote.wire import Json, WorkerError
 
 
@@ -22,13 +23,15 @@ def listening(port: int) -> set[str]:
 
 
 def holder(port: int) -> str:
-    """The process that listens on a TCP port: its command line, if this user may read it."""
+    """The process that listens on a TCP port: its command line and its deployment, if this user may read them."""
     inodes = listening(port)
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if any(str(descriptor.readlink()) in inodes for descriptor in (process / "fd").iterdir()):
-                command = (process / "cmdline").read_bytes().split(b"\0")
-                return f"{b' '.join(command[:2]).decode(errors='replace')} (process {process.name})"
+                command = b" ".join((process / "cmdline").read_bytes().split(b"\0")[:2]).decode(errors="replace")
+                deployment = deployment_of(int(process.name))
+                whose = f" of deployment {deployment}" if deployment else ""
+                return f"{command.strip()} (process {process.name}{whose})"
     return "a process of another user"
 
 

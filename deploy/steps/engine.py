@@ -193,7 +193,8 @@ async def start_or_attach(fleet: Fleet, head: RemoteNode, spec: EngineSpec, cons
         who = next(iter(seen["holders"].values()))
         raise EngineError(
             f"{head.name}: port {port(spec.plan)} is used by {who}, which does not belong to this deployment",
-            remedy="stop that process, or set `engine` in [ports] of deploy.toml to a different port",
+            remedy=processes.stop_hint(who, "stop that process")
+            + ", or set `engine` in [ports] of deploy.toml to a different port",
         )
     elif left:
         console.step("engine", "stopping the engine of a different plan or environment")

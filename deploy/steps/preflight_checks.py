@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from deploy.nodes.facts import Bytes, Cuda, KeptFact
+from deploy.steps.processes import stop_hint
 
 GIB = 1 << 30
 CLOCK_S = 2.0
@@ -246,8 +247,12 @@ def _ports(seen: Pairs, expected: Expected) -> Judgement:
         port, who = next(iter(foreign.items()))
         return _bad(
             f"port {port} is used by {who}" + (f", and {len(foreign) - 1} more are in use" if len(foreign) > 1 else ""),
-            f"stop the process (`deploy down` stops the processes of this deployment; `ss -ltnp 'sport = :{port}'` shows "
-            "other processes), or set different ports in [ports]",
+            stop_hint(
+                who,
+                f"stop the process (`deploy down` stops the processes of this deployment; `ss -ltnp 'sport = :{port}'` shows "
+                "other processes)",
+            )
+            + ", or set different ports in [ports]",
         )
     shut = [
         f"{peer}:{number}"

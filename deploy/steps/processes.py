@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from deploy.fleet.calls import RemoteNode, call
@@ -26,6 +27,14 @@ async def find(targets: Sequence[RemoteNode], mark: str, wanted: Mapping[str, Se
 def of_job(seen: Json, job: str) -> list[Json]:
     """The processes of a job on a node."""
     return [process for process in seen["processes"] if process["mark"].rpartition("/")[2] == job]
+
+
+def stop_hint(who: str, otherwise: str) -> str:
+    """How to stop a process that deploy.remote.network.holder named. `otherwise`: if it belongs to no deployment."""
+    found = re.search(r"\(process \d+ of deployment (\w+)\)", who)
+    if found is None:
+        return otherwise
+    return f"run `deploy down` in the folder of that deployment (its file .deploy/id contains {found[1]})"
 
 
 def raylet(seen: Json, plan_mark: str | None = None) -> bool:

@@ -27,7 +27,7 @@ from deploy.planning.plans import NodePlan, ServePlan, plan_mark
 from deploy.remote.wire import Json
 from deploy.steps import processes
 from deploy.steps.preflight_checks import SHUT, open_door, tokenless
-from deploy.steps.processes import PLAN_MARK, of_job, raylet, stop
+from deploy.steps.processes import PLAN_MARK, of_job, raylet, stop, stop_hint
 from deploy.steps.step import Applied, Looks, ServingStep, Undone, Work, end_jobs
 from gracefarm.console import Console
 from gracefarm.errors import EngineError, GracefarmError
@@ -219,8 +219,8 @@ def _refuse_foreign(looks: Mapping[str, Json], spec: ClusterSpec) -> None:
         for port, who in seen["holders"].items():
             raise EngineError(
                 f"{node.name}: port {port} is used by {who}, which does not belong to this deployment",
-                remedy="stop that process (if it is Ray, run `ray stop` on the node), or set a different port in [ports] "
-                "of deploy.toml",
+                remedy=stop_hint(who, "stop that process (if it is Ray, run `ray stop` on the node)")
+                + ", or set a different port in [ports] of deploy.toml",
             )
 
 

@@ -398,6 +398,26 @@ def test_a_port_has_its_holder_and_a_free_one_none() -> None:
     assert look.look({"prefix": "-", "ports": [port]})["holders"] == {}
 
 
+def test_the_holder_of_a_port_has_its_deployment_though_it_has_lost_its_mark() -> None:
+    code = (
+        "import os, socket, subprocess, sys\n"
+        "here = socket.create_server(('127.0.0.1', 0))\n"
+        "if sys.argv[1:]: print(here.getsockname()[1], flush=True), sys.stdin.read()\n"
+        "else: subprocess.run([sys.executable, '-c', os.environ['CODE'], 'agent'], env={})"
+    )
+    env = {**os.environ, "GRACEFARM_MARK": "0123456789ab/k0/ray", "CODE": code}
+    argv = [sys.executable, "-c", code]
+    with subprocess.Popen(argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as leader:
+        assert leader.stdin
+        assert leader.stdout
+        port = leader.stdout.readline().decode().strip()
+        who = look.look({"prefix": "-", "ports": [int(port)]})["holders"][port]
+        leader.stdin.close()
+    assert who.endswith(" of deployment 0123456789ab)")
+    assert "its file .deploy/id contains 0123456789ab" in processes.stop_hint(who, "")
+    assert processes.stop_hint("redis-server (process 7)", "stop it") == "stop it"
+
+
 def test_ports_and_options_are_read_from_the_plans_own_command() -> None:
     argv = ("ray", "start", "--head", "--port", "6379", "--node-manager-port=8077", "--min-worker-port", "20000")
     assert ray.ports(argv) == [6379, 8077]
