@@ -96,6 +96,8 @@ async def serve(work: Work) -> Served:
         EngineError: with the first cause. Ray continues to run if the engine fails; `down` stops both.
     """
     plan = await served_plan.plan_of(work)
+    for note in plan.notes:  # such as nodes that are not used
+        work.console.warn(note)
     seen = await ask_briefly(work.nodes[0], {"prefix": processes.NO_MARK, "root": work.environment_root})
     work = replace(work, plan=plan, environment=seen["environments"].get("env") or "")
     await perform(RAY, work, {})

@@ -15,6 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -24,7 +25,7 @@ from deploy.fleet.calls import RemoteNode
 from deploy.fleet.ssh import open_fleet
 from deploy.nodes import state
 from deploy.nodes.config import Config
-from deploy.nodes.deployment import Deployment
+from deploy.nodes.deployment import Deployment, Node
 from deploy.nodes.facts import Facts
 from deploy.nodes.state import StepRecord
 from deploy.planning.commands import option
@@ -192,6 +193,31 @@ def test_a_failure_is_told_with_the_step_that_failed_and_not_with_the_last_one_o
     assert set(with_work(tmp_path, go).steps) == {"download", "environment"}
     words = " ".join(capsys.readouterr().err.split())
     assert "download failed: k0: uv could not install Python; set a mirror. Still running: environment" in words
+
+
+def test_serve_tells_the_notes_of_the_plan_such_as_nodes_that_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan: Any = SimpleNamespace(id="p", notes=("1 node serves, 2 are not used (k1 to k2)",))
+
+    async def planned(_work: Work) -> Any:
+        return plan
+
+    async def asked(*_arguments: object) -> dict[str, Any]:
+        return {"environments": {}}
+
+    monkeypatch.setattr("deploy.steps.served_plan.plan_of", planned)
+    monkeypatch.setattr(order, "ask_briefly", asked)
+    monkeypatch.setattr(order, "RAY", Made("ray"))
+    monkeypatch.setattr(order, "ENGINE", Made("engine"))
+
+    async def go(work: Work) -> None:
+        fleet: Any = SimpleNamespace(mark="m")
+        deployment = work.deployment.model_copy(update={"nodes": (Node(name="k0", rank=0, address="127.0.0.1"),)})
+        await order.serve(replace(work, deployment=deployment, fleet=fleet))
+
+    with_work(tmp_path, go, share="/srv")
+    assert "1 node serves, 2 are not used (k1 to k2)" in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_was_killed_in_the_middle_is_never_taken_for_done(tmp_path: Path) -> None:
