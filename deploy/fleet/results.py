@@ -124,10 +124,12 @@ async def try_all(nodes: Sequence[N], work: Callable[[N], Awaitable[T]]) -> tupl
 
 
 def combined_error(bad: Mapping[str, GracefarmError], of: int) -> GracefarmError:
-    """The failures of several nodes as one error, with the class of the first one."""
+    """The failures of several nodes as one error, with the class of the first one.
+
+    If all nodes have the same cause, as after a mistake in a local file, it is the whole message.
+    """
     first = next(iter(bad.values()))
-    if len(bad) == 1:
+    causes = list(dict.fromkeys(error.cause for error in bad.values()))
+    if len(bad) == 1 or (len(causes) == 1 and len(bad) == of):
         return first
-    return type(first)(
-        f"{len(bad)} of {of} nodes failed: " + "; ".join(error.cause for error in bad.values()), remedy=first.remedy
-    )
+    return type(first)(f"{len(bad)} of {of} nodes failed: {'; '.join(causes)}", remedy=first.remedy)

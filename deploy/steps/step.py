@@ -218,11 +218,12 @@ async def look_at_nodes(work: Work) -> Looks:
         SshError, NodeError: some nodes could not be reached; the message lists all of them.
     """
     folder = work.keeper.state.data("weights").get("folder")
+    root = work.environment_root
 
     async def ask(node: RemoteNode) -> Json:
         request = {
             "prefix": f"{work.fleet.mark}/{node.name}/",
-            "root": work.environment_root,
+            "root": root,
             "weights": folder,
             "count": node.name == work.deployment.head.name,
             "share": work.deployment.data.share,

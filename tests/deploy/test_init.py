@@ -21,6 +21,7 @@ import pytest
 from deploy import cli
 from deploy.cli.plan import schemas
 from deploy.fleet.calls import RemoteNode
+from deploy.fleet.results import combined_error
 from deploy.nodes import state
 from deploy.nodes.deployment import Deployment, Folder, load_deployment
 from deploy.nodes.facts import Facts, load_facts
@@ -29,7 +30,7 @@ from deploy.rehearsal import hub
 from deploy.steps import setlock
 from gracefarm import pins
 from gracefarm.console import Console
-from gracefarm.errors import GracefarmError, SshError
+from gracefarm.errors import ConfigError, GracefarmError, SshError
 from tests.deploy.servers import Servers, servers
 
 ROOT = Path(__file__).parent.parent.parent
@@ -243,6 +244,21 @@ def test_facts_can_be_read_again_without_asking(tmp_path: Path, nodes: Servers) 
     lost = deploy(tmp_path, "facts")
     assert lost.returncode == 60
     assert len(json.loads((tmp_path / ".deploy" / "facts.json").read_text())["nodes"]) == 2  # what was known stays
+
+
+def test_a_mistake_in_deploy_toml_is_one_sentence_for_all_nodes(tmp_path: Path, nodes: Servers) -> None:
+    assert init(tmp_path, nodes, "--accept").returncode == 0
+    done = deploy(tmp_path, "serve")
+    assert done.returncode == 3
+    told = " ".join(done.stderr.split())
+    assert told.count("the key share is missing") == 1
+    assert "nodes failed" not in told
+
+
+def test_causes_that_are_equal_are_told_once() -> None:
+    same = {name: ConfigError("a.toml: wrong") for name in ("k0", "k1")}
+    assert combined_error(same, 2).cause == "a.toml: wrong"
+    assert combined_error(same, 3).cause == "2 of 3 nodes failed: a.toml: wrong"
 
 
 def test_another_deploy_toml_is_not_overwritten(tmp_path: Path) -> None:
