@@ -50,10 +50,14 @@ def _lock(deployment: Deployment, facts: Facts) -> Sequence[str]:
             f"a lock of the set {name}: set index in {deployment.path.name} to that of the farm, http://HOST:8080/{name}/simple/",
         )
     machines = set(_MACHINES.findall(text))
-    strange = {node.arch: node.name for node in facts.nodes if machines and node.arch not in machines}
+    strange: dict[str, list[str]] = {}
+    for node in facts.nodes:
+        if machines and node.arch not in machines:
+            strange.setdefault(node.arch, []).append(node.name)
     return [
-        f"wheels for {arch}: the set {name} has only wheels for {' and '.join(sorted(machines))}, but {node} is {arch}"
-        for arch, node in strange.items()
+        f"wheels for {arch} on {', '.join(nodes)}: the set {name} has only wheels for {' and '.join(sorted(machines))}; "
+        f"change `set` in {deployment.path.name} to a set with wheels for {arch}, or use other nodes"
+        for arch, nodes in strange.items()
     ]
 
 

@@ -129,7 +129,7 @@ def test_all_that_is_missing_is_listed_at_once(tmp_path: Path, nodes: Servers) -
         assert [sentence.partition(":")[0] for sentence in told] == [
             "a shared folder",
             "a usable GPU on k0, k1",
-            *(["wheels for x86_64"] if os.uname().machine == "x86_64" else []),
+            *(["wheels for x86_64 on k0, k1"] if os.uname().machine == "x86_64" else []),
             "access to org/gated",
         ]
         assert "when nothing is missing, run `deploy serve`" in done.stderr
