@@ -60,7 +60,8 @@ def rehearse(context: DeployContext, count: int, keep: bool) -> None:
         if keep:
             _wait(rehearsal)
         rehearsal.command("down")
-        walkthrough.nothing_left(rehearsal)
+        if not keep:  # a user's deployment may still run on the nodes, and ends with them
+            walkthrough.nothing_left(rehearsal)
     rows = [{"step": step.name, "argv": step.argv, "seconds": round(step.seconds, 2)} for step in rehearsal.steps]
     document = {"nodes": count, "ready_s": round(ready, 2), "steps": rows, **answer}
     lines = [f"{step.name:>9}  {step.seconds:6.1f} s" for step in rehearsal.steps]
