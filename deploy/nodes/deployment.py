@@ -43,7 +43,7 @@ class Node(BaseModel):
 
     @property
     def head(self) -> bool:
-        """True for the node that runs Ray's head and the engine's driver."""
+        """True for the node that runs Ray's head and the engine's main process."""
         return self.rank == 0
 
     def __str__(self) -> str:

@@ -24,7 +24,7 @@ def choose(question: Question) -> LayoutChoice:
         forced = forced.model_copy(update={"pipeline_parallel": len(forced.partition)})
     if not question.machines or not question.machines[0].gpus:
         raise LayoutError(
-            "the head (the first node) has no usable GPU, but the engine's driver process requires one",
+            "the head (the first node) has no usable GPU, but the engine's main process runs there and requires one",
             remedy="list a node with a GPU first in [nodes] of deploy.toml or in its file of addresses",
         )
     reason = engines.gpu_refusal(question.engine, question.model, min(_capabilities(question)))

@@ -131,7 +131,7 @@ class ServePlan(BaseModel):
 
     @property
     def head(self) -> NodePlan:
-        """The node that runs Ray's head and the engine's driver."""
+        """The node that runs Ray's head and the engine's main process."""
         return self.nodes[0]
 
     @property
@@ -214,12 +214,23 @@ def _machines(deployment: Deployment, known: Mapping[str, NodeFacts]) -> tuple[t
             machines.append(Machine(name=node.name, private=facts.private, gpus=gpus[: node.gpus], host=facts.memory.total))
         elif node.head:
             raise LayoutError(
-                f"{node}: the head has no usable GPU ({facts.cuda.text}), but the engine's driver requires one",
-                remedy="list a node with a GPU first in deploy.toml; or fix the driver of this node, then run `deploy facts`",
+                f"{node}: the head has no usable GPU ({facts.cuda.text}), but the engine's main process runs there "
+                "and requires one",
+                remedy=f"list a node with a GPU first in {_list(deployment)}, or repair the NVIDIA driver of this node; then "
+                "run `deploy facts`",
             )
         else:
             notes.append(f"{node} cannot serve: {facts.cuda.text}")
     return tuple(machines), notes
+
+
+def _list(deployment: Deployment) -> str:
+    """Where deploy.toml, or the file that it names, lists the head."""
+    nodes = deployment.data.nodes
+    if nodes.file:
+        return nodes.file
+    table = "[nodes]" if nodes.hosts else "[[group]]" if deployment.data.group else "[[node]]"
+    return f"{table} of {deployment.path.name}"
 
 
 def _question(deployment: Deployment, facts: Facts, model: Model) -> tuple[Question, list[str]]:

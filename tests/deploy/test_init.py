@@ -280,6 +280,7 @@ def test_a_head_without_a_gpu_is_a_sentence(tmp_path: Path, nodes: Servers) -> N
     done = deploy(tmp_path, "plan")
     assert done.returncode == 64
     assert "head has no usable GPU (no NVIDIA driver)" in done.stderr
+    assert "list a node with a GPU first in ips.txt, or repair the NVIDIA driver" in " ".join(done.stderr.split())
 
 
 def test_the_commit_whose_weights_were_brought_is_the_one_that_is_planned(tmp_path: Path, nodes: Servers) -> None:

@@ -326,8 +326,9 @@ def test_a_node_without_a_gpu_is_left_out_and_named_and_a_head_without_one_is_re
     assert "k3" not in [node.name for node in found.nodes]
     assert any("k3" in note and "802" in note for note in found.notes)
     headless = Facts(nodes=(no_gpu(facts.nodes[0]), *facts.nodes[1:]))
-    with pytest.raises(LayoutError, match=r"head has no usable GPU \(cuInit: system not yet initialized \(802\)\)"):
+    with pytest.raises(LayoutError, match=r"head has no usable GPU \(cuInit: system not yet initialized \(802\)\)") as error:
         plans.make(deployment, headless, llama())
+    assert "first in [[node]] of deploy.toml" in error.value.remedy
 
 
 def test_a_node_that_was_never_asked_is_no_guess() -> None:
