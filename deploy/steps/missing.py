@@ -19,7 +19,7 @@ _MACHINES = re.compile(r"#\s*\S+_(aarch64|x86_64)\.whl")
 
 def missing(deployment: Deployment, facts: Facts, environ: Mapping[str, str]) -> list[str]:
     """One entry for each missing thing, with what to do; empty: `deploy serve` can start."""
-    found = [*_share(deployment, facts), *_gpus(facts), *_lock(deployment, facts)]
+    found = [*_share(deployment, facts), *_gpus(deployment, facts), *_lock(deployment, facts)]
     return [*found, *_model(deployment.data.model.repo, environ)]
 
 
@@ -32,7 +32,9 @@ def _share(deployment: Deployment, facts: Facts) -> Sequence[str]:
     return (f"a shared folder: the nodes have no network file system in common; mount one on all nodes and {where}",)
 
 
-def _gpus(facts: Facts) -> Sequence[str]:
+def _gpus(deployment: Deployment, facts: Facts) -> Sequence[str]:
+    if deployment.data.options.rehearsal:  # its GPUs are declared
+        return ()
     without: dict[str, list[str]] = {}
     for node in facts.nodes:
         if not node.cuda.gpus:

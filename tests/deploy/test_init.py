@@ -134,7 +134,10 @@ def test_all_that_is_missing_is_listed_at_once(tmp_path: Path, nodes: Servers) -
         ]
         assert "when nothing is missing, run `deploy serve`" in done.stderr
         (tmp_path / "deploy.toml").write_text((tmp_path / "deploy.toml").read_text().replace("org/gated", "org/absent"))
+        with (tmp_path / "deploy.toml").open("a") as stream:
+            stream.write("[options]\nrehearsal = true\n")
         again = deploy(tmp_path, "init", "deploy.toml", "--json", **variables)
+        assert "usable GPU" not in again.stdout
         assert (
             "the model: org/absent is not accessible on the Hub without a token"
             in json.loads(again.stdout.splitlines()[-1])["missing"][-1]
