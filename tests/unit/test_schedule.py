@@ -88,7 +88,7 @@ def test_large_units_share_a_pool_and_start_first() -> None:
     text = schedule.scheduled(TORCH, plan(declared={"b.cu": 9}, peaks={"csrc/c.cu": 10}), "/build/source")
     assert sources(text) == ["b.cu", "c.cu", "a.cu"]
     assert text.startswith(
-        "# gracefarm: 2 of 3 units to build need more memory than a job's share, 1 of them run at the same time\n"
+        "# gracefarm: 2 of 3 units to build need more memory than a job's share; 1 of these units is compiled at a time\n"
         "pool gracefarm_large\n  depth = 1\n"
     )
     assert text.count("  pool = gracefarm_large\n") == 2
@@ -97,6 +97,13 @@ def test_large_units_share_a_pool_and_start_first() -> None:
     text = schedule.scheduled(TORCH, plan(declared={"csrc/*.cu": 9}, peaks={"csrc/b.cu": 1}), "/build/source")
     assert "csrc/b.cu\n  pool" not in text
     assert text.count("  pool = gracefarm_large\n") == 2
+
+
+def test_the_message_says_how_many_large_units_are_compiled_at_the_same_time() -> None:
+    many = "3 of 9 units to build need more memory than a job's share; 2 of these units are compiled at the same time"
+    one = "1 of 9 units to build need more memory than a job's share; 1 of these units is compiled at a time"
+    assert [schedule.message(3, 9, 2), schedule.message(1, 9, 1)] == [many, one]
+    assert schedule.message(0, 9, 4) == "0 of 9 units to build need more memory than a job's share"
 
 
 def test_one_job_needs_no_pool() -> None:

@@ -38,9 +38,7 @@ DIALECT = {
 TO_DO = frozenset(
     {
         "builder/data/root/bytecode.py",  # in every root's digest: rewritten with the next functional change
-        "builder/data/toolchain/",  # in every build id: rewritten with the next functional change
         "tests/integration/sandbox/kit.py",  # the user `nobody`
-        "tests/integration/test_device_code.py",  # asserts a sentence of builder/data/toolchain/
         "tests/integration/test_recipe_patches.py",  # asserts a sentence of a patch, which enters a build id
         "tests/integration/test_root.py",  # the key `alone` of a stack's root, and the user `nobody`
     }

@@ -1,12 +1,12 @@
-"""Compare two modules of LLVM bitcode that one source gave.
+"""Compare two modules of LLVM bitcode that were compiled from the same source.
 
-nvcc's front end marks each argument of one byte, `bool` among them, with how it is extended to a register: `signext` where
-char is signed (x86_64), `zeroext` where it is not (aarch64). For bool, which is 0 or 1, both mean the same. Where such a value
-is used as a number, the instructions differ too (sext and zext). So if two modules differ in nothing else, the sign of char
-changes nothing.
+nvcc's front end adds an attribute to each argument of one byte, including `bool`. The attribute states how the argument is
+extended to a register: `signext` if char is signed (x86_64), `zeroext` if char is unsigned (aarch64). The value of a bool is 0
+or 1, and both attributes extend it to the same value. If the code uses a char as a number, the instructions differ too (sext
+and zext). So if two modules differ only in these attributes, the sign of char does not affect the result.
 
-The format: https://llvm.org/docs/BitCodeFormat.html. A block at the beginning has the attributes. If its length differs, then
-the offsets of functions do, which serve readers that skip functions.
+The format: https://llvm.org/docs/BitCodeFormat.html. A block at the beginning of the module contains the attributes. If the
+length of this block differs, the offsets of the functions differ too. Readers use these offsets to skip functions.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ ENTER, UNABBREVIATED = 1, 3
 
 
 class LayoutError(Exception):
-    """The bitcode is not laid out as LLVM 7 and later write it."""
+    """The bitcode does not have the layout that LLVM 7 and later write."""
 
 
 class Reader:
-    """A cursor over the bits of a module."""
+    """Reads the bits of a module one after the other."""
 
     def __init__(self, code: bytes) -> None:
         self.code = code
         self.bit = 0
 
     def fixed(self, width: int) -> int:
-        """A number of so many bits."""
+        """Read a number that has `width` bits."""
         first, last = self.bit >> 3, (self.bit + width + 7) >> 3
         if last > len(self.code):
             raise LayoutError
@@ -43,7 +43,10 @@ class Reader:
         return value
 
     def variable(self, width: int) -> int:
-        """A number in chunks of so many bits, whose highest says that another one follows."""
+        """Read a number that is stored in chunks of `width` bits.
+
+        The highest bit of a chunk is set if one more chunk follows.
+        """
         value = shift = 0
         more = 1 << (width - 1)
         while True:
@@ -54,7 +57,11 @@ class Reader:
             shift += width - 1
 
     def enter(self) -> tuple[int, int, int]:
-        """Past the header of a block: its id, the width of its abbreviation ids, and the bit behind its end."""
+        """Read the header of a block.
+
+        Returns:
+            The id of the block, the width of its abbreviation ids, and the position of the first bit after the block.
+        """
         block, width = self.variable(8), self.variable(4)
         self.bit = (self.bit + 31) & ~31
         words = self.fixed(32)
@@ -62,7 +69,7 @@ class Reader:
 
 
 def differ_only_in_extension(one: bytes, other: bytes) -> bool:
-    """Whether two modules are equal, except that one has `signext` where the other has `zeroext`."""
+    """Whether two modules differ at most in the attributes `signext` and `zeroext`."""
     try:
         return _equal(one, other)
     except LayoutError:
@@ -83,7 +90,7 @@ def _equal(one: bytes, other: bytes) -> bool:
 
 
 def _module(code: bytes) -> int:
-    """The bit where the content of the module begins, behind its length."""
+    """The position of the first bit of the module's content. The content begins after the length of the module."""
     reader = Reader(code)
     if reader.fixed(32) != 0xDEC04342:
         raise LayoutError
@@ -97,7 +104,11 @@ def _module(code: bytes) -> int:
 
 
 def _groups(code: bytes) -> tuple[list[list[int]], int, int]:
-    """The attribute groups, with one kind for both extensions; the first byte of their block and the byte behind it."""
+    """Read the attribute groups, with `signext` for both extensions.
+
+    Returns:
+        The groups, the position of the first byte of their block, and the position of the first byte after the block.
+    """
     reader = Reader(code)
     reader.bit = _module(code)
     while True:
@@ -121,7 +132,11 @@ def _groups(code: bytes) -> tuple[list[list[int]], int, int]:
 
 
 def _with_one_extension(group: list[int]) -> list[int]:
-    """A group with `signext` in place of `zeroext`: its code, number and parameter, and then attributes by their form."""
+    """Replace `zeroext` by `signext` in a group.
+
+    The first three values of a group are its code, its number and its parameter. The attributes follow. The first value of an
+    attribute is its form.
+    """
     place = 3
     while place < len(group):
         form = group[place]
@@ -131,7 +146,7 @@ def _with_one_extension(group: list[int]) -> list[int]:
             place += 2
         elif form == 1:  # a kind and a number
             place += 3
-        elif form in (3, 4):  # one text or two, each up to a zero
+        elif form in (3, 4):  # one text or two texts; a zero ends each text
             for _ in range(form - 2):
                 place = group.index(0, place + 1)
             place += 1
@@ -141,14 +156,17 @@ def _with_one_extension(group: list[int]) -> list[int]:
 
 
 def _record(reader: Reader) -> list[int]:
-    """An unabbreviated record: its code and its values."""
+    """Read an unabbreviated record: its code and its values."""
     code = reader.variable(6)
     return [code, *(reader.variable(6) for _ in range(reader.variable(6)))]
 
 
 def _equal_rest(one: bytes, start: int, other: bytes, other_start: int, shift: int) -> bool:
-    """Whether all behind the attribute groups is equal, where offsets differ by `shift` words: that of the table that has the
-    offsets of functions, which comes first, and those in this table."""
+    """Whether the bytes after the attribute groups are equal, except for offsets that differ by `shift` words.
+
+    Two kinds of offsets may differ. The first differing offset is the offset of a table. The other offsets are in this table;
+    they are the offsets of the functions.
+    """
     if not shift:
         return one[start:] == other[other_start:]
     words, others = array("I", one[start:]), array("I", other[other_start:])
@@ -156,7 +174,7 @@ def _equal_rest(one: bytes, start: int, other: bytes, other_start: int, shift: i
     if not different:
         return False
     reader, second = Reader(one), Reader(other)
-    # The offset has 32 bits and begins at any bit.
+    # The offset of the table has 32 bits. It can begin at any bit, so the loop tries each bit.
     for bit in range(32 * max(different[0] - 1, 0), 32 * (different[0] + 1)):
         reader.bit, second.bit = 8 * start + bit, 8 * other_start + bit
         table, other_table = reader.fixed(32), second.fixed(32)
@@ -169,7 +187,10 @@ def _equal_rest(one: bytes, start: int, other: bytes, other_start: int, shift: i
 
 
 def _table(reader: Reader, bit: int, start: int) -> range | None:
-    """The words of a table of offsets, counted from a byte on; None if there is no such table at this bit."""
+    """The word numbers of a table of offsets, counted from the byte `start`.
+
+    The function returns None if no such table begins at the position `bit`.
+    """
     reader.bit = bit
     try:
         if reader.fixed(3) != ENTER:
@@ -181,6 +202,6 @@ def _table(reader: Reader, bit: int, start: int) -> range | None:
 
 
 def _same_around(words: tuple[array[int], array[int]], bit: int) -> bool:
-    """Whether one word or two are equal in all bits but the 32 from `bit` on."""
+    """Whether one or two words of each module are equal in all bits except the 32 bits that begin at `bit`."""
     one, other = (int.from_bytes(each.tobytes(), "little") for each in words)
     return not (one ^ other) & ~(0xFFFFFFFF << bit)

@@ -1,24 +1,28 @@
-"""Run one pass of nvcc (cudafe++, cicc, ptxas, fatbinary), or take its result from the store of device code.
+"""Run one pass of nvcc (cudafe++, cicc, ptxas, fatbinary), or read the result of the pass from the store of device code.
 
     python -I -S DIRECTORY PASS ARGUMENT...
 
-In DIRECTORY this file is __main__.py. The script `pass` takes the place of each pass and starts it with the root's native
-Python; it uses the standard library only. The same input gives the same device code in all cells, so a result is kept under
-the digest of all that it depends on:
+In DIRECTORY, the name of this file is __main__.py. The script `pass` replaces each pass, and starts this program with the
+native Python of the root. The program uses only the standard library. The same input gives the same device code in all cells.
+So the key of a result in the store is the digest of everything that affects the result:
 
-- cicc: its options, the preprocessed text, the name of the module, the compiler. cicc is a front end and an optimizer. Where
-  the text differs, the front end runs, and the optimizer's result is kept under the digest of the NVVM code (LLVM bitcode)
-  that it reads. That has nothing of what device code does not use, such as declarations of Python or of the host's C library.
-- ptxas: its options, the PTX, the compiler.
-- fatbinary: it always runs.
-- cudafe++: it always runs, and writes the module id, a name for the unit that cicc puts into the names of device code. If the
-  unit has no external symbol, cudafe++ takes its own process id, so that nothing would be found again. `cudafe` replaces it.
+- cicc: the options, the preprocessed text, the name of the module, the compiler. cicc consists of a front end and an
+  optimizer. If there is no result for the text, this program runs the front end, which writes NVVM code (LLVM bitcode). The
+  optimizer reads the NVVM code. The key of the optimizer's result is the digest of the NVVM code. The NVVM code does not
+  contain declarations that the device code does not use, for example declarations of Python or of the host's C library.
+- ptxas: the options, the PTX, the compiler.
+- fatbinary: this pass always runs.
+- cudafe++: this pass always runs. It writes the module id, which is a name for the unit. cicc includes the module id in names
+  of device code. If the unit has no external symbol, the module id contains the process id of cudafe++. Then the input of cicc
+  would differ in each build, and the store would never have a result. So the function `cudafe` replaces the process id.
 
-The text names headers by paths that differ between cells. `canonical` replaces them, and cicc runs in the folder /. Both
-happen without a store too, so that the store changes no byte.
+The text contains the paths of headers, and these paths differ between cells. `canonical` replaces the paths, and cicc runs in
+the folder /. The program does both even if there is no store. So the store does not change the output.
 
-GRACEFARM_NVCC: the compiler, whose folder has the passes, or links to them. GRACEFARM_CUDA: its release.
-GRACEFARM_DEVICE_NOTES: the file that gets a line of JSON for each pass. device_store.py names the store's variables.
+GRACEFARM_NVCC: the compiler. Its folder contains the passes, or links to the passes. GRACEFARM_CUDA: the release of the
+compiler.
+GRACEFARM_DEVICE_NOTES: a file. The program appends one line of JSON to this file for each pass.
+device_store.py describes the variables of the store.
 """
 
 import hashlib
@@ -37,7 +41,7 @@ from builder.data.toolchain.bitcode import differ_only_in_extension
 from builder.data.toolchain.device_store import Result, digest, get, put
 
 MARKER = re.compile(rb'^(# \d+ )"([^"\\\n]*)"', re.MULTILINE)
-"A line of a preprocessed text that says which file the next lines are of."
+"A line of a preprocessed text that names the file of the next lines."
 PYTHON = re.compile(r"^/env/lib/python3\.\d+t?/")
 TRIPLET = re.compile(r"/(?:aarch64|x86_64)-linux-gnu(?=/)")
 NAMED = {
@@ -48,14 +52,14 @@ NAMED = {
     "--module_id_file_name": "module",
     "-o": "output",
 }
-"Options of cicc whose values are files."
+"Options of cicc whose values are names of files."
 MADE = ("stub", "c", "gpu")
-"What the front end writes beside the NVVM code, for the host's compiler."
+"Files that the front end writes for the host compiler, in addition to the NVVM code."
 SOURCE_NAMES = ("--orig_src_file_name", "--orig_src_path_name")
 NEVER = ("-g", "-G", "-lto", "-dlto", "-keep", "--device-debug")
-"Options of passes whose results are not kept: debuggers see the folder and the names of scratch files."
+"The result of a pass with one of these options is not kept: debuggers show the folder and the names of scratch files."
 SPLIT_RELEASES = ("13.0",)
-"CUDA releases whose cicc was seen to give the same PTX in two steps as in one."
+"CUDA releases whose cicc writes the same PTX in two steps as in one step, according to our tests."
 FRONT_END = re.compile(
     r"--(?:c\+\+(?:03|11|14|17|20)|static-host-stub|device-hidden-visibility|gnu_version=\d+|display_error_number|allow_managed|"
     r"relaxed_constexpr|extended-lambda|unsigned_chars|unsigned_wchar_t|arm_cross_compiler|no-version-ident|gen_div_approx_ftz|"
@@ -63,25 +67,25 @@ FRONT_END = re.compile(
 )
 "Options that only the front end reads."
 OPTIMIZER = {"-ftz": "-ftz", "-prec_div": "-prec-div", "-prec_sqrt": "-prec-sqrt", "-fmad": "-fma"}
-"Options that only the optimizer reads, by the names that cicc and its optimizer have for them; all have a value."
+"Options that only the optimizer reads: the name for cicc, and the name for the optimizer. All these options have a value."
 BOTH = {
     "-m64": (["--m64"], []),
     "--device-c": (["--device-c"], ["--device-c"]),
     "-generate-line-info": (["--generate-line-info"], ["-generate-line-info"]),
     "-fast-math": ([], ["-fast-math"]),
 }
-"Other options, as the front end and the optimizer are given them."
+"Other options: the option of cicc, the options for the front end, and the options for the optimizer."
 UNSIGNED = ("--unsigned_chars", "--unsigned_wchar_t")
-"What the front end is told for aarch64, where char is unsigned."
+"Options of the front end for aarch64, where char is unsigned."
 GENERATE = "--gen_module_id_file"
 MODULE_ID = re.compile(rb"(_[0-9a-f]{8}_\d+_\w+)_[0-9a-f]{8}_\d+")
 "A module id that contains a process id: digest of the path, length of the file name, file name, digest, process id."
 LINKED = ("--device-c", "--partial-link")
-"Options by which units call functions of each other."
+"With these options, units can call functions of other units."
 
 
 class NotKeptError(Exception):
-    """A pass whose result cannot be kept; the message says why."""
+    """The result of a pass cannot be kept. The message contains the reason."""
 
 
 @dataclass
@@ -89,13 +93,13 @@ class Call:
     """A call of cicc."""
 
     options: list[str]
-    "All but the names of files."
+    "The options without the names of files."
     names: dict[str, str]
     source: str
 
 
 def main() -> int:
-    """Run the pass; return its exit code."""
+    """Run the pass, and return its exit code."""
     tool, *arguments = sys.argv[1:]
     if tool == "cudafe++":
         return cudafe(arguments)
@@ -112,7 +116,7 @@ def main() -> int:
 
 
 def note(tool: str, outcome: str, saved: Mapping[str, float], started: float) -> None:
-    """Append what this pass did to the unit's notes, in one write."""
+    """Append a line about this pass to the notes of the unit, in one write."""
     if not (place := os.environ.get("GRACEFARM_DEVICE_NOTES")):
         return
     own = resource.getrusage(resource.RUSAGE_SELF)
@@ -125,16 +129,16 @@ def note(tool: str, outcome: str, saved: Mapping[str, float], started: float) ->
 
 
 def real(tool: str) -> str:
-    """The pass itself, beside the real nvcc."""
+    """The path of the real pass, found from the folder of the real nvcc."""
     folder = os.path.dirname(os.path.realpath(os.environ["GRACEFARM_NVCC"]))
     return os.path.join(folder, "../nvvm/bin/cicc" if tool == "cicc" else tool)
 
 
 def run(command: Sequence[str], folder: str) -> Result:
-    """Run a compiler with nothing of this environment but its scratch folder.
+    """Run a compiler. The compiler gets only the scratch folder and the path of libraries from this environment.
 
     Raises:
-        NotKeptError: it failed; what it says is shown when it runs again as nvcc asked.
+        NotKeptError: the compiler failed. `main` then runs it again with nvcc's arguments, and the compiler prints the error.
     """
     started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     variables = {name: os.environ[name] for name in ("TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
@@ -156,7 +160,8 @@ def run(command: Sequence[str], folder: str) -> Result:
 def cudafe(arguments: Sequence[str]) -> int:
     """Run cudafe++, and replace a process id in the module id. Return the exit code.
 
-    Units that call functions of each other keep cudafe++'s module id: their names must be unique in a program.
+    If units can call functions of other units, the module id stays as cudafe++ wrote it, because it must be unique in a
+    program.
     """
     code = subprocess.run([real("cudafe++"), *arguments], check=False).returncode
     if code or GENERATE not in arguments or any(option in arguments for option in LINKED):
@@ -173,7 +178,10 @@ def cudafe(arguments: Sequence[str]) -> int:
 
 
 def own_digest(preprocessed: str) -> str:
-    """Eight digits for the project's files and macros of a unit: they are the same in all cells, and differ between units."""
+    """The first eight digits of the digest of a unit's macros and of the project's files that the unit reads.
+
+    The digits are the same in all cells. They differ between units.
+    """
     folder = os.getcwd()
     tree = os.path.join(os.path.dirname(os.environ.get("GRACEFARM_UNITS", "")), "source")
     names = {match[2].decode(errors="surrogateescape") for match in MARKER.finditer(read(preprocessed))}
@@ -190,7 +198,7 @@ def own_digest(preprocessed: str) -> str:
 
 
 def cicc(arguments: Sequence[str]) -> tuple[str, dict[str, float]]:
-    """Write what cicc writes; return where the results came from, and what that saved.
+    """Write the output of cicc; return the source of the results, and the cost that was saved.
 
     Raises:
         NotKeptError: the result cannot be kept; nothing was written.
@@ -215,10 +223,11 @@ def cicc(arguments: Sequence[str]) -> tuple[str, dict[str, float]]:
 
 
 def parsed(arguments: Sequence[str]) -> Call:
-    """The parts of a call.
+    """Split the arguments of cicc into options, names of files and the source.
 
     Raises:
-        NotKeptError: it has an option that forbids to keep the result, or reads a file beside the text.
+        NotKeptError: the call has an option that prevents keeping the result, or the call reads a file in addition to the
+        text.
     """
     options: list[str] = []
     names: dict[str, str] = {}
@@ -239,10 +248,10 @@ def parsed(arguments: Sequence[str]) -> Call:
 
 
 def the_file(words: Sequence[str], suffix: str) -> str:
-    """The one file that a pass reads, among the words of its command line.
+    """Find the file that a pass reads among the words of its command line.
 
     Raises:
-        NotKeptError: it reads others too.
+        NotKeptError: the pass does not read exactly one file, or the file has a different suffix.
     """
     values = {word: word.partition("=")[2] if word.startswith("-") else word for word in words}
     files = [word for word, value in values.items() if value and os.path.exists(value)]
@@ -252,9 +261,11 @@ def the_file(words: Sequence[str], suffix: str) -> str:
 
 
 def canonical(text: bytes, folder: str) -> tuple[bytes, dict[bytes, bytes]]:
-    """The text with paths that are equal in all cells, and a path that each of them stands for.
+    """Replace the paths in a text by paths that are equal in all cells.
 
-    Two headers may get one path, as Debian's two pyconfig.h. The compiler shows paths and does not look at them.
+    Returns:
+        The new text, and the original path of each new path. Two headers can get the same new path, for example Debian's two
+        pyconfig.h. This is not an error, because the compiler only prints the paths.
     """
     paths = {path: common(path, folder) for path in sorted({match[2] for match in MARKER.finditer(text)})}
     originals = {name: path for path, name in paths.items()}
@@ -262,7 +273,7 @@ def canonical(text: bytes, folder: str) -> tuple[bytes, dict[bytes, bytes]]:
 
 
 def common(path: bytes, folder: str) -> bytes:
-    """A path as it is for each Python and each host."""
+    """Replace the parts of a path that depend on the version of Python or on the host."""
     name = path.decode(errors="surrogateescape")
     if name.startswith("<"):
         return path
@@ -274,7 +285,11 @@ def common(path: bytes, folder: str) -> bytes:
 
 
 def compiled(call: Call, text: bytes, key: str) -> tuple[Result, Result, str, dict[str, float]]:
-    """The result of the front end, with the key of the other, and that of the optimizer; kept if they may be.
+    """Run the front end and the optimizer, and keep their results if this is allowed.
+
+    Returns:
+        The result of the front end, which contains the key of the optimizer's result; the result of the optimizer; the source
+        of the results; the cost that was saved.
 
     Raises:
         NotKeptError: the compiler failed.
@@ -298,7 +313,7 @@ def compiled(call: Call, text: bytes, key: str) -> tuple[Result, Result, str, di
                 ptx.files["ptx"] = read(f"{scratch}/unit.ptx")
         contents = [unit.out, unit.err, *unit.files.values(), ptx.out, ptx.err, *ptx.files.values()]
     unit.files["nvvm"] = nvvm.encode()
-    # What names a scratch file would differ the next time.
+    # If a result contains the name of a scratch file, it differs in each run. So it is not kept.
     if not any(name in content for content in contents for name in (b"tmpxft", scratch.encode())):
         put(nvvm, ptx)
         put(key, unit)
@@ -306,7 +321,11 @@ def compiled(call: Call, text: bytes, key: str) -> tuple[Result, Result, str, di
 
 
 def split(options: Sequence[str]) -> tuple[list[str], list[str]] | None:
-    """The options of the front end and of the optimizer; None if one is not known, and cicc runs as a whole."""
+    """The options of the front end and of the optimizer.
+
+    The function returns None if an option is unknown, or if the CUDA release is not in SPLIT_RELEASES. Then cicc runs in one
+    step.
+    """
     front, back, words = ["--emit-llvm-bc"], [], iter(options)
     architecture = ""
     for word in words:
@@ -334,7 +353,7 @@ def split(options: Sequence[str]) -> tuple[list[str], list[str]] | None:
 
 
 def front_end(call: Call, arguments: Sequence[str], scratch: str) -> Result:
-    """What a call of cicc writes for the host's compiler, with marks in place of nvcc's names."""
+    """Run cicc, and return the files that it writes for the host compiler. Marks replace the names that nvcc chose."""
     names = {name: f"{scratch}/{name}" for name in MADE}
     options = {option: names.get(name, os.path.abspath(call.names[name])) for option, name in NAMED.items()}
     options["--include_file_name"] = "include"
@@ -347,9 +366,11 @@ def front_end(call: Call, arguments: Sequence[str], scratch: str) -> Result:
 
 
 def same_for_hosts(call: Call, options: Sequence[str], scratch: str, unit: Result) -> bytes:
-    """The NVVM code, with char unsigned, as on aarch64, if that changes nothing but how bool arguments are extended.
+    """Return NVVM code that is the same for all hosts, if there is such code. Otherwise return the code of this host.
 
-    A unit whose functions are called by other units keeps its own: they have to agree.
+    The function compiles the unit again with an unsigned char, as on aarch64. If only the extension of bool arguments differs,
+    it uses the new code. If units can call functions of other units, the unit keeps the code of this host, because the
+    extension of arguments must be equal in all units.
     """
     code = read(f"{scratch}/unit.bc")
     if UNSIGNED[0] in options or any(option in call.options for option in LINKED):
@@ -366,7 +387,7 @@ def same_for_hosts(call: Call, options: Sequence[str], scratch: str, unit: Resul
 
 
 def neutral(content: bytes, scratch: str) -> bytes:
-    """A file for the host's compiler with marks for the names of files."""
+    """Replace the names of files by marks in a file for the host compiler."""
     content = content.replace(b'#include "include"', b'#include "@include@"')
     for name in MADE:
         content = content.replace(f'"{scratch}/{name}"'.encode(), f'"@{name}@"'.encode())
@@ -374,7 +395,7 @@ def neutral(content: bytes, scratch: str) -> bytes:
 
 
 def local(content: bytes, names: Mapping[str, str], originals: Mapping[bytes, bytes]) -> bytes:
-    """The same with this call's own names."""
+    """Replace the marks by the names of this call, and the new paths by the original paths."""
     content = MARKER.sub(lambda match: b'%s"%s"' % (match[1], originals.get(match[2], match[2])), content)
     for name in ("include", *MADE):
         content = content.replace(f'"@{name}@"'.encode(), f'"{names[name]}"'.encode())
@@ -385,7 +406,7 @@ def local(content: bytes, names: Mapping[str, str], originals: Mapping[bytes, by
 
 
 def ptxas(arguments: Sequence[str]) -> tuple[str, dict[str, float]]:
-    """Write what ptxas writes; return where it came from, and what that saved.
+    """Write the output of ptxas; return the source of the result, and the cost that was saved.
 
     Raises:
         NotKeptError: the result cannot be kept; nothing was written.
@@ -412,10 +433,10 @@ def ptxas(arguments: Sequence[str]) -> tuple[str, dict[str, float]]:
 
 
 def assembled(source: str, options: Sequence[str]) -> Result:
-    """What ptxas makes of a file, under a name that is equal in all cells.
+    """Run ptxas on a file, with a name for the file that is equal in all cells.
 
     Raises:
-        NotKeptError: it failed.
+        NotKeptError: ptxas failed.
     """
     with tempfile.TemporaryDirectory(prefix="device-") as scratch:
         os.symlink(os.path.abspath(source), f"{scratch}/unit.ptx")
@@ -424,17 +445,17 @@ def assembled(source: str, options: Sequence[str]) -> Result:
     return result
 
 
-# Small things.
+# Helper functions.
 
 
 def added(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
-    """The cost of two steps, one after the other."""
+    """The cost of two steps that run one after the other."""
     total = {name: round(one.get(name, 0) + other.get(name, 0), 3) for name in ("cpu_s", "wall_s")}
     return total | {"peak_memory": max(one.get("peak_memory", 0), other.get("peak_memory", 0))}
 
 
 def say(first: Result, second: Result, originals: Mapping[bytes, bytes]) -> None:
-    """Print what the compiler printed, with the paths of this cell."""
+    """Print the messages of the compiler, with the paths of this cell."""
     for stream, content in ((sys.stdout, first.out + second.out), (sys.stderr, first.err + second.err)):
         for path in sorted(originals, key=len, reverse=True):
             if path != originals[path]:
@@ -444,7 +465,7 @@ def say(first: Result, second: Result, originals: Mapping[bytes, bytes]) -> None
 
 
 def read(place: str) -> bytes:
-    """The bytes of a file."""
+    """Read the bytes of a file."""
     with open(place, "rb") as stream:
         return stream.read()
 

@@ -1,8 +1,10 @@
-"""The store of device code: results of device passes, each under the digest of all that it depends on.
+"""The store of device code. It keeps the results of device passes; the key of a result is the digest of all its inputs.
 
-GRACEFARM_DEVICE_STORE: the folder; empty for no store. GRACEFARM_DEVICE_COMPILERS: the digest of the compilers.
+GRACEFARM_DEVICE_STORE: the folder of the store; if it is empty, there is no store.
+GRACEFARM_DEVICE_COMPILERS: the digest of the compilers.
 
-A result is one file: the sha256 of the rest, and compressed a header in JSON and the contents. It is renamed into its place.
+Each result is one file. The file begins with the sha256 of the compressed data that follows. The compressed data consists of a
+JSON header and the contents. `put` writes a temporary file and then renames it, so a result is never partly written.
 """
 
 import hashlib
@@ -15,17 +17,17 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Result:
-    """What a pass left: its messages and its files, by short names."""
+    """The output of a pass: its messages, and its files by short names."""
 
     out: bytes = b""
     err: bytes = b""
     files: dict[str, bytes] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
-    "CPU seconds, seconds and bytes of memory that it took."
+    "The CPU seconds, the wall seconds and the bytes of memory that the pass used."
 
 
 def digest(*parts: object) -> str:
-    """The key of a result: over texts, lists and bytes, each with its length."""
+    """The key of a result: a digest of texts, lists and bytes. The length of each part is hashed before the part."""
     whole = hashlib.sha256()
     for part in (os.environ.get("GRACEFARM_DEVICE_COMPILERS", ""), *parts):
         content = part if isinstance(part, bytes) else json.dumps(part).encode()
@@ -34,7 +36,7 @@ def digest(*parts: object) -> str:
 
 
 def get(key: str) -> Result | None:
-    """A result out of the store; None if it is not there, or damaged."""
+    """Read a result from the store. The function returns None if the result is missing or damaged."""
     if not (store := os.environ.get("GRACEFARM_DEVICE_STORE")):
         return None
     place = os.path.join(store, key[:2], key)
@@ -44,7 +46,7 @@ def get(key: str) -> Result | None:
         head, body = content[:64], content[65:]
         if hashlib.sha256(body).hexdigest().encode() != head:
             return None
-        os.utime(place)  # the builder removes first what was not used for the longest time
+        os.utime(place)  # the builder removes the least recently used results first
         unpacked = zlib.decompress(body)
         length = int.from_bytes(unpacked[:4], "big")
         header = json.loads(unpacked[4 : 4 + length])
@@ -59,7 +61,10 @@ def get(key: str) -> Result | None:
 
 
 def put(key: str, result: Result) -> None:
-    """Keep a result, whole or not at all. A store that cannot be written makes a build slower, and changes nothing else."""
+    """Write a complete result to the store.
+
+    If the store cannot be written, the function keeps nothing. The build is then slower, but its output is the same.
+    """
     if not (store := os.environ.get("GRACEFARM_DEVICE_STORE")):
         return
     contents = [result.out, result.err, *result.files.values()]

@@ -1,14 +1,17 @@
-"""Run ninja with the longest units first, and keep units apart that need more than a job's share of the memory.
+"""Run ninja with the longest units first, and limit how many large units run at the same time.
 
     python -I -S schedule.py NINJA ARGUMENT...
 
-Ninja starts edges in the order of its manifest. An edge whose pool is full waits, and another edge takes its job. So this
-program writes a copy of build.ninja beside it, with the edges in another order and a pool for the large ones, and runs ninja
-on the copy. The commands are the same, and ninja's log of them stays valid. GRACEFARM_SCHEDULE names a JSON file: `jobs`,
-`memory` (bytes for all jobs), `per_job` (bytes of a unit that nothing is known of), `seconds` and `peaks` by unit, `declared`
-(bytes by glob).
+A unit is large if it needs more than a job's share of the memory. Ninja starts edges in the order of its manifest. If the pool
+of an edge is full, the edge waits and ninja starts a different edge. So this program writes a copy of build.ninja into the
+same folder, and runs ninja on the copy. In the copy, the edges have a different order, and the large units are in a pool. The
+copy contains the same commands, so ninja's log of the commands stays valid.
 
-The root's native Python runs it; it uses the standard library only. builder.compiling plans jobs by the same rules.
+GRACEFARM_SCHEDULE names a JSON file with these keys: `jobs`, `memory` (bytes for all jobs), `per_job` (bytes for a unit that
+is neither measured nor declared), `seconds` and `peaks` (by unit), `declared` (bytes by glob).
+
+The native Python of the root runs this program. The program uses only the standard library. builder.compiling uses the same
+rules to compute the number of jobs.
 """
 
 import fnmatch
@@ -26,24 +29,28 @@ COPY = ".gracefarm.ninja"
 SOURCE = re.compile(r"\.(?:cu|cpp|cc|cxx|c\+\+|C|c)$")
 _EDGE = re.compile(r"build (?:[^:$]|\$.)+: *(\S+) +((?:[^\s$|]|\$.)+)")
 _FIXED = re.compile(r"rule |include |subninja |pool |[\w.-]+ *=")
-"Statements between edges whose place among the edges counts."
+"Statements whose position relative to the edges matters."
 _MANIFEST = re.compile(r"^build (?:[^:\n]* )?build\.ninja[ :|]", re.MULTILINE)
-"An edge that writes build.ninja itself, as CMake's."
+"An edge that writes build.ninja itself. CMake generates such an edge."
 _WITH_VALUE = ("-C", "-d", "-f", "-j", "-k", "-l", "-t", "-w")
-"Options of ninja whose value may be the next word."
+"Options of ninja whose value can be the next word."
 
 
 @dataclass
 class Block:
-    """A statement of the manifest: its lines and, if it is a compilation, the name of its unit."""
+    """A statement of the manifest: its lines and, if the statement is a compilation, the name of the unit."""
 
     lines: list[str]
     unit: str | None = None
 
 
 def large_at_once(memory: int, peaks: Sequence[int], jobs: int) -> int | None:
-    """How many units that need more than a job's share of the memory may run at the same time, if the largest of the other
-    units take the other jobs. It is `jobs` if no unit needs more, None if not even one fits beside them: use fewer jobs."""
+    """The number of large units that may run at the same time.
+
+    A unit is large if it needs more than a job's share of the memory. The function assumes that every remaining job compiles
+    the largest of the small units. It returns `jobs` if no unit is large. It returns None if the memory is too small for one
+    large unit and the remaining jobs; the caller then has to use fewer jobs.
+    """
     if jobs == 1:
         return 1
     large = sorted((peak for peak in peaks if peak * jobs > memory), reverse=True)
@@ -57,7 +64,7 @@ def large_at_once(memory: int, peaks: Sequence[int], jobs: int) -> int | None:
 
 
 def main() -> None:
-    """Write the copy, then become ninja."""
+    """Write the copy of the manifest, then replace this process by ninja."""
     ninja, *arguments = sys.argv[1:]
     try:
         folder = working_folder(arguments)
@@ -74,7 +81,7 @@ def main() -> None:
 
 
 def working_folder(arguments: Sequence[str]) -> str:
-    """The folder where ninja reads build.ninja."""
+    """The folder from which ninja reads build.ninja."""
     for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if word.startswith("-C"):
             return word[2:] or following
@@ -82,11 +89,14 @@ def working_folder(arguments: Sequence[str]) -> str:
 
 
 def manifest(ninja: str, folder: str) -> str:
-    """The text of build.ninja. If an edge writes it, as CMake's does when a CMakeLists.txt has changed, that edge runs first:
-    ninja itself would not run it, because it reads the copy.
+    """The text of build.ninja.
+
+    build.ninja can contain an edge that writes build.ninja again. For example, CMake's edge does so when a CMakeLists.txt has
+    changed. The function runs this edge first, because ninja reads the copy and would not run the edge.
 
     Raises:
-        ValueError: that edge failed; ninja without a schedule runs it again and shows the reason.
+        ValueError: the edge failed. The caller then runs ninja without a schedule; ninja runs the edge again and shows the
+        error.
     """
     place = os.path.join(folder, "build.ninja")  # noqa: PTH118
     with open(place, encoding="utf-8") as stream:  # noqa: PTH123
@@ -103,7 +113,10 @@ def manifest(ninja: str, folder: str) -> str:
 
 
 def needed(ninja: str, folder: str, arguments: Sequence[str]) -> set[str] | None:
-    """The units that this call of ninja builds, if their objects are missing; None if ninja cannot tell (before 1.11)."""
+    """The units that this call of ninja builds if their objects are missing.
+
+    The function returns None if ninja cannot list its inputs (before 1.11).
+    """
     command = [ninja, "-t", "inputs", *targets(arguments)]
     inputs = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if inputs.returncode:
@@ -123,7 +136,10 @@ def targets(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def scheduled(text: str, plan: dict[str, object], folder: str, needed: Collection[str] | None = None) -> str:
-    """The manifest with its compilations in order, and the large ones in a pool; `needed`: the units that are built."""
+    """The manifest with its compilations in the new order, and with the large units in a pool.
+
+    `needed` contains the units that this call of ninja builds; it is None if they are not known.
+    """
     blocks = parse(text, folder)
     memory, jobs = int(str(plan["memory"])), int(str(plan["jobs"]))
     names = {block.unit for block in blocks if block.unit is not None}
@@ -136,7 +152,7 @@ def scheduled(text: str, plan: dict[str, object], folder: str, needed: Collectio
     if movable(blocks):
         seconds = plan["seconds"]
         assert isinstance(seconds, dict)
-        # Large units wait for each other, so they start first. A unit that nothing is known of may be long, too.
+        # Large units wait for each other, so they start first. A unit without a known time may be long too.
         places = iter(
             sorted(
                 (block for block in blocks if block.unit is not None),
@@ -144,15 +160,23 @@ def scheduled(text: str, plan: dict[str, object], folder: str, needed: Collectio
             )
         )
         blocks = [next(places) if block.unit is not None else block for block in blocks]
-    count = f"{len(large)} of {len(peaks)} units to build need more memory than a job's share"
-    title = f"# gracefarm: {count}, {depth} of them run at the same time\n"
+    title = f"# gracefarm: {message(len(large), len(peaks), depth)}\n"
     print(title[2:], end="", file=sys.stderr)
     lines = [line for block in blocks for line in block.lines]
     return f"{title}pool {POOL}\n  depth = {depth}\n" + "".join(lines)
 
 
+def message(large: int, units: int, depth: int) -> str:
+    """What the program prints about the large units."""
+    text = f"{large} of {units} units to build need more memory than a job's share"
+    if not large:
+        return text
+    pace = "1 of these units is compiled at a time" if depth == 1 else f"{depth} of these units are compiled at the same time"
+    return f"{text}; {pace}"
+
+
 def parse(text: str, folder: str) -> list[Block]:
-    """The statements of the manifest: each is a line, its continuations, and the indented lines after it."""
+    """The statements of the manifest. A statement is a line, its continuations, and the indented lines after the line."""
     blocks: list[Block] = []
     continued = False
     for line in text.splitlines(keepends=True):
@@ -167,7 +191,10 @@ def parse(text: str, folder: str) -> list[Block]:
 
 
 def unit_of(statement: str, folder: str) -> str | None:
-    """The unit that an edge compiles, by the name that front.py gives it; None if it compiles none."""
+    """The name of the unit that an edge compiles; None if the edge does not compile a unit.
+
+    front.py uses the same names.
+    """
     match = _EDGE.match(re.sub(r"\$\r?\n *", "", statement))
     if match is None or match[1] == "phony":
         return None
@@ -176,13 +203,20 @@ def unit_of(statement: str, folder: str) -> str | None:
 
 
 def unit_name(source: str, folder: str) -> str:
-    """The name of a unit: the path of its source in the source tree, which lies beside the file of units."""
+    """The name of a unit: the path of its source, relative to the source tree.
+
+    The source tree and the file that GRACEFARM_UNITS names are in the same folder.
+    """
     tree = os.path.join(os.path.dirname(os.environ["GRACEFARM_UNITS"]), "source")  # noqa: PTH118, PTH120
     return os.path.relpath(os.path.join(os.path.abspath(folder), source), tree)  # noqa: PTH100, PTH118
 
 
 def peak_of(name: str, plan: dict[str, object]) -> int:
-    """The bytes that a unit needs: as measured, else as declared, else as any job."""
+    """The bytes of memory that a unit needs.
+
+    The function returns the measured value if there is one. Otherwise it returns the declared value. If there is no declared
+    value either, it returns `per_job`.
+    """
     measured, declared = plan["peaks"], plan["declared"]
     assert isinstance(measured, dict)
     assert isinstance(declared, dict)
@@ -193,13 +227,16 @@ def peak_of(name: str, plan: dict[str, object]) -> int:
 
 
 def named(name: str, glob: str) -> bool:
-    """Whether a recipe's glob names a unit: it matches the end of the unit's path, or a folder that the unit lies in."""
+    """Whether a recipe's glob matches the end of a unit's path, or a folder that contains the unit."""
     pattern = f"*/{glob.rstrip('/')}"
     return fnmatch.fnmatchcase(f"/{name}", pattern) or fnmatch.fnmatchcase(f"/{name}", f"{pattern}/*")
 
 
 def into_pool(block: Block) -> None:
-    """Set the pool of an edge in place of the package's own. The console pool stays: its programs need the terminal."""
+    """Put an edge into the pool of large units, and remove the pool that the package set.
+
+    An edge in the console pool stays in that pool, because its program needs the terminal.
+    """
     if any(re.match(r"\s+pool\s*=\s*console\s*$", line) for line in block.lines):
         return
     block.lines = [line for line in block.lines if not re.match(r"\s+pool\s*=", line)]
@@ -210,7 +247,10 @@ def into_pool(block: Block) -> None:
 
 
 def movable(blocks: Sequence[Block]) -> bool:
-    """Whether compilations may change places: no statement between them counts for only those after it."""
+    """Whether the order of the compilations may change.
+
+    It may change if no statement between the compilations affects only the compilations after the statement.
+    """
     places = [number for number, block in enumerate(blocks) if block.unit is not None]
     between = blocks[places[0] : places[-1]] if places else []
     return not any(_FIXED.match(block.lines[0]) for block in between)

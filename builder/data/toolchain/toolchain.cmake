@@ -1,4 +1,5 @@
-# CMake reads this file because the environment sets CMAKE_TOOLCHAIN_FILE: native compilers, the target's headers and libraries.
+# CMake reads this file because the environment sets CMAKE_TOOLCHAIN_FILE. The file selects native compilers, and the headers
+# and libraries of the target.
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR $ENV{GRACEFARM_TARGET})
 set(CMAKE_C_COMPILER $ENV{CC})
@@ -10,17 +11,17 @@ if(DEFINED ENV{CUDA_HOME})
     set(CMAKE_CUDA_COMPILER $ENV{CUDA_HOME}/bin/nvcc)
     set(CMAKE_CUDA_HOST_COMPILER $ENV{CXX})
     set(CUDAToolkit_ROOT $ENV{CUDA_HOME})
-    # FindCUDA, which torch still has, does not search for the toolkit in a cross build.
+    # torch still contains FindCUDA. FindCUDA does not search for the toolkit in a cross build.
     set(CUDA_TOOLKIT_ROOT_DIR $ENV{CUDA_HOME} CACHE PATH "the target's toolkit")
     set(CMAKE_CUDA_ARCHITECTURES $ENV{GRACEFARM_CMAKE_SM})
 endif()
 set(CMAKE_CROSSCOMPILING_EMULATOR /gracefarm/bin/emulate)
-# In a cross build FindPython asks no interpreter, although ours is the target's.
+# In a cross build, FindPython does not run an interpreter. Our interpreter belongs to the target, so these variables name it.
 foreach(GRACEFARM_PREFIX Python Python3)
     set(${GRACEFARM_PREFIX}_EXECUTABLE /env/bin/python3)
     set(${GRACEFARM_PREFIX}_INCLUDE_DIR $ENV{GRACEFARM_PYTHON_INCLUDE})
 endforeach()
-# The recipe's [build] cmake: one NAME=VALUE a line.
+# GRACEFARM_CMAKE contains the key `cmake` of the recipe's table [build], with one NAME=VALUE per line.
 string(REPLACE "\n" ";" GRACEFARM_CACHE "$ENV{GRACEFARM_CMAKE}")
 foreach(GRACEFARM_ENTRY IN LISTS GRACEFARM_CACHE)
     string(REGEX MATCH "^([^=]+)=(.*)$" GRACEFARM_MATCH "${GRACEFARM_ENTRY}")
