@@ -36,6 +36,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from builder.data.toolchain.bitcode import differ_only_in_extension
 from builder.data.toolchain.device_store import Result, digest, get, put
@@ -166,7 +167,7 @@ def cudafe(arguments: Sequence[str]) -> int:
     code = subprocess.run([real("cudafe++"), *arguments], check=False).returncode
     if code or GENERATE not in arguments or any(option in arguments for option in LINKED):
         return code if code >= 0 else 128 - code
-    values = dict(zip(arguments, arguments[1:], strict=False))
+    values = dict(pairwise(arguments))
     module, host_code = values["--module_id_file_name"], values["--gen_c_file_name"]
     old = read(module)
     match = MODULE_ID.fullmatch(old)
