@@ -67,7 +67,11 @@ TEMPLATES = """
 #include "kernel.h"
 namespace { __device__ int counter = 3; __device__ float table[4]; }
 template <typename T> __global__ void kernel(T *x) { x[threadIdx.x] = x[0] / FACTOR + counter + table[threadIdx.x % 4]; }
-template <typename T> void run(T *x) { kernel<<<1, 1>>>(x); cudaMemcpyToSymbol(table, x, 4); cudaMemcpyToSymbol(counter, x, 4); }
+template <typename T> void run(T *x) {
+    kernel<<<1, 1>>>(x);
+    cudaMemcpyToSymbol(table, x, 4);
+    cudaMemcpyToSymbol(counter, x, 4);
+}
 template void run<float>(float *);
 """
 "Without an external symbol: cudafe++ puts its process id into the names of device code."
