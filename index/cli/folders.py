@@ -18,7 +18,7 @@ from index.web.export import export_tree
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--url", help="Address at which the exported folder will be served; the web pages show it.")
 def export(context: IndexContext, folder: Path, url: str | None) -> None:
-    """Write or update a folder of static files, for nginx or an object store.
+    """Write or update static files for nginx or an object store.
 
     \b
     index export /srv/wheels --url https://wheels.example.com

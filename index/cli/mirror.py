@@ -27,7 +27,7 @@ from index.sets import machines, mirroring, staged
 def mirror(
     context: IndexContext, lock: Path, set_name: str, link: bool, platforms: tuple[str, ...], pythons: tuple[str, ...]
 ) -> None:
-    """Mirror the wheels of a lock from the configured Python index into a set. The files are selected by sha256.
+    """Mirror the wheels of a lock into a set. They come from the configured Python index, and are selected by sha256.
 
     \b
     index mirror requirements.lock --set spring

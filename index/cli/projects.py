@@ -47,7 +47,7 @@ def status(context: IndexContext, name: str, status: str, reason: str) -> None:
 @click.argument("version")
 @click.option("--reason", default="", help="Reason that installers print.")
 def yank(context: IndexContext, name: str, version: str, reason: str) -> None:
-    """Yank a release (PEP 592). New installs do not select it, but installs that pin it still work.
+    """Yank a release, so that new installs do not select it (PEP 592). Installs that pin it still work.
 
     \b
     index yank causal-conv1d 1.7.0 --reason "wrong results on sm 100"

@@ -38,7 +38,7 @@ def fsck(context: IndexContext, set_aside: bool) -> None:
 @click.command("gc")
 @in_context
 def gc(context: IndexContext) -> None:
-    """Delete stored files that nothing in the index refers to.
+    """Delete stored files that nothing refers to.
 
     \b
     index gc
@@ -90,7 +90,7 @@ def stats(context: IndexContext) -> None:
 @in_context
 @click.option("--since", default=0, type=int, help="Show only entries after this serial.")
 def log(context: IndexContext, since: int) -> None:
-    """Show the audit log: the changes of the index, with time and user.
+    """Show the audit log: the changes, with time and user.
 
     \b
     index log --since 120

@@ -256,7 +256,7 @@ def test_weights_in_host_memory_are_not_ignored() -> None:
     assert {node.env["VLLM_USE_V2_MODEL_RUNNER"] for node in found.nodes} == {"0"}
     assert found.serve_env["VLLM_USE_V2_MODEL_RUNNER"] == "0"
     assert "VLLM_USE_V2_MODEL_RUNNER" not in planned(2, repo="meta-llama/Llama-3.1-70B").serve_env
-    with pytest.raises(ConfigError, match=r"VLLM_USE_V2_MODEL_RUNNER = 1: with it, vllm 0.26.0 ignores the 5\d"):
+    with pytest.raises(ConfigError, match=r"VLLM_USE_V2_MODEL_RUNNER = 1: with this setting, vllm 0.26.0 ignores the 5\d"):
         planned(1, repo="meta-llama/Llama-3.1-70B", env={"VLLM_USE_V2_MODEL_RUNNER": "1"})
     assert planned(1, env={"VLLM_USE_V2_MODEL_RUNNER": "1"}).head.env["VLLM_USE_V2_MODEL_RUNNER"] == "1"
 
