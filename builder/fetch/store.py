@@ -122,7 +122,7 @@ def receive(transfer: Transfer, request: Request) -> None:
             if failures >= ATTEMPTS:
                 raise FetchError(
                     f"{transfer.download.what}: {shown(transfer.url)} cannot be fetched: {shown(str(error))} ({ATTEMPTS} "
-                    "attempts in a row received no data)",
+                    "attempts in a row received no new data)",
                     remedy=mirror_remedy(transfer.download.url),
                 ) from error
             transfer.cancelled.wait(delay(failures, error.delay))
