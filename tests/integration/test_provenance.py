@@ -287,7 +287,7 @@ def test_a_wheel_of_somebody_else_is_no_wheel_of_a_farm(farm: Farm, tmp_path: Pa
         archive.writestr("other.py", "")
     done = farm.run("verify", str(place))
     assert done.code == 32
-    assert "has no gracefarm.json" in done.said
+    assert "contains no gracefarm.json" in done.said
     place.write_bytes(b"not a zip")
     assert farm.run("verify", str(place)).code == 32
 
