@@ -81,7 +81,9 @@ def _of_lock(lock: Path, stack: LoadedStack, arch: Arch, command: str) -> dict[s
     for pin in read(lock, remedy=remedy, repeat=command):
         if len(pin.sha256) > 1:
             raise ConfigError(
-                f"{lock}:{pin.number}: a pinned wheel has one --hash=sha256:…, not several", remedy=remedy, repeat=command
+                f"{lock}:{pin.number} has several --hash options, but a wheel must be pinned with exactly one",
+                remedy=remedy,
+                repeat=command,
             )
         if pin.applies({"platform_machine": arch.value, "python_version": stack.python}):
             (sha256,) = pin.sha256

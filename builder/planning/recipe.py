@@ -361,7 +361,8 @@ class LoadedRecipe:
         torch = stack.data.torch.version if stack.data.torch is not None else None
         if torch is None and any(TORCH_VERSION in text for text in required.values()):
             raise ConfigError(
-                f"{self.key} requires the torch that it was built against, but stack {stack.data.name} has no torch",
+                f"wheel.requires of {self.key} pins torch to the version in the stack, "
+                f"but stack {stack.data.name} has no torch",
                 remedy="use a stack with torch",
             )
         requires = {name: text.replace(TORCH_VERSION, torch or "") for name, text in required.items()}

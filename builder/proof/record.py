@@ -124,7 +124,10 @@ class Record(Table):
     toolchain: ToolchainKind = "sandbox"
     "Kind of toolchain"
     unconfirmed: tuple[str, ...] = ()
-    "Sentences about digests that were read at first use and not confirmed"
+    (
+        "Digests that were taken from the first download, and that no second source confirmed (trust on first use). "
+        "One sentence for each"
+    )
     outcome: Literal["built", "failed"]
     "Whether the build produced a wheel"
     failure: Failure | None = None

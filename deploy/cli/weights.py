@@ -25,7 +25,7 @@ def weights_group() -> None:
 @click.option("--remove", is_flag=True, help="Remove damaged files, so that `deploy up` fetches them again.")
 @reporting
 def weights_verify(context: DeployContext, remove: bool) -> None:
-    """Hash every file of the model again. The files are distributed over all nodes.
+    """Hash every file of the model again. Each node hashes a part of the files.
 
     \b
     deploy weights verify

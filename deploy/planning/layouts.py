@@ -104,8 +104,9 @@ class MemoryPlan(BaseModel):
     "Number of tokens that fit into the KV cache of all GPUs."
     request_tokens: int
     (
-        "Number of tokens of the largest possible request: the size of the cache of one scheduler. For an engine with one "
-        "cache per stage, this is the size divided by pp."
+        "Number of tokens of the largest possible request: the tokens that fit into the KV cache of one replica "
+        "(`cache_tokens` / dp). If the engine has a separate cache for each stage, this number is also divided by pp, and "
+        "rounded down to a whole block."
     )
     full_length: int
     "Number of requests with max_model_len tokens that fit at the same time."

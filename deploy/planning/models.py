@@ -66,8 +66,9 @@ def from_config(config: object, *, repo: str, revision: str, source: str) -> Mod
         ) from error
     except ValidationError as error:
         wrong = error.errors()[0]
-        what = ".".join(map(str, wrong["loc"])) or "together"
-        raise ConfigError(f"{source}: config.json has wrong numbers: {what}: {wrong['msg']}", remedy=WHOLE) from error
+        where = ".".join(map(str, wrong["loc"]))
+        what = f"{where}: {wrong['msg']}" if where else wrong["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{source}: config.json has wrong numbers: {what}", remedy=WHOLE) from error
     except (ValueError, TypeError, ZeroDivisionError, AttributeError, IndexError) as error:
         raise ConfigError(f"{source}: config.json has wrong numbers: {error}", remedy=WHOLE) from error
 

@@ -93,8 +93,9 @@ class ServePlan(BaseModel):
 
     id: str = ""
     (
-        "sha256 over the executed fields (RUNS) as canonical JSON. The engine's processes carry a mark of this id "
-        "(plan_mark). If the id changes, the model is loaded again."
+        "sha256 of the fields that determine what runs (deployment, engine, launcher, model, revision, layout, nodes, serve, "
+        "serve_env, secret_env), as canonical JSON. The engine's processes carry a mark that is computed from this id. If the "
+        "id changes, the model is loaded again."
     )
     deployment: str
     "Name of the deployment."

@@ -143,7 +143,7 @@ class Prediction(BaseModel):
     hops_ms: float = 0
     "Milliseconds per token for transfers between stages."
     first_token_ms: float = 0
-    "Milliseconds from a prompt of PROMPT tokens to the first token, without other requests."
+    "Milliseconds from a prompt of 512 tokens to the first token, without other requests."
     levels: tuple[StreamLevel, ...] = ()
     "Predictions for several concurrent streams."
     usd_per_hour: float | None = None

@@ -50,15 +50,15 @@ class MatrixCell(SentDocument):
     sm: tuple[SmName, ...] = Field(default=(), max_length=64)
     "GPU architectures, for example 90, 90a, 100f."
     state: CellState
-    "State of the cell."
+    "State of the cell. `served`: the wheel of a different cell can be installed for this cell, so nothing is built."
     build_id: BuildId | None = None
     "Id of the build. null before the cell is built."
     wheel: WheelName | None = None
     "File name of the built wheel. null before the cell is built."
     reason: str = ""
     (
-        "For a failed cell, the error; for a blocked cell, the cause; for a served cell, the wheel that serves it. The board "
-        "shows the first 2,000 characters."
+        "For a failed cell, the error; for a blocked cell, the cause; for a served cell, the wheel of the other cell. The "
+        "board shows the first 2,000 characters."
     )
     cpu_seconds: float | None = Field(default=None, ge=0, lt=1e15, allow_inf_nan=False)
     "CPU seconds that the build took, or is expected to take."

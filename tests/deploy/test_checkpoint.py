@@ -232,7 +232,7 @@ def test_files_of_another_model(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"num_experts_per_tok": None}, "config.json has wrong numbers: per_token"),
-        ({"num_experts_per_tok": 9}, "9 experts per token, but only 8 experts"),
+        ({"num_experts_per_tok": 9}, "config.json has wrong numbers: 9 experts per token, but only 8 experts"),
         ({"num_key_value_heads": 3}, "8 attention heads are not divisible by 3 KV heads"),
         ({"hidden_size": -4}, "config.json has wrong numbers: hidden"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, but must be from 1 to 1000"),
