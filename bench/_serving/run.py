@@ -224,24 +224,6 @@ class Stage:
         self.keep(scene, ms=steps, tokens_per_s=rates)
         self.say(f"steps: {steps} ms, {rates} tokens/s ({time.monotonic() - begun:.0f} s)")
 
-    def engines_own(self, scene: str, streams: int) -> None:
-        """`vllm bench serve` on the head, beside ours."""
-        folder = f"{MOUNT}/gracefarm/weights/{self.repo.replace('/', '--')}/{COMMIT}"
-        words = ["--backend", "openai", "--base-url", "http://127.0.0.1:2242", "--endpoint", "/v1/completions"]
-        words += ["--model", self.repo, "--tokenizer", folder, "--dataset-name", "random", "--random-input-len", "32"]
-        words += ["--random-output-len", "64", "--num-prompts", str(2 * streams), "--max-concurrency", str(streams)]
-        words += ["--ignore-eos", "--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,90,99"]
-        words += ["--save-result", "--result-dir", "/tmp", "--result-filename", "bench.json", "--disable-tqdm"]
-        key = (self.folder / ".deploy" / "api-key").read_text().strip()
-        argv = ["env", f"OPENAI_API_KEY={key}", "HF_HUB_OFFLINE=1", f"{MOUNT}/gracefarm/gpu/env/bin/vllm", "bench", "serve"]
-        head = self.room[self.heads[0]]
-        ended = head.execute([*argv, *words], timeout=120)
-        place = head.tmp / "bench.json"
-        values = json.loads(place.read_text()) if place.exists() else {}
-        few = {name: value for name, value in values.items() if not isinstance(value, list)}
-        self.keep(scene, vllm_bench=few or ended.stderr[-1500:])
-        self.say(f"vllm bench serve: {few or ended.stdout[-800:] + ended.stderr[-1500:]}")
-
     def served(self, scene: str) -> None:
         """`deploy serve`, with the seconds that it took and its plan."""
         ended = self.deploy("serve")

@@ -83,9 +83,10 @@ def tp2(stage: Stage) -> None:
     stage.deploy("ask", "--api", "completions", "What is a wheel?", fails=True)
     stage.compare("tp2")
     stage.measure("tp2")
-    bench = stage.deploy("bench", "--concurrency", "1,16,64", "--prompt-tokens", "32", "--max-tokens", "64", fails=True)
-    stage.keep("tp2", bench=bench.output.splitlines()[-8:])
-    stage.engines_own("tp2", 16)
+    sweep = ("bench", "--concurrency", "1,16,64", "--prompt-tokens", "32", "--max-tokens", "64")
+    for client in ("own", "vllm"):
+        bench = stage.deploy(*sweep, "--client", client, fails=True)
+        stage.keep("tp2", **{f"bench_{client}": bench.output.splitlines()[-8:]})
     stage.kill("k1", worker)
     stage.broken("tp2", "worker")
 

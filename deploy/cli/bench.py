@@ -1,4 +1,4 @@
-"""`deploy bench`: measure the engine's speed with several concurrent requests, from this machine."""
+"""`deploy bench`: measure the engine's speed with several concurrent requests, from the head or from this machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from pathlib import Path
+from typing import Literal
 
 import click
 from rich.markup import escape
@@ -14,10 +15,15 @@ from rich.table import Column, Table
 from deploy.cli.common import DeployContext, output, reporting
 from deploy.cli.server import opened_server
 from deploy.engine.completion import Api, CompletionServer
-from deploy.measure.bench import Level, Spread, Sweep, SweepReport, run_sweep
+from deploy.fleet.ssh import open_fleet
+from deploy.measure.bench import Client, Level, MeasureLevel, Spread, Sweep, SweepReport, run_sweep
+from deploy.measure.vllm_bench import NoVllmBenchError, VllmBench
 from deploy.planning.plans import ServePlan
 from deploy.watch.status import plan_of
+from gracefarm.errors import UsageError
 from gracefarm.files import atomic_write
+
+CLIENTS: dict[Client, str] = {"own": "the client of `deploy` on this machine", "vllm": "`vllm bench serve` on the head"}
 
 
 class _Numbers(click.ParamType[tuple[int, ...]]):
@@ -60,11 +66,19 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
     "--api", type=click.Choice(["completions", "chat"]), default="completions", show_default=True, help="API to use."
 )
 @click.option(
+    "--client",
+    type=click.Choice(["auto", "vllm", "own"]),
+    default="auto",
+    show_default=True,
+    help="Program that sends the requests. vllm: `vllm bench serve` on the head. own: the client of `deploy`, on this "
+    "machine and through the tunnel. auto: vllm if the engine has it, else own.",
+)
+@click.option(
     "--patience",
     type=click.FloatRange(min=1),
     default=120.0,
     show_default=True,
-    help="Stop a request if no text arrives for this many seconds.",
+    help="With the own client: stop a request if no text arrives for this many seconds.",
 )
 @click.option(
     "--url",
@@ -83,6 +97,7 @@ def bench(
     prompt_tokens: int,
     max_tokens: int,
     api: Api,
+    client: Literal["auto", "vllm", "own"],
     patience: float,
     url: str | None,
     key_file: Path | None,
@@ -93,13 +108,18 @@ def bench(
     \b
     deploy bench
     deploy bench --concurrency 1,2,4,8,16,32
+    deploy bench --client own
     deploy bench --url http://127.0.0.1:8000/v1 --concurrency 1,4
+
+    If the engine is vLLM, `vllm bench serve` measures on the head, without the tunnel. Otherwise, this machine measures
+    through the tunnel. The output names the client that measured.
 
     The server counts the tokens (usage), because a chunk of the stream may contain several tokens. Results are
     stored in .deploy/bench. $/Mtok requires price_per_node_hour in deploy.toml.
     """
     plan = None if url else plan_of(context.deployment.folder)
     key = key_file.read_text().strip() if key_file else os.environ.get("OPENAI_API_KEY")
+    on_head = client != "own" and _on_head(url, plan, required=client == "vllm")
 
     async def go() -> None:
         async with opened_server(context, url, key) as server:
@@ -112,14 +132,42 @@ def bench(
                 patience=patience,
                 seed=int(time.time()),
             )
-            report = await _sweep(context, server, sweep, plan, model)
+            report = None
+            if plan and on_head:
+                async with open_fleet(context.deployment) as fleet:
+                    vllm = VllmBench(fleet=fleet, deployment=context.deployment, plan=plan, sweep=sweep, key=server.key)
+                    try:
+                        report = await _sweep(context, server, sweep, plan, model, vllm.level)
+                    except NoVllmBenchError as missing:
+                        if client == "vllm":
+                            raise
+                        context.console.step("bench", f"{missing.cause}; measuring with {CLIENTS['own']} instead")
+            report = report or await _sweep(context, server, sweep, plan, model)
             _keep(context, report, stay=url is None)
 
     asyncio.run(go())
 
 
+def _on_head(url: str | None, plan: ServePlan | None, *, required: bool) -> bool:
+    """Whether the engine may have `vllm bench serve`. Raises UsageError if it does not and this is `required`."""
+    if url:
+        reason = "--url measures a server without a head"
+    elif plan is None:
+        reason = "`deploy serve` has not started an engine yet"
+    else:
+        reason = "" if plan.engine == "vllm" else f"the engine is {plan.engine}"
+    if reason and required:
+        raise UsageError(f"--client vllm: {reason}", remedy="use --client own, or leave out the option")
+    return not reason
+
+
 async def _sweep(
-    context: DeployContext, server: CompletionServer, sweep: Sweep, plan: ServePlan | None, model: str | None
+    context: DeployContext,
+    server: CompletionServer,
+    sweep: Sweep,
+    plan: ServePlan | None,
+    model: str | None,
+    vllm_level: MeasureLevel | None = None,
 ) -> SweepReport:
     with context.console.progress("bench") as tick:
 
@@ -130,7 +178,9 @@ async def _sweep(
             wrong = f", {sum(level.errors.values())} failed ({level.first_error})" if level.errors else ""
             context.console.step("bench", f"{level.concurrency} concurrent: {level.tokens_per_s:.1f} tokens/s{wrong}")
 
-        return await run_sweep(server, sweep, model=model, plan=plan, on_answer=answered, on_level=summed)
+        return await run_sweep(
+            server, sweep, model=model, plan=plan, vllm_level=vllm_level, on_answer=answered, on_level=summed
+        )
 
 
 def _keep(context: DeployContext, report: SweepReport, *, stay: bool) -> None:
@@ -154,7 +204,7 @@ def _table(report: SweepReport) -> None:
     ended = "" if report.to_the_end else "at most "
     out.print(
         f"[bold]{escape(report.model)}[/]{', ' + report.layout if report.layout else ''}; about {report.prompt_tokens} tokens"
-        f" in, {ended}{report.max_tokens} out"
+        f" in, {ended}{report.max_tokens} out; measured by {CLIENTS[report.client]}"
     )
     heads = (
         "concurrent",

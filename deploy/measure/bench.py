@@ -8,8 +8,9 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import httpx
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +20,8 @@ from deploy.engine.completion import Answer, Api, CompletionError, CompletionSer
 from deploy.planning.plans import ServePlan
 from gracefarm.errors import EngineError
 
+Client = Literal["own", "vllm"]
+"""The program that sends the requests. own: this module, on this machine; vllm: `vllm bench serve` on the head."""
 OnAnswer = Callable[[int, int], None]
 "Called with the number of answers, and of requests."
 TEXT = (
@@ -77,6 +80,7 @@ class SweepReport(BaseModel):
     server: str
     model: str
     api: Api
+    client: Client = "own"
     prompt_tokens: int
     "Requested tokens of a prompt. Each level has the number that the server counted."
     max_tokens: int
@@ -217,8 +221,6 @@ def level(answers: Sequence[Answer], seconds: float, concurrency: int, plan: Ser
     tokens = sum(answer.tokens or 0 for answer in good)
     rate = tokens / seconds if seconds else 0.0
     token_seconds = [answer.per_token for answer in good if answer.per_token]
-    hour = plan.prediction.usd_per_hour if plan and plan.prediction else None
-    predicted = plan.prediction.at(concurrency) if plan and plan.prediction else None
     return Level(
         concurrency=concurrency,
         requests=len(answers),
@@ -233,12 +235,26 @@ def level(answers: Sequence[Answer], seconds: float, concurrency: int, plan: Ser
         first_ms=spread([answer.first for answer in good if answer.first is not None]),
         token_ms=spread(token_seconds),
         chunk_ms=spread([gap for answer in good for gap in answer.gaps]),
-        usd_per_mtok=round(hour / (rate * 3600) * 1e6, 2) if hour is not None and rate else None,
-        predicted_tokens_per_s=round(predicted, 2) if predicted else None,
+        usd_per_mtok=usd_per_mtok(plan, rate),
+        predicted_tokens_per_s=predicted_rate(plan, concurrency),
     )
 
 
+def usd_per_mtok(plan: ServePlan | None, rate: float) -> float | None:
+    """Dollars per million tokens at this rate; None if there is no price."""
+    hour = plan.prediction.usd_per_hour if plan and plan.prediction else None
+    return round(hour / (rate * 3600) * 1e6, 2) if hour is not None and rate else None
+
+
+def predicted_rate(plan: ServePlan | None, concurrency: int) -> float | None:
+    """The plan's prediction of tokens/s for this number of streams."""
+    predicted = plan.prediction.at(concurrency) if plan and plan.prediction else None
+    return round(predicted, 2) if predicted else None
+
+
 OnLevel = Callable[[Level], None]
+MeasureLevel = Callable[[str, int], Awaitable[Level]]
+"Measures a level with another client. It is called with the model and the number of concurrent requests."
 
 
 async def run_sweep(
@@ -247,10 +263,11 @@ async def run_sweep(
     *,
     model: str | None = None,
     plan: ServePlan | None = None,
+    vllm_level: MeasureLevel | None = None,
     on_answer: Callable[[int, int, int], None] = lambda _concurrency, _done, _count: None,
     on_level: OnLevel = lambda _level: None,
 ) -> SweepReport:
-    """Run all levels in sequence. Errors of single requests are counted.
+    """Run all levels in sequence. Errors of single requests are counted. `vllm_level` replaces the client of this module.
 
     Raises:
         EngineError: the server does not answer at all.
@@ -266,14 +283,19 @@ async def run_sweep(
             def tick(answered: int, count: int, concurrency: int = concurrency) -> None:
                 on_answer(concurrency, answered, count)
 
-            answers, seconds = await measure(client, source, sweep, concurrency, tick)
-            levels.append(level(answers, seconds, concurrency, plan))
+            if vllm_level:
+                tick(0, sweep.count(concurrency))
+                levels.append(await vllm_level(name, concurrency))
+            else:
+                answers, seconds = await measure(client, source, sweep, concurrency, tick)
+                levels.append(level(answers, seconds, concurrency, plan))
             on_level(levels[-1])
     return SweepReport(
         taken=begun,
         server=server.base,
         model=name,
         api=sweep.api,
+        client="vllm" if vllm_level else "own",
         prompt_tokens=sweep.prompt_tokens,
         max_tokens=sweep.max_tokens,
         to_the_end=to_the_end,

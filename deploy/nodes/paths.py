@@ -12,6 +12,8 @@ RAY_TEMP_BYTES = 40
 bytes), and the path of a Unix socket has at most 107 bytes (sun_path in unix(7))."""
 
 ENGINE_JOB = "engine"
+BENCH_JOB = "engine-bench"
+"`vllm bench serve`. Commands that stop all jobs of the engine stop this one too, since its name starts with ENGINE_JOB."
 RAY_JOB = "ray"
 
 
