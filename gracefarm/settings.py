@@ -85,7 +85,7 @@ def read(kind: type[S]) -> S:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise ConfigError(
-            f"setting {key!r}: {first['msg']}",
+            f"setting {key!r}: {tables.message(first)}",
             remedy=f"known settings: {', '.join(known)} (in {path} or as {PREFIX}NAME)",
         ) from error
 

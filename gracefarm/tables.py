@@ -129,7 +129,12 @@ def _sentence(details: ErrorDetails, location: tuple[int | str, ...]) -> str:
         return f"unknown key {key!r}"
     if details["type"] == "missing":
         return f"key {key!r} is missing"
-    return f"key {key!r}: {details['msg']}"
+    return f"key {key!r}: {message(details)}"
+
+
+def message(details: ErrorDetails) -> str:
+    """The sentence of a validator, without pydantic's prefix for a ValueError."""
+    return details["msg"].removeprefix("Value error, ")
 
 
 def _remedy(schema: type[Table], details: ErrorDetails, location: tuple[int | str, ...], docs: str) -> str:
