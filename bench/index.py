@@ -22,7 +22,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
@@ -128,7 +128,8 @@ def process(
                 time.sleep(0.005)
         yield Running(name=name, url=url, pid=child.pid, started_s=time.monotonic() - begin, token=token, log=log)
     finally:
-        os.killpg(child.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it has ended already
+            os.killpg(child.pid, signal.SIGTERM)
         try:
             child.wait(20)
         except subprocess.TimeoutExpired:
