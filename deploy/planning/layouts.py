@@ -307,7 +307,7 @@ def _replicas(question: Question, world: int, dp: int, slots: Sequence[Slot]) ->
     if question.model.experts:
         raise LayoutError(
             f"dp {dp}: the planner does not know how {question.engine.name} distributes experts among replicas",
-            remedy="in [layout], remove data_parallel, or set trust = true with tensor_parallel and pipeline_parallel",
+            remedy="remove data_parallel from [layout] of deploy.toml; tensor_parallel and expert parallelism use all GPUs",
         )
     counts = {len(slot.machine.gpus) for slot in slots}
     if len(counts) > 1 or (min(counts) % world and world % min(counts)):

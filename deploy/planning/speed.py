@@ -4,8 +4,9 @@ docs/explanation/planner.md has the formulas. A token passes all stages in order
 for all streams (only the experts that a stream needs), reads the cache of every stream, and computes. Each layer has two
 all-reduces. Stages process different streams at the same time.
 
-All measured constants are from one table: vLLM 0.26.0 on four H200, 2026-11-28 (deploy/data/accuracy.toml, in the rows with
-`measured`). Tests fit them again. The other constants are assumptions and are marked as such.
+Five constants are fitted to one table: vLLM 0.26.0 on four H200, 2026-11-28 (the rows with `fitted` in
+deploy/data/accuracy.toml). Tests fit them again. The time of a layer and the times of experts come from aiconfigurator's
+measurements. The other constants are assumptions and are marked as such.
 """
 
 from __future__ import annotations
