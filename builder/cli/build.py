@@ -159,7 +159,7 @@ def _farm(address: str | None, aim: Aim, console: Console) -> Iterator[Cluster |
     if address is None:
         yield None
         return
-    if aim.on.kind != "sandbox":
+    if not aim.on.type.pinned:
         raise UsageError("--farm supports only the sandbox toolchain", remedy=f"omit --toolchain {aim.on.kind} or --farm")
     if aim.on.from_source:
         raise UsageError("--farm and --llvm source exclude each other", remedy="omit --llvm source or --farm")

@@ -19,6 +19,7 @@ from builder.planning.matrix import Cell, Known
 from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from builder.proof import record
+from builder.toolchains import KINDS
 from builder.toolchains.choice import ToolchainChoice
 from gracefarm.cli import json_option
 from gracefarm.errors import ConfigError, UsageError
@@ -157,7 +158,7 @@ def plan_cell(cell: Cell, settings: Settings, on: ToolchainChoice | None = None)
         ConfigError: the cell is blocked; the message gives the reason.
     """
     choice = replace(on or ToolchainChoice(), interpreter=cell.interpreter, sm=cell.sm)
-    if choice.kind != "sandbox":
+    if not choice.type.pinned:
         raise UsageError(
             "--matrix supports only the sandbox toolchain",
             remedy="omit --toolchain, or build a single recipe without --matrix",
@@ -176,5 +177,5 @@ def _old(settings: Settings) -> list[dict[str, str]]:
     return [
         {"recipe": build.recipe, "stack": build.stack, "build_id": build.build_id}
         for build in record.all_of(settings)
-        if build.outcome == "built" and build.toolchain == "sandbox" and build.stack not in known
+        if build.outcome == "built" and KINDS[build.toolchain].pinned and build.stack not in known
     ]

@@ -85,6 +85,8 @@ class Toolchain(Protocol):
     "The memory and seconds in a record were measured at the compilers."
     has_rust: ClassVar[bool] = False
     "Builds recipes that require Rust."
+    pinned: ClassVar[bool] = False
+    "Whether every tool is pinned, so that all machines build the same. Trees, matrices and farms require this."
     closed: ClassVar[str | None] = None
     "Why `builder shell` cannot open a finished build; None: it can."
     unsealed: ClassVar[str | None] = None

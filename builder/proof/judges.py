@@ -12,6 +12,9 @@ from builder.planning.plan import Plan
 
 _CODE = Path(__file__).parents[1]
 RULES = (
+    "../gracefarm/tables.py",
+    "../gracefarm/variant_json.py",
+    "../gracefarm/variants.py",
     "audit/__init__.py",
     "audit/contents.py",
     "audit/cuobjdump.py",
@@ -47,7 +50,7 @@ RULES = (
     "toolchains/host_trial.py",
     "toolchains/sandbox_trial.py",
 )
-"Modules below builder/ whose code decides whether a wheel passes."
+"Modules, relative to builder/, whose code decides whether a wheel passes."
 
 
 def digest(plan: Plan) -> str:

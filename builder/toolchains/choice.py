@@ -57,7 +57,7 @@ def _tree_plan(
         ConfigError: there is no such recipe, it does not build a tree, or the toolchain is not the sandbox, whose compilers
             build the tree; or see `make_plan`.
     """
-    if toolchain.kind != "sandbox":
+    if not toolchain.pinned:
         raise ConfigError(
             f"{taker.key} uses the tree of the recipe {tree.recipe}. Trees are built with the sandbox's compilers, which "
             f"differ from those of --toolchain {toolchain.kind}",

@@ -57,6 +57,7 @@ class ContainerToolchain(SandboxToolchain):
     kind: ClassVar[ToolchainKind] = "container"
     has_rust: ClassVar[bool] = False
     measured: ClassVar[bool] = False  # its record has the figures of cibuildwheel
+    pinned: ClassVar[bool] = False
     closed: ClassVar[str | None] = "ran in a container, which was removed"
     unsealed: ClassVar[str | None] = (
         "in a container, with the image's compilers and without network monitoring, so --rebuild cannot verify it"

@@ -33,6 +33,7 @@ class HostToolchain(Toolchain):
 
     kind: ClassVar[ToolchainKind] = "host"
     native: ClassVar[bool] = True
+    pinned: ClassVar[bool] = False
     closed: ClassVar[str | None] = "used this machine's tools without a sandbox"
     unsealed: ClassVar[str | None] = (
         "with the machine's tools. Its objects contain the path of the build folder (debug lines, __FILE__), so a "

@@ -32,6 +32,7 @@ class SandboxToolchain(Toolchain):
 
     kind: ClassVar[ToolchainKind] = "sandbox"
     has_rust: ClassVar[bool] = True
+    pinned: ClassVar[bool] = True
 
     @classmethod
     def find(cls, stack: LoadedStack, wanted: Wanted, *, cuda: bool) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +19,12 @@ from builder.toolchains.container import ContainerToolchain
 from builder.toolchains.sandbox import SandboxToolchain
 from tests.conftest import REPOSITORY
 
+OURS = ("builder", "gracefarm")
 DO_NOT_JUDGE = {
+    "../gracefarm/console.py": "how results are printed",
+    "../gracefarm/errors.py": "exit codes and sentences",
+    "../gracefarm/files.py": "writes files whole, and hashes them",
+    "../gracefarm/process.py": "runs what it is told to",
     "audit/repair.py": "makes the wheel that is judged",
     "box/host.py": "runs what it is told to",
     "box/sandbox.py": "runs what it is told to",
@@ -48,7 +54,8 @@ DO_NOT_JUDGE = {
 
 @pytest.fixture
 def code(tmp_path: Path) -> Path:
-    """A copy of the builder's code."""
+    """A copy of the builder's code, beside a copy of what the programs share."""
+    shutil.copytree(REPOSITORY / "gracefarm", tmp_path / "gracefarm", ignore=shutil.ignore_patterns("__pycache__"))
     return Path(shutil.copytree(REPOSITORY / "builder", tmp_path / "builder", ignore=shutil.ignore_patterns("__pycache__")))
 
 
@@ -81,6 +88,8 @@ def edited(code: Path, name: str, old: str, new: str) -> str:
         ("data/smoke_driver.py", "\nimport json\n", "\nimport json\nimport html\n"),
         ("planning/driver.py", "cuWGL", "cuVDPAU"),
         ("elf.py", "_FLAG_BASE = 1", "_FLAG_BASE = 2"),
+        ("../gracefarm/tables.py", "return int(float(match[1]) * _UNITS[match[2]])", "return 1"),
+        ("../gracefarm/variants.py", "def split_label(", "def join_label("),
     ],
 )
 def test_a_changed_rule_judges_anew(code: Path, name: str, old: str, new: str) -> None:
@@ -102,14 +111,16 @@ def test_a_comment_does_not(code: Path, name: str, old: str, new: str) -> None:
 
 
 def imported(name: str) -> Iterator[str]:
-    """Modules of the builder that one of them imports, below builder/."""
+    """Modules of the builder and of gracefarm that one of them imports, relative to builder/."""
     builder = REPOSITORY / "builder"
     for node in ast.walk(ast.parse((builder / name).read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.split(".")[0] == "builder":
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.split(".")[0] in OURS for alias in node.names), f"{name}: write `from … import`"
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.split(".")[0] in OURS:
             place = REPOSITORY.joinpath(*node.module.split("."))
             for alias in node.names:
                 files = (place / f"{alias.name}.py", place / alias.name / "__init__.py", place.with_suffix(".py"))
-                yield str(next(filter(Path.is_file, (*files, place / "__init__.py"))).relative_to(builder))
+                yield os.path.relpath(next(filter(Path.is_file, (*files, place / "__init__.py"))), builder)
 
 
 def test_what_rules_import_is_a_rule_or_said_not_to_judge() -> None:
