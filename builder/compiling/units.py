@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from builder.data.toolchain import schedule as schedule_rules
+from builder.data.toolchain.schedule import named
 from builder.planning.recipe import Build
 from builder.toolchains.wrappers import UNITS
 from gracefarm.tables import Table, parse_size
@@ -204,5 +204,5 @@ def _declared_seconds(build: Build, tree: Path) -> Iterator[tuple[str, float]]:
     for glob, seconds in build.unit_seconds.items():
         for place in tree.rglob("*"):
             name = str(place.relative_to(tree))
-            if schedule_rules.named(name, glob):
+            if named(name, glob):
                 yield name, seconds

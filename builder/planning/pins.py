@@ -81,7 +81,7 @@ def _of_lock(lock: Path, stack: LoadedStack, arch: Arch, command: str) -> dict[s
     for pin in read(lock, remedy=remedy, repeat=command):
         if len(pin.sha256) > 1:
             raise ConfigError(
-                f"{lock}:{pin.number} has several --hash options, but a wheel must be pinned with exactly one",
+                f"{lock}:{pin.number}: the line has several --hash options, but a wheel must be pinned with exactly one",
                 remedy=remedy,
                 repeat=command,
             )
