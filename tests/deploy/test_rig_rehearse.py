@@ -92,6 +92,7 @@ def test_killed_it_leaves_nothing_and_the_next_one_sweeps(tmp_path: Path) -> Non
 
 
 @pytest.mark.root
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_without_a_remainder_though_it_was_started_in_the_background(number: signal.Signals) -> None:
     runs = settings.load().home / "rehearsal" / "runs"
@@ -109,7 +110,7 @@ def test_a_signal_ends_it_without_a_remainder_though_it_was_started_in_the_backg
             break
     family = psutil.Process(owner.pid).children(recursive=True)
     owner.send_signal(number)
-    assert owner.wait(60) == ExitCode.INTERRUPTED
+    assert owner.wait(240) == ExitCode.INTERRUPTED  # the folder of a run has many files, which takes long on a busy machine
     owner.stdout.close()
     assert psutil.wait_procs(family, timeout=10)[1] == []
     assert set(runs.glob("*")) - before == set()
