@@ -63,7 +63,11 @@ class Farm:
 @pytest.fixture(scope="session")
 def shared_home() -> Path:
     """The machine's own GRACEFARM_HOME: roots and environments are made once and used by all tests."""
-    home = load().home
+    return make_shared(load().home)
+
+
+def make_shared(home: Path) -> Path:
+    """Make the folders that the farms of tests and benchmarks share."""
     for name in SHARED:
         (home / name).mkdir(parents=True, exist_ok=True)
     return home
@@ -76,7 +80,7 @@ def new_farm(shared_home: Path) -> Iterator[Farm]:
     home, project = folder / "home", folder / "project"
     home.mkdir(parents=True)
     for name in SHARED:
-        (home / name).symlink_to(shared_home / name)
+        (home / name).symlink_to(make_shared(shared_home) / name)
     projects.write_stacks(REPOSITORY / "stacks", project / "stacks")
     for own in (REPOSITORY / "tests" / "stacks").iterdir():
         shutil.copytree(own, project / "stacks" / own.name)
