@@ -149,7 +149,8 @@ def _compressed(table: Mapping[str, Any], ignored: tuple[str, ...]) -> Quantizat
         return Quantization(method="int", name=name, bits=bits, group=weights.get("group_size"), ignored=ignored)
     if form == "nvfp4-pack-quantized":
         return Quantization(method="nvfp4", name=name, bits=4, group=NVFP4_GROUP, ignored=ignored)
-    if form == "float-quantized" and bits == 8 and strategy in ("tensor", "channel", "block"):
+    fp8 = form in ("float-quantized", "naive-quantized") and kind == "float" and bits == 8  # both are stored alike
+    if fp8 and strategy in ("tensor", "channel", "block"):
         block = weights.get("block_structure") if strategy == "block" else None
         return Quantization(
             method="fp8", name=name, block=tuple(block) if block else None, per_row=strategy == "channel", ignored=ignored

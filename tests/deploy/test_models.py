@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -200,15 +201,29 @@ def test_experts_whose_blocks_cannot_be_cut_are_dealt_out_whole() -> None:
 
 @pytest.mark.parametrize("entry", models.built_in_models(), ids=lambda entry: str(entry["names"][0]))
 def test_every_built_in_model_is_planned_and_says_where_its_numbers_are_from(entry: dict[str, object]) -> None:
-    assert entry["source"]
-    names = entry["names"]
+    names, source = entry["names"], str(entry["source"])
     assert isinstance(names, list)
+    for name in names:  # a base model and its Instruct may differ, so both were read
+        assert name.partition("/")[2].removeprefix("Meta-") in source
+    assert re.search(r"wheel on PyPI|https://huggingface\.co/\S+/config\.json|https://github\.com/\S+ at [0-9a-f]{12}", source)
     model = models.built_in(names[0], "main")
     assert model
     question = Question(engine=engines.engine("vllm"), model=model, machines=layouts.machines_of(hardware.named("b200"), 2))
     found = choosing.choose(question)
     assert found.best.prediction.tokens_per_s > 0
     assert sum(found.best.layout.partition) == model.layers
+
+
+def test_a_base_model_and_its_instruct_may_differ() -> None:
+    def numbers(repo: str) -> tuple[int, int]:
+        model = models.built_in(repo, "main")
+        assert model
+        return model.vocab, model.max_len
+
+    assert numbers("mistralai/Mixtral-8x22B-v0.1") == (32000, 65536)
+    assert numbers("mistralai/Mixtral-8x22B-Instruct-v0.1") == (32768, 65536)
+    assert numbers("Qwen/Qwen2.5-72B") == (152064, 131072)
+    assert numbers("Qwen/Qwen2.5-72B-Instruct") == (152064, 32768)
 
 
 def test_what_a_gpu_cannot_run_is_refused_with_the_engines_rule() -> None:
