@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from deploy.cli import plan_text
 from deploy.cli.common import DeployContext, reporting
-from deploy.nodes import state
+from deploy.nodes import state, template
 from deploy.nodes.config import FILE, Config, ModelConfig, Objective
 from deploy.nodes.deployment import Deployment, find_config
 from deploy.nodes.facts import Facts, load_facts
@@ -46,8 +46,7 @@ from gracefarm.errors import ConfigError, UsageError
     "--engine",
     "engine_name",
     type=click.Choice(["aphrodite", "vllm"]),
-    help="With --nodes: engine. Default: the engine in deploy.toml. Without deploy.toml: vllm if --model is given, else "
-    "aphrodite.",
+    help="With --nodes: engine. Default: the engine in deploy.toml. Without deploy.toml: vllm, as `deploy init` writes.",
 )
 @click.option(
     "--model", "repo", metavar="REPO", help="With --nodes: model on the Hub, or a folder with the model's config.json."
@@ -99,7 +98,7 @@ def plan(
         base = _layout(_changed(_base(context), engine_name, repo), split, price)
         deployment, facts = suppose.suppose(hardware.named(kind or plans.REHEARSED), count, base)
     planned, note = make(deployment, facts, offline=count is not None)
-    for caution in (*([note] if note else ()), *plans.cautions(facts)):
+    for caution in (*filter(None, (note, _without_engine(deployment))), *plans.cautions(facts)):
         context.console.warn(caution)
     if shell:
         sys.stdout.write(script.render(planned, () if count else deployment.nodes))
@@ -150,8 +149,9 @@ def _base(context: DeployContext) -> Deployment | None:
 
 
 def _changed(base: Deployment | None, engine: str | None, repo: str | None) -> Deployment:
-    """The deployment with engine and model of the command line."""
-    deployment = base or Deployment(path=Path.cwd() / FILE, data=Config(), nodes=())
+    """The deployment, or what `deploy init` proposes, with engine and model of the command line."""
+    proposed = Config(engine=template.ENGINE, set=template.SET)
+    deployment = base or Deployment(path=Path.cwd() / FILE, data=proposed, nodes=())
     data = deployment.data
     model = data.model
     if repo:
@@ -159,8 +159,20 @@ def _changed(base: Deployment | None, engine: str | None, repo: str | None) -> D
         model = (
             ModelConfig(repo=place.resolve().name, config=str(place.resolve())) if place.exists() else ModelConfig(repo=repo)
         )
-    chosen = engine or ("vllm" if repo and base is None else data.engine)
-    return deployment.model_copy(update={"data": data.model_copy(update={"engine": chosen, "model": model})})
+    changes: dict[str, object] = {"model": model, "name": data.name if base else template.name_of(model.repo)}
+    if engine:
+        changes["engine"] = engine
+    return deployment.model_copy(update={"data": data.model_copy(update=changes)})
+
+
+def _without_engine(deployment: Deployment) -> str:
+    """A note if deploy.toml names no engine. Then it has the meaning of earlier versions."""
+    if "engine" in deployment.data.model_fields_set:
+        return ""
+    return (
+        f"{deployment.path} has no `engine`, so the plan is for {deployment.data.engine}, the default of earlier versions; "
+        f'for {template.ENGINE}, add `engine = "{template.ENGINE}"` and `set = "{template.SET}"`'
+    )
 
 
 def _layout(deployment: Deployment, split: Mapping[str, object], price: float | None) -> Deployment:

@@ -232,10 +232,11 @@ class Config(Table):
 
     name: Name = "llama-405b"
     "Name of the deployment."
+    # The defaults of engine and set are those of the first versions, so that a deploy.toml keeps its meaning.
     engine: Literal["aphrodite", "vllm"] = "aphrodite"
-    "The engine."
+    "The engine. `deploy init` writes vllm."
     set: Name = "gh200-cu124"
-    "Name of the set of wheels."
+    "Name of the set of wheels. `deploy init` writes gh200-cu130."
     index: Index | None = None
     "URL of the simple API of the farm's index. Default: PyPI. The configuration of pip and uv on a node is ignored."
     lock: str | None = None

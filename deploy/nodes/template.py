@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Final
 
 from deploy.nodes.config import Access, ModelConfig
 from deploy.nodes.deployment import Deployment, load_deployment
@@ -13,8 +14,10 @@ from deploy.nodes.ips import read_ips
 from gracefarm.errors import ConfigError
 from gracefarm.files import atomic_write
 
-ENGINE, SET = "vllm", "gh200-cu130"
-"The engine that can be served today, and its newest set of wheels."
+ENGINE: Final = "vllm"
+"The engine that can be served today."
+SET: Final = "gh200-cu130"
+"Its newest set of wheels."
 NO_INDEX = f'# index = "http://HOST:8080/{SET}/simple/"    # the farm\'s index; default: PyPI'
 NO_SHARE = '# share = "/path"        # shared folder, at the same path on all nodes'
 

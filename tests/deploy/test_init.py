@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unittest import mock
@@ -22,7 +23,8 @@ from deploy import cli
 from deploy.cli.plan import schemas
 from deploy.fleet.calls import RemoteNode
 from deploy.fleet.results import combined_error
-from deploy.nodes import state
+from deploy.nodes import state, template
+from deploy.nodes.config import Access, ModelConfig
 from deploy.nodes.deployment import Deployment, Folder, load_deployment
 from deploy.nodes.facts import Facts, load_facts
 from deploy.planning import models, plans
@@ -314,26 +316,46 @@ def test_supposed_nodes_need_nothing(tmp_path: Path) -> None:
     done = deploy(tmp_path, "plan", "--nodes", "10", "--gpu", "gh200-96", "--commands")
     assert done.returncode == 0, done.stderr
     for words in (
-        "tp5 pp2 on 10 nodes",
-        "tp2 pp5",
+        "tp2 pp5 on 10 nodes",
+        "tp4 pp2",
         "25,26,25x3",
-        "HOST_IP=10.0.0.1",
+        "VLLM_HOST_IP=10.0.0.1",
+        "VLLM_PP_LAYER_PARTITION=25,26,25,25,25",
         "ray start --head",
+        "128 attention heads are not divisible by 3",
         "not measured",
     ):
         assert words in done.stdout
-    split = deploy(tmp_path, "plan", "--nodes", "10", "--tp", "2", "--pp", "5", "--commands")
-    assert "APHRODITE_PP_LAYER_PARTITION=25,26,25,25,25" in split.stdout
     assert "ray start" not in deploy(tmp_path, "plan", "--nodes", "10").stdout
-    assert "requires that tp is divisible by the KV heads" in done.stdout
+    other = deploy(tmp_path, "plan", "--nodes", "10", "--engine", "aphrodite")
+    assert "tp5 pp2 on 10 nodes" in other.stdout
+    assert "requires that tp is divisible by the KV heads" in other.stdout
     assert list(tmp_path.iterdir()) == [tmp_path / "home"]  # nothing is written
+
+
+def test_plan_assumes_what_init_writes(tmp_path: Path) -> None:
+    written = tomllib.loads(template.render("ips.txt", access=Access(), share=None, repo=ModelConfig().repo))
+    shown = json.loads(deploy(tmp_path, "plan", "--nodes", "3", "--json").stdout)
+    assert (shown["deployment"], shown["engine"]) == (written["name"], written["engine"])
+    assert shown["model"] == written["model"]["repo"]
+
+
+def test_a_deploy_toml_without_an_engine_means_what_it_meant_and_says_so(tmp_path: Path) -> None:
+    nodes = '[nodes]\nhosts = ["127.0.0.9"]\n'
+    for text, noted in ((nodes, True), ('engine = "aphrodite"\n' + nodes, False)):
+        (tmp_path / "deploy.toml").write_text(text)
+        done = deploy(tmp_path, "plan", "--nodes", "10")
+        assert "llama-405b  meta-llama/Llama-3.1-405B-Instruct at main, aphrodite" in done.stdout
+        assert ("has no `engine`, so the plan is for aphrodite" in done.stderr) == noted
+    data = load_deployment(tmp_path / "deploy.toml").data
+    assert data.set == "gh200-cu124"
 
 
 def test_json_is_the_plan_and_equal_each_time(tmp_path: Path) -> None:
     first, second = (deploy(tmp_path, "plan", "--nodes", "3", "--json") for _ in range(2))
     shown = json.loads(first.stdout)
     assert first.stdout == second.stdout
-    assert (shown["layout"]["tp"], shown["layout"]["offload_gib"]) == (3, 176.6)
+    assert (shown["layout"]["pp"], shown["layout"]["offload_gib"]) == (3, 172.3)
     assert [level["streams"] for level in shown["prediction"]["levels"]] == [1, 4, 16]
 
 
@@ -341,7 +363,7 @@ def test_json_is_the_plan_and_equal_each_time(tmp_path: Path) -> None:
     ("arguments", "code", "words"),
     [
         (("--nodes", "2"), 64, "the maximum is 60%"),
-        (("--nodes", "12", "--tp", "11"), 64, "requires that tp is divisible by the KV heads"),
+        (("--nodes", "12", "--engine", "aphrodite", "--tp", "11"), 64, "requires that tp is divisible by the KV heads"),
         (("--nodes", "10", "--engine", "vllm", "--tp", "5"), 64, "are not divisible by 5"),
         (("--nodes", "10", "--gpu", "mi300"), 2, "unknown kind of node 'mi300'"),
         (("--tp", "5"), 2, "add --nodes N"),

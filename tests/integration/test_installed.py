@@ -254,7 +254,7 @@ def test_the_index_alone_serves(installed: Mapping[str, Installed]) -> None:
 def test_deploy_alone_plans(installed: Mapping[str, Installed]) -> None:
     process = installed["deploy"].run("deploy plan --nodes 3 --gpu gh200-96")
     assert process.returncode == 0, process.stderr
-    assert "layout   tp3 pp1 on 3 nodes" in process.stdout
+    assert "layout   tp1 pp3 on 3 nodes" in process.stdout
     process = installed["deploy"].run("deploy init ips.txt")
     assert "ips.txt" in process.stderr
     assert "is not installed" not in process.stderr
