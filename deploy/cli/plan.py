@@ -33,7 +33,12 @@ from gracefarm.errors import ConfigError, UsageError
     help="What the planner optimises. speed: tokens/s of one stream. throughput: tokens/s of all streams. cost: tokens "
     "per dollar. Default: the value in deploy.toml, else speed.",
 )
-@click.option("--price", type=click.FloatRange(0), metavar="USD", help="Price of a node per hour.")
+@click.option(
+    "--price",
+    type=click.FloatRange(0),
+    metavar="USD",
+    help="Price of a node per hour. Default: price_per_node_hour in deploy.toml, else the sum of the prices of its GPUs.",
+)
 @click.option(
     "--nodes",
     "count",

@@ -216,7 +216,10 @@ class OptionsConfig(Table):
     """[options]: timeouts and prices."""
 
     price_per_node_hour: Annotated[float, Field(ge=0)] | None = None
-    "Price of a node per hour in dollars. `deploy` computes $/h and $/Mtok from it."
+    (
+        "Price of a node per hour in dollars. `deploy` computes $/h and $/Mtok from it. Without this key, `deploy plan` uses "
+        "its own prices of GPUs."
+    )
     connect_timeout: Annotated[float, Field(gt=0)] = 10.0
     "Seconds to wait for a connection. After this time, the node counts as unreachable."
     load_timeout: Annotated[float, Field(gt=0)] = 7200.0

@@ -56,7 +56,7 @@ def choose(question: Question) -> LayoutChoice:
 
 
 def _merit(question: Question, candidate: Candidate) -> float:
-    """The value to maximise: tokens/s of one stream, of all streams, or per dollar (per node-hour if no price is known)."""
+    """The value to maximise: tokens/s of one stream, of all streams, or per dollar (without prices: per GPU of the nodes)."""
     prediction = candidate.prediction
     most = max((level.tokens_per_s for level in prediction.levels), default=prediction.tokens_per_s)
     match question.objective:
@@ -65,7 +65,8 @@ def _merit(question: Question, candidate: Candidate) -> float:
         case "throughput":
             return most
         case "cost":
-            return most / candidate.nodes
+            gpus = sum(len(machine.gpus) for machine in candidate.machines.values())
+            return most / (prediction.usd_per_hour or gpus)
 
 
 def _best(question: Question, fitting: Sequence[Candidate]) -> Candidate:

@@ -15,7 +15,7 @@ from gracefarm.errors import UsageError
 
 
 class Price(BaseModel):
-    """Price of a node per hour, with its date and source."""
+    """Price of a GPU per hour, with its date and source."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

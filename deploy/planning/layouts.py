@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -152,8 +152,8 @@ class Question:
     model: Model
     machines: tuple[Machine, ...]
     forced: LayoutConfig = field(default_factory=LayoutConfig)
-    price: float | None = None
-    "$ per node and hour."
+    prices: Mapping[str, float] | None = None
+    "$ per hour of each node, by its name."
     link: Link = field(default_factory=Link)
     "The network between the nodes."
     cache_bytes: int = BYTES
@@ -168,14 +168,6 @@ class Question:
     def gpus(self) -> int:
         """Number of GPUs."""
         return sum(len(machine.gpus) for machine in self.machines)
-
-    @cached_property
-    def price_per_node(self) -> float | None:
-        """Price in deploy.toml, else the price of the kind."""
-        if self.price is not None:
-            return self.price
-        known = self.kind.price
-        return known.usd if known else None
 
     @cached_property
     def kind(self) -> NodeKind:
@@ -194,9 +186,14 @@ class Candidate:
     prediction: Prediction
 
     @cached_property
+    def machines(self) -> Mapping[str, Machine]:
+        """The nodes that serve, by name."""
+        return {slot.machine.name: slot.machine for slot in self.slots}
+
+    @property
     def nodes(self) -> int:
         """Number of nodes that serve."""
-        return len({slot.machine.name for slot in self.slots})
+        return len(self.machines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -434,15 +431,14 @@ def _sized(question: Question, split: Split, pp: int, stages: tuple[int, ...], o
 
 
 def _speed(question: Question, layout: Layout, slots: Sequence[Slot], held: Sequence[RankShare]) -> Prediction:
-    nodes = len({slot.machine.name for slot in slots})
-    price = question.price_per_node
+    nodes, prices = dict.fromkeys(slot.machine.name for slot in slots), question.prices
     return speed.predict(
         stage_loads(question, layout, slots, held),
         traffic(question.model),
         question.link,
         replicas=layout.dp,
         most=layout.max_num_seqs or MOST_SEQS,
-        usd_per_hour=None if price is None else round(price * nodes, 2),
+        usd_per_hour=None if prices is None else round(sum(prices[name] for name in nodes), 2),
     )
 
 

@@ -248,11 +248,22 @@ def _question(deployment: Deployment, facts: Facts, model: Model) -> tuple[Quest
         model=model,
         machines=machines,
         forced=data.layout,
-        price=data.options.price_per_node_hour,
+        prices=_prices(data.options.price_per_node_hour, machines),
         link=links.link(serving),
         cache_bytes=1 if cache.startswith("fp8") else BYTES,
     )
     return question, [*notes, *links.notes(serving)]
+
+
+def _prices(own: float | None, machines: Sequence[Machine]) -> Mapping[str, float] | None:
+    """$ per hour of each node: the price in deploy.toml, else the prices of its GPUs. None if a GPU has no price."""
+    if own is not None:
+        return dict.fromkeys((machine.name for machine in machines), own)
+    known = {gpu.name: hardware.kind_of(gpu.name).price for machine in machines for gpu in machine.gpus}
+    usd = {name: price.usd for name, price in known.items() if price}
+    if len(usd) < len(known):
+        return None
+    return {machine.name: sum(usd[gpu.name] for gpu in machine.gpus) for machine in machines}
 
 
 def trusted(deployment: Deployment, facts: Facts, repo: str, revision: str) -> ServePlan:

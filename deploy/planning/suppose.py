@@ -34,9 +34,7 @@ class Supposed(Deployment):
 def suppose(of: NodeKind, count: int, base: Deployment | None = None) -> tuple[Supposed, Facts]:
     """Assume `count` nodes of a kind, with the deploy.toml of `base` or its defaults. Return the deployment and its facts."""
     data = base.data if base else Config()
-    usual = of.price.usd if of.price else None
-    price = data.options.price_per_node_hour if data.options.price_per_node_hour is not None else usual
-    options = data.options.model_copy(update={"price_per_node_hour": price, "rehearsal": False})
+    options = data.options.model_copy(update={"rehearsal": False})
     data = data.model_copy(update={"share": data.share or SHARE, "options": options})
     nodes = tuple(Node(name=f"k{rank}", rank=rank, address=f"10.0.0.{rank + 1}") for rank in range(count))
     path = base.path if base else Path.cwd() / "deploy.toml"

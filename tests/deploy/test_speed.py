@@ -210,6 +210,34 @@ def test_a_price_of_ones_own_comes_first(tmp_path: Path) -> None:
         assert json.loads(done.stdout.splitlines()[-1])["prediction"]["usd_per_hour"] == hour
 
 
+def with_gpus(names: tuple[str, ...], *more: tuple[str, ...]) -> ServePlan:
+    """A plan for Llama 3.1 8B on nodes with these GPUs, one stage on each node."""
+    layout = {"tensor_parallel": len(names), "pipeline_parallel": 1 + len(more)}
+    _, deployment, facts = supposed(1 + len(more), "h200", layout=layout)
+    nodes = []
+    for node, kinds in zip(facts.nodes, (names, *more), strict=True):
+        gpus = tuple(node.cuda.gpus[0].model_copy(update={"name": name}) for name in kinds)
+        nodes.append(node.model_copy(update={"cuda": node.cuda.model_copy(update={"gpus": gpus})}))
+    model = models.built_in("meta-llama/Llama-3.1-8B", "0" * 40)
+    assert model
+    return plans.make(deployment, Facts(nodes=tuple(nodes)), model)
+
+
+def test_a_node_costs_as_much_as_its_gpus() -> None:
+    """A node with two H200 once had the price of one with eight."""
+
+    def hour(*gpus: tuple[str, ...]) -> float | None:
+        prediction = with_gpus(*gpus).prediction
+        assert prediction
+        return prediction.usd_per_hour
+
+    h200, h100, other = ("NVIDIA H200",), ("NVIDIA H100 80GB HBM3",), ("NVIDIA L4",)
+    assert hour(h200 * 8) == 36.32
+    assert hour(h200 * 2) == 9.08
+    assert hour(h200, h100) == 4.54 + 2.79
+    assert hour(h200, other) is None
+
+
 def test_a_model_that_is_only_looked_at_is_planned_for_vllm(tmp_path: Path) -> None:
     words = ("plan", "--nodes", "2", "--gpu", "h200", "--model", "deepseek-ai/DeepSeek-V3")
     done = deploy(tmp_path, *words)
@@ -311,6 +339,7 @@ def test_every_price_has_a_date_and_a_source() -> None:
         assert kind.price
         assert kind.price.date.year >= 2026
         assert kind.price.source
+        assert kind.price.usd < 15, "of a GPU, not of a node"
 
 
 def test_gpus_that_differ_are_named() -> None:
