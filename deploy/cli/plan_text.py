@@ -141,19 +141,21 @@ def _env(env: Mapping[str, str]) -> str:
     return " ".join(f"{name}={shlex.quote(value)}" for name, value in env.items())
 
 
+def _measured(tokens_per_s: float | None, error: float | None) -> str:
+    return "" if tokens_per_s is None or error is None else f"{tokens_per_s:,.2f} {error:+5.0%}"
+
+
 def accuracy(rows: Sequence[AccuracyRow]) -> str:
     """The table of predictions and measurements."""
-    table = _table("run", "streams", "predicted tokens/s", "measured tokens/s", "error", "bound")
+    table = _table("run", "streams", "predicted tokens/s", "measured tokens/s", "again tokens/s", "bound")
     before = ""
     for row in rows:
         bound = "" if row.bound is None else f"{row.bound:.0%}" + ("" if row.holds else " EXCEEDED")
-        measured, error = (
-            ("-", "-") if row.measured is None or row.error is None else (f"{row.measured:,.2f}", f"{row.error:+.0%}")
-        )
+        measured, again = _measured(row.measured, row.error), _measured(row.again, row.error_again)
         source = row.source + ("; used to fit the constants" if row.fitted else "")
         if row.name != before:
             table.add_row(f"[bold]{escape(row.name)}[/]  [dim]{escape(source)}[/]")
         before = row.name
-        table.add_row("", str(row.streams), f"{row.predicted:,.1f}", measured, error, bound)
+        table.add_row("", str(row.streams), f"{row.predicted:,.1f}", measured or "-", again, bound)
     missed = "\n".join(f"{row.name}, {row.streams}: {row.why}" for row in rows if row.why)
     return _rendered([table, *([Text(missed)] if missed else [])])

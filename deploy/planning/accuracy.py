@@ -40,6 +40,8 @@ class MeasuredRun(BaseModel):
     "InfiniBand or RoCE between the nodes."
     context: NonNegativeInt
     ms: Mapping[int, float] | None = None
+    again: Mapping[int, float] = Field(default_factory=dict)
+    "`ms` of a second run, on another machine."
     tokens_per_s: Mapping[int, float] | None = None
     committed: Mapping[int, float] | None = None
     "Tokens/s that were predicted before the run."
@@ -52,13 +54,15 @@ class MeasuredRun(BaseModel):
     @property
     def measured(self) -> Mapping[int, float]:
         """Tokens/s of all streams together; empty if not measured yet."""
-        if self.ms:
-            return {streams: round(streams / value * 1e3, 2) for streams, value in self.ms.items()}
-        return self.tokens_per_s or {}
+        return _rates(self.ms) if self.ms else self.tokens_per_s or {}
+
+
+def _rates(ms: Mapping[int, float]) -> Mapping[int, float]:
+    return {streams: round(streams / value * 1e3, 2) for streams, value in ms.items()}
 
 
 class AccuracyRow(BaseModel):
-    """A run with a number of streams. `error` is the relative error of the prediction."""
+    """A run with a number of streams. `error` and `error_again` are the relative errors of the prediction."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -67,6 +71,9 @@ class AccuracyRow(BaseModel):
     predicted: float
     measured: float | None
     error: float | None
+    again: float | None = None
+    "Tokens/s of a second run."
+    error_again: float | None = None
     bound: float | None
     why: str = ""
     "Why the error exceeds the bound."
@@ -75,8 +82,8 @@ class AccuracyRow(BaseModel):
 
     @property
     def holds(self) -> bool:
-        """True if the error is within the bound, or there is no bound."""
-        return self.bound is None or self.error is None or abs(self.error) <= self.bound
+        """True if the errors of both runs are within the bound, or there is no bound."""
+        return self.bound is None or all(abs(error or 0) <= self.bound for error in (self.error, self.error_again))
 
 
 @cache
@@ -94,18 +101,24 @@ def rows(measured: Sequence[MeasuredRun] | None = None) -> tuple[AccuracyRow, ..
 
 def _row(run: MeasuredRun, streams: int) -> AccuracyRow:
     predicted = (run.committed or {}).get(streams) or predict(run, streams)
-    measured = run.measured.get(streams)
+    measured, again = run.measured.get(streams), _rates(run.again).get(streams)
     return AccuracyRow(
         name=run.name,
         streams=streams,
         predicted=round(predicted, 2),
         measured=measured,
-        error=None if measured is None else round(predicted / measured - 1, 3),
+        error=_error(predicted, measured),
+        again=again,
+        error_again=_error(predicted, again),
         bound=run.bound,
         why=run.beyond.get(streams, ""),
         fitted=run.fitted,
         source=run.source,
     )
+
+
+def _error(predicted: float, measured: float | None) -> float | None:
+    return None if measured is None else round(predicted / measured - 1, 3)
 
 
 def predict(run: MeasuredRun, streams: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -81,12 +82,17 @@ def test_a_row_beyond_its_bound_says_so() -> None:
     assert row.error == pytest.approx(0.5, abs=0.02)
     assert not row.holds
     assert accuracy.rows((wrong.model_copy(update={"bound": None}),))[0].holds
+    (row,) = accuracy.rows((TP1.model_copy(update={"ms": {1: TP1.ms[1]}, "again": {1: TP1.ms[1] * 1.5}}),))
+    assert row.error == pytest.approx(0, abs=0.02)
+    assert row.error_again == pytest.approx(0.5, abs=0.02)
+    assert not row.holds, "the bound is for both runs"
 
 
 def test_deploy_plan_shows_them(tmp_path: Path) -> None:
     done = deploy(tmp_path, "plan", "--accuracy")
     assert done.returncode == 0
     assert "two nodes of eight H100, tp8 pp2" in done.stdout
+    assert re.search(r"64 +2,630\.0 +1,268\.43 +\+107% +1,093\.83 +\+140% +25% EXCEEDED", done.stdout)
     rows = json.loads(deploy(tmp_path, "plan", "--accuracy", "--json").stdout.splitlines()[-1])
     assert len(rows) == len(accuracy.rows())
     assert {row["streams"] for row in rows} >= {1, 4, 16, 64, 256}
