@@ -96,6 +96,9 @@ def test_deploy_plan_shows_them(tmp_path: Path) -> None:
     rows = json.loads(deploy(tmp_path, "plan", "--accuracy", "--json").stdout.splitlines()[-1])
     assert len(rows) == len(accuracy.rows())
     assert {row["streams"] for row in rows} >= {1, 4, 16, 64, 256}
+    (others,) = [row for row in rows if "DeepSeek-V3" in row["name"]]
+    assert (others["measured"], others["bound"]) == (26.0, None)
+    assert others["error"] == pytest.approx(0.48, abs=0.01)
 
 
 def supposed(
