@@ -15,8 +15,8 @@ from builder.planning.stack import host_arch
 from tests import projects
 from tests.conftest import Farm
 from tests.integration.fetch_kit import sha256
+from tests.integration.pinned_kit import URL, mirrors, own_wheel, trinity
 from tests.integration.test_build import record_of
-from tests.integration.test_pinned import URL, mirrors, own_wheel, trinity
 from tests.integration.test_sets import write_set
 
 NATIVE = host_arch().value

@@ -24,8 +24,8 @@ from builder.proof import record
 from builder.proof.record import BuiltFile, Record
 from gracefarm.files import sha256_file
 from tests.conftest import Farm
+from tests.integration.host_kit import called, fake_torch, own
 from tests.integration.test_environment import make_wheel
-from tests.integration.test_toolchain_host import called, fake_torch, own
 
 __all__ = ["own"]
 

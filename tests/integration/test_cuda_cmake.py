@@ -6,7 +6,7 @@ from pathlib import Path
 
 from builder.box import sandbox
 from tests.conftest import Farm
-from tests.integration.test_pinned import place
+from tests.integration.pinned_kit import place
 
 TORCH = "/env/lib/python3.11/site-packages/torch/share/cmake"
 

@@ -16,8 +16,8 @@ from builder.planning import device_code, pins, stack
 from builder.planning.stack import Arch, host_arch
 from tests import projects
 from tests.conftest import Farm
+from tests.integration.pinned_kit import place
 from tests.integration.test_build import record_of
-from tests.integration.test_pinned import place
 
 NUMBERS = (50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 88, 89, 90, 100, 101, 103, 110, 120, 121, 130)
 

@@ -24,9 +24,9 @@ from builder.toolchains import host_tools
 from gracefarm.errors import HostError
 from tests import projects
 from tests.conftest import REPOSITORY, Farm
+from tests.integration.pinned_kit import place
 from tests.integration.test_audit_real import APHRODITE, APHRODITE_SHA256, published
 from tests.integration.test_build import record_of
-from tests.integration.test_pinned import place
 
 pytestmark = pytest.mark.slow
 

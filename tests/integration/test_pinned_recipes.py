@@ -22,9 +22,9 @@ import tomlkit
 from builder.fetch import download
 from tests.conftest import REPOSITORY, Farm
 from tests.integration.fetch_kit import Repository, sha256
+from tests.integration.pinned_kit import CORE, CORE_CUDA, PYPROJECT, TORCH_CMAKE
 from tests.integration.test_audit_real import published
 from tests.integration.test_build import record_of
-from tests.integration.test_pinned import CORE, CORE_CUDA, PYPROJECT, TORCH_CMAKE
 
 # What setup.py does with its downloads, as far as a recipe has to know: looks for each, reaches for it if need be, copies.
 SETUP = """

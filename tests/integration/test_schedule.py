@@ -12,8 +12,8 @@ import pytest
 from gracefarm.files import remove_tree
 from tests import projects
 from tests.conftest import Farm
+from tests.integration.host_kit import python311
 from tests.integration.test_build import NATIVE
-from tests.integration.test_toolchain_host import python311
 
 # `gcc -wrapper ./hold,MIB` starts cc1 through it: it takes so much memory, keeps it for a while, and then becomes cc1.
 HOLD = """

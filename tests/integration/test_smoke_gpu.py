@@ -14,8 +14,8 @@ from builder.planning.stack import host_arch
 from builder.toolchains.sandbox import SandboxToolchain
 from gracefarm.errors import SmokeError
 from tests.conftest import Farm
+from tests.integration.host_kit import FAKE_TORCH
 from tests.integration.test_environment import make_wheel
-from tests.integration.test_toolchain_host import FAKE_TORCH
 
 FAKE_DRIVER = """
 #include <dlfcn.h>

@@ -1,26 +1,20 @@
-"""`--toolchain host`: this machine's own compilers in a clean environment, and from there on the same flow."""
+"""`--toolchain host`: this machine's compilers in a clean environment, and from there on the same flow."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import uv
 
-from builder import elf, smoke
-from builder.box import gpu, sandbox
+from builder import elf
+from builder.box import sandbox
 from builder.box.host import HostPlace
-from builder.cli import cli
 from builder.cli.options import plan_of
 from builder.ground import environment, wheels
 from builder.planning import pins, stack
@@ -28,78 +22,22 @@ from builder.planning.plan import Wanted
 from builder.planning.stack import host_arch
 from builder.toolchains import host, host_environment, host_tools, wrappers
 from builder.toolchains.choice import ToolchainChoice
-from builder.toolchains.host import HostToolchain
-from gracefarm.errors import GracefarmError, RootError, SmokeError
+from gracefarm.errors import RootError
 from tests import projects
-from tests.conftest import Farm, new_farm
+from tests.conftest import Farm
+from tests.integration.host_kit import PRELOAD, Built, built, called, fake_torch, own, python311, tiny_c
 from tests.integration.test_build import record_of, start
+
+__all__ = ["built", "own"]
 
 NATIVE = host_arch().value
 OTHER = "x86_64" if NATIVE == "aarch64" else "aarch64"
-FAKE_TORCH = """
-from types import SimpleNamespace
-cuda = SimpleNamespace(
-    is_available=lambda: {seen}, get_device_name=lambda: "a fake GPU", get_device_capability=lambda: {capability}
-)
-"""
-
-
-def python311() -> str:
-    """The interpreter that the stacks' locks are for."""
-    for candidate in ("/usr/bin/python3.11", shutil.which("python3.11") or sys.executable):
-        if Path(candidate).exists() and host_tools.probe(Path(candidate)).minor == "3.11":
-            return candidate
-    pytest.skip("no Python 3.11 on this machine")
-
-
-@pytest.fixture(scope="session")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python with its own packages, as a person has made it: no lock, only what builds a C extension."""
-    folder = tmp_path_factory.mktemp("own") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    install = [uv.find_uv_bin(), "pip", "install", "--quiet", "--python", folder / "bin/python3"]
-    subprocess.run([*install, "build", "ninja", "setuptools", "wheel"], check=True)
-    return folder
-
-
-@dataclass(frozen=True, kw_only=True)
-class Built:
-    """The tiny C extension, built once over the user's environment; the recipe has a GPU test that must not run."""
-
-    farm: Farm
-    done: projects.Done
-    wheel: Path
-
-
-@pytest.fixture(scope="module")
-def built(shared_home: Path, own: Path) -> Iterator[Built]:
-    with new_farm(shared_home) as farm:
-        tiny_c(farm)
-        (farm.settings.project / "recipes/tiny_c/smoke_gpu.py").write_text("raise SystemExit('it ran')\n")
-        done = farm.run("build", "tiny_c", "--toolchain", "host", "--environment", str(own))
-        assert done.code == 0, done.said
-        yield Built(farm=farm, done=done, wheel=Path(done.out.strip()))
-
-
-def called(farm: Farm, patch: pytest.MonkeyPatch, *arguments: str, **variables: str) -> tuple[int, str]:
-    """The command line in this process, which has everything imported: exit code and the sentence of its error."""
-    for name, value in {**farm.environment, **variables}.items():
-        patch.setenv(name, value)
-    try:
-        cli.main(args=list(arguments), standalone_mode=False, prog_name="builder")
-    except GracefarmError as error:
-        return int(error.exit_code), error.cause
-    return 0, ""
 
 
 def planned(farm: Farm, own: Path | None) -> str:
     """The build id of tiny_c with this machine's tools over an environment, or in the sandbox."""
     on = ToolchainChoice(kind="host", wanted=Wanted(environment=own)) if own else None
     return plan_of("tiny_c", None, NATIVE, farm.settings, on).build_id
-
-
-def tiny_c(farm: Farm, **tables: object) -> None:
-    farm.recipe("tiny_c", projects.tree("tiny_c"), name="tiny-c", smoke={"imports": ["tiny_c", "tiny_c._core"]}, **tables)
 
 
 def statuses(found: dict[str, object]) -> dict[str, str]:
@@ -279,14 +217,6 @@ def test_cuda_with_the_machines_toolkit_for_the_stacks_architectures_alone(farm:
     assert "dropped sm_75 sm_80 sm_86 sm_100, compiles for sm_90" in farm.run("log", "tiny_cuda").out
 
 
-PRELOAD = """
-import ctypes, nvidia
-from pathlib import Path
-(library,) = Path(next(iter(nvidia.__path__))).glob("*/lib/libcudart.so.*")
-ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-"""
-"What `import torch` does for its CUDA, without its gigabytes."
-
 REACH = """
 import socket
 try:
@@ -350,20 +280,6 @@ def test_what_is_missing_is_said_before_anything_is_built(
     assert ended == code, cause
     assert words.format_map(places) in cause
     assert not (farm.settings.home / "builds").exists()
-
-
-def fake_torch(
-    own: Path, into: Path, *, version: str, cuda: str | None, seen: bool = True, capability: str = "(9, 0)"
-) -> Path:
-    """An environment with a torch that is none: what it says of itself and of a GPU."""
-    shutil.copytree(own, into, symlinks=True)
-    (site,) = into.glob("lib/*/site-packages")
-    (site / "torch").mkdir()
-    (site / "torch/__init__.py").write_text(FAKE_TORCH.format(seen=seen, capability=capability))
-    (site / "torch/version.py").write_text(f"__version__ = {version!r}\ncuda = {cuda!r}\n")
-    (site / "torch-1.dist-info").mkdir()
-    (site / "torch-1.dist-info/METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
-    return into
 
 
 @pytest.mark.parametrize(("version", "cuda"), [("2.11.0", None), ("2.10.0+cu130", "13.0")])
@@ -442,76 +358,3 @@ def test_a_half_written_library_of_a_cut_off_build_is_not_taken_for_whole(tmp_pa
         os.utime(tmp_path / name, (moment, moment))
     assert host.clear_products(tmp_path, 1000) == [tmp_path / "build/made.so"]
     assert sorted(path.name for path in tmp_path.rglob("*.*o")) == ["made.o", "source.so"]
-
-
-# --- GPU ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_without_a_gpu_the_gpu_test_is_reported_as_not_run(
-    built: Built, own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if gpu.devices():
-        pytest.skip("this machine has a GPU")
-    assert "smoke-gpu not run: no GPU" in built.done.said
-    assert record_of(built.farm, "tiny_c")["gpu"] == smoke.GpuResult(status="not run", reason="no GPU").model_dump(mode="json")
-    assert called(built.farm, monkeypatch, "show", "tiny_c") == (0, "")
-    assert "gpu       not run: no GPU" in capsys.readouterr().out
-    again = ("smoke", str(built.wheel), "--stack", "bare", "--recipe", "tiny_c", "--gpu", "--toolchain", "host")
-    assert called(built.farm, monkeypatch, *again, "--environment", str(own)) == (0, "")
-    assert capsys.readouterr().out.strip() == "not run: no GPU"
-
-
-def gpu_trial(built: Built, place: Path, script: str) -> smoke.Trial:
-    """The tiny C wheel over an environment, and a smoke_gpu.py of a text."""
-    settings = built.farm.settings
-    loaded = stack.load(settings.project / "stacks", "bare")
-    toolchain = HostToolchain.find(loaded, Wanted(environment=place), cuda=False)
-    ground = toolchain.lay(loaded, host_arch(), host_arch(), settings, cuda=False)
-    folder = place.with_name("trial")
-    folder.mkdir()
-    (folder / "script.py").write_text(script)
-    return smoke.Trial(
-        wheel=built.wheel,
-        imports=("torch", "tiny_c"),
-        script=folder / "script.py",
-        environment=toolchain.trial_environment(ground, emulated=False),
-        folder=folder,
-        memory=1 << 30,
-        log=folder / "log.txt",
-        repeat="builder smoke",
-    )
-
-
-@pytest.mark.parametrize(
-    ("seen", "capability", "status", "reason"),
-    [
-        (True, "(9, 0)", "passed", ""),
-        (True, "(8, 0)", "not run", "a fake GPU is sm_80, but the wheel is for sm_90"),
-        (False, "(9, 0)", "not run", "no GPU"),
-    ],
-)
-def test_the_gpu_test_runs_where_torch_sees_a_gpu_of_the_wheels_architecture(
-    built: Built,
-    own: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    seen: bool,
-    capability: str,
-    status: str,
-    reason: str,
-) -> None:
-    """With a fake GPU: device files that are none, and a torch that claims one."""
-    monkeypatch.setattr(gpu, "devices", lambda: [Path("/dev/null")])
-    place = fake_torch(own, tmp_path / "venv", version="2.11.0", cuda="13.0", seen=seen, capability=capability)
-    found = smoke.run_gpu(gpu_trial(built, place, "import tiny_c\nprint(tiny_c.add(20, 22))\n"), ("90",))
-    assert (found.status, found.reason) == (status, reason)
-    assert found.script == ("42\n" if status == "passed" else None)
-
-
-def test_a_wrong_result_on_the_gpu_fails_the_build(
-    built: Built, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu, "devices", lambda: [Path("/dev/null")])
-    place = fake_torch(own, tmp_path / "venv", version="2.11.0", cuda="13.0")
-    with pytest.raises(SmokeError, match="failed its test on a fake GPU: AssertionError: off by one"):
-        smoke.run_gpu(gpu_trial(built, place, "assert False, 'off by one'\n"), ("90",))
