@@ -12,7 +12,7 @@ from builder.planning.settings import Settings
 from builder.planning.stack import Arch
 from builder.toolchains import ccache, choice
 from gracefarm.errors import ConfigError
-from tests.unit.test_plan import LOCK, NAME, RECIPE, ROOT, STACK, project, replace
+from tests.unit.plan_kit import LOCK, NAME, RECIPE, ROOT, STACK, project, replace
 
 __all__ = ["project"]
 

@@ -14,8 +14,8 @@ from builder.planning.settings import Settings
 from builder.planning.stack import host_arch
 from builder.toolchains import device_store
 from gracefarm.errors import ConfigError
+from tests.unit.plan_kit import NAME, project
 from tests.unit.test_ccache import made
-from tests.unit.test_plan import NAME, project
 
 __all__ = ["project"]
 
