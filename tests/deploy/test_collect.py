@@ -25,9 +25,9 @@ from deploy.watch import collect
 from deploy.watch.collect import Finding, findings
 from deploy.watch.status import NodeStatus, Service, Status
 from gracefarm.errors import EngineError
+from tests.deploy.scene_kit import Scene, play, ray_logs
 from tests.deploy.test_engine_step import a_plan
 from tests.deploy.test_tunnel import deploy
-from tests.deploy.test_watch import Scene, play, ray_logs
 
 HF = "hf_" + "AbCdEfGhIj" * 3 + "KLMN"
 RAY = "c0ffee" * 10

@@ -26,8 +26,8 @@ from deploy.steps.step import Work
 from gracefarm import settings
 from gracefarm.console import Console
 from gracefarm.errors import HostError, InstallError, NodeError, SshError
+from tests.deploy.scene_kit import Scene, play
 from tests.deploy.test_tunnel import deploy
-from tests.deploy.test_watch import Scene, play
 
 SLEEPS = "exec sleep 300"
 

@@ -1,4 +1,4 @@
-"""status, top and logs over real SSH servers and a pretend engine, as a person calls them."""
+"""`deploy status` and `deploy top` over real SSH servers and a pretend engine, as a person calls them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,102 +21,20 @@ import pytest
 from deploy.engine import metrics
 from deploy.engine.canary import Reply
 from deploy.fleet.calls import RemoteNode
-from deploy.fleet.jobs import JobStatus, start_job, stop_job
-from deploy.fleet.probe import probe_nodes
+from deploy.fleet.jobs import JobStatus, stop_job
 from deploy.fleet.shells import remote_nodes
-from deploy.fleet.ssh import Fleet, open_fleet
 from deploy.nodes import state
-from deploy.nodes.deployment import Deployment
-from deploy.nodes.facts import keep_facts, load_facts
 from deploy.nodes.state import State, StepRecord
-from deploy.planning.plans import ServePlan
 from deploy.remote.wire import Json
 from deploy.steps import engine, step
-from deploy.watch import collect, logs, status
-from deploy.watch.logs import Wish
+from deploy.watch import collect, status
 from deploy.watch.verdict import Signs
 from gracefarm.console import Console
 from gracefarm.errors import EngineError
-from tests.deploy import kit
-from tests.deploy.test_engine_step import a_plan, free_port, spec
+from tests.deploy.scene_kit import Scene, play
 from tests.deploy.test_tunnel import deploy, until
 
 SECRET = "hf_" + "a1B2" * 9
-
-
-@dataclass
-class Scene:
-    """A deployment of in-process nodes."""
-
-    folder: Path
-    made: list[kit.Machine]
-    deployment: Deployment
-    fleet: Fleet
-    plan: ServePlan
-
-    async def serve(self) -> None:
-        """What `deploy serve` leaves: plan, key, state, and a pretend engine that runs."""
-        self.keep("running")
-        try:
-            await engine.start_or_attach(self.fleet, remote_nodes(self.fleet)[0], self.spec(), Console())
-        except EngineError as error:
-            self.keep("failed", error.cause)
-            raise
-        self.keep("done")
-
-    def spec(self) -> engine.EngineSpec:
-        key = engine.api_key(self.deployment.folder)
-        return spec(self.plan, secrets={"APHRODITE_API_KEY": key}, load=60.0)
-
-    def keep(self, outcome: Any, text: str = "") -> None:
-        folder = self.deployment.folder
-        (folder.path / "plan.json").write_text(self.plan.model_dump_json())
-        steps = {"engine": StepRecord(digest="x", outcome=outcome, text=text, begun=time.time())}
-        if outcome == "done":
-            steps["load"] = StepRecord(digest="x", outcome="done", begun=time.time(), data={"loading": 4.0, "capturing": 2.0})
-        folder.state.write_text(State(steps=steps).model_dump_json())
-
-    async def status(self, *words: str) -> tuple[int, dict[str, Any]]:
-        """`deploy status --json`: exit code and what it says."""
-        async with deploy(self.folder, "status", "--json", *words) as process:
-            out, err = await asyncio.wait_for(process.communicate(), 60)
-            assert process.returncode is not None
-            assert out, err.decode()
-            return process.returncode, json.loads(out)
-
-
-@asynccontextmanager
-async def scene(folder: Path, *more: str, nodes: int = 1) -> AsyncIterator[Scene]:
-    (folder / "share").mkdir()
-    # Ray's sockets need a short path.
-    with tempfile.TemporaryDirectory(prefix="gf", dir="/tmp") as local:
-        async with kit.machines(folder, nodes) as made, _scene(folder, local, made, *more) as found:
-            yield found
-
-
-@asynccontextmanager
-async def _scene(folder: Path, local: str, made: list[kit.Machine], *more: str) -> AsyncIterator[Scene]:
-    port = free_port()
-    text = f'share = "{folder}/share"\n[options]\nprice_per_node_hour = 2.29\nconnect_timeout = 3.0\n'
-    deployment = kit.deployment(folder, made, ports={"engine": port}, more=text, local=local)
-    async with open_fleet(deployment, config=[]) as fleet:
-        facts, bad = await probe_nodes(deployment, remote_nodes(fleet))
-        assert not bad
-        keep_facts(deployment, facts)
-        found = Scene(folder=folder, made=made, deployment=deployment, fleet=fleet, plan=a_plan(port, *more))
-        try:
-            yield found
-        finally:
-            if made[0].server.sockets:
-                await stop_job(fleet, deployment.head, "engine", grace=1)
-
-
-def play(folder: Path, work: Callable[[Scene], Awaitable[None]], *more: str, nodes: int = 1) -> None:
-    async def go() -> None:
-        async with scene(folder, *more, nodes=nodes) as made:
-            await work(made)
-
-    asyncio.run(go())
 
 
 @contextmanager
@@ -359,128 +274,6 @@ def test_metrics_of_both_engines_and_of_neither() -> None:
     assert metrics.rate(two, one, 3.0) is None  # a counter that falls: the engine was started in between
     assert metrics.parse("process_cpu_seconds_total 3\n") is None
     assert metrics.parse("<html>it works</html>") is None
-
-
-# logs
-
-
-def test_the_engines_log_from_the_last_lines_on_and_after_a_cut(tmp_path: Path) -> None:
-    async def work(made: Scene) -> None:
-        loop = "i=0; while [ $i -lt 40 ]; do echo line $i; i=$((i+1)); [ $i -lt 20 ] || sleep 0.1; done"
-        head = made.deployment.head
-        await start_job(made.fleet, head, "engine", loop)
-        log = Path(await made.fleet.folder(head)) / "jobs" / "engine" / "log"
-        await until(lambda: "line 19" in log.read_text())
-        said: list[str] = []
-        wish = Wish(lines=3, follow=True, pause=0.1)
-        following = asyncio.create_task(logs.engine_log(made.fleet, head, wish, lambda _n, _l, text: said.append(text)))
-        await until(lambda: "line 24" in said)
-        made.made[0].cut()
-        done = await asyncio.wait_for(following, 30)
-        assert done.state == "exited"
-        numbers = [int(line.split()[1]) for line in said]
-        assert numbers == list(range(numbers[0], 40))
-        assert 16 <= numbers[0] <= 20
-        once: list[str] = []
-        await logs.engine_log(made.fleet, head, Wish(lines=2), lambda _n, _l, text: once.append(text))
-        assert once == ["line 38", "line 39"]
-
-    play(tmp_path, work)
-
-
-def ray_logs(made: Scene, session: str) -> Path:
-    folder = Path(logs.patterns(made.deployment, load_facts(made.deployment), "k0")[0]).parent
-    real = folder.parent.parent / session / "logs"
-    real.mkdir(parents=True)
-    link = folder.parent
-    link.unlink(missing_ok=True)
-    link.symlink_to(real.parent)
-    return real
-
-
-def test_rays_logs_are_followed_over_a_cut_and_into_a_new_session(tmp_path: Path) -> None:
-    async def work(made: Scene) -> None:
-        first = ray_logs(made, "session_2026-11-24_1")
-        (first / "raylet.out").write_text("".join(f"old {number}\n" for number in range(9)))
-        facts, said, cuts = load_facts(made.deployment), [], []
-        (node,) = remote_nodes(made.fleet, facts)
-        wish = Wish(lines=2, follow=True, pause=0.2)
-        following = asyncio.create_task(
-            logs.ray_logs(
-                made.deployment,
-                facts,
-                node,
-                wish,
-                lambda _node, log, text: said.append(f"{log}: {text}"),
-                lambda name, _error: cuts.append(name),
-            )
-        )
-        await until(lambda: len(said) == 2)
-        assert said == ["raylet.out: old 7", "raylet.out: old 8"]
-        with (first / "raylet.out").open("a") as stream:
-            stream.write("new 0\nhalf of")
-        await until(lambda: len(said) == 3)
-        await made.made[0].switch_off()
-        with (first / "raylet.out").open("a") as stream:
-            stream.write(" a line\n")
-        (first / "gcs_server.out").write_text("came meanwhile\n")
-        await until(lambda: bool(cuts))
-        await made.made[0].listen()
-        await until(lambda: len(said) == 5)
-        assert sorted(said[2:]) == ["gcs_server.out: came meanwhile", "raylet.out: half of a line", "raylet.out: new 0"]
-        second = ray_logs(made, "session_2026-11-24_2")
-        (second / "raylet.out").write_text("from the start\n")
-        await until(lambda: said[-1] == "raylet.out: from the start")
-        following.cancel()
-        await asyncio.gather(following, return_exceptions=True)
-        assert cuts == ["k0"]
-
-    play(tmp_path, work)
-
-
-def test_a_follower_that_a_cut_has_left_behind_ends(tmp_path: Path) -> None:
-    """sshd closes the pipe of a session that has gone; nothing else tells the process."""
-    (tmp_path / "a.log").write_text("line\n")
-    patterns = [{"name": "", "pattern": str(tmp_path / "*.log")}]
-    arguments = {"patterns": patterns, "lines": 5, "follow": True, "offsets": {}}
-    child = subprocess.Popen([sys.executable, "-m", "deploy.remote"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        assert child.stdin
-        assert child.stdout
-        child.stdin.write(json.dumps({"call": "watch.tail", "arguments": arguments}).encode())
-        child.stdin.close()
-        assert b"line" in child.stdout.readline()
-        child.stdout.close()
-        child.wait(20)
-    finally:
-        child.kill()
-        child.wait()
-
-
-def test_the_command_shows_no_secret_and_names_node_and_log(tmp_path: Path) -> None:
-    async def work(made: Scene) -> None:
-        for words, code, message in (
-            (("logs",), 63, "no engine was started"),
-            (("logs", "k0"), 0, "Ray has no logs on this node"),
-        ):
-            async with deploy(tmp_path, *words) as process:
-                _, err = await asyncio.wait_for(process.communicate(), 30)
-                assert (process.returncode, message in err.decode()) == (code, True), err.decode()
-        key = engine.api_key(made.deployment.folder)
-        head = made.deployment.head
-        await start_job(made.fleet, head, "engine", f"echo started with {key}; echo and hf_{'a' * 34}")
-        log = ray_logs(made, "session_2026-11-24_1") / "raylet.err"
-        log.write_text(f"Authorization: Bearer {key}\n")
-        async with deploy(tmp_path, "logs", "k0") as process:
-            out, err = await asyncio.wait_for(process.communicate(), 30)
-            assert process.returncode == 0, err.decode()
-        text = out.decode()
-        assert "k0 engine started with [redacted]" in text
-        assert "k0 raylet.err Authorization: Bearer [redacted]" in text
-        assert key not in text
-        assert "hf_aaa" not in text
-
-    play(tmp_path, work)
 
 
 def test_gpus_as_nvidia_smi_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
