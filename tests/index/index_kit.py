@@ -27,7 +27,7 @@ from index.cli import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 JSON = "application/vnd.pypi.simple.v1+json"
-TAGS = "cp311-cp311-manylinux_2_34_aarch64"
+AARCH64 = "cp311-cp311-manylinux_2_34_aarch64"
 UV = [sys.executable, "-m", "uv"]
 
 
@@ -277,3 +277,26 @@ def stop(process: subprocess.Popen[str], number: int = signal.SIGTERM) -> None:
         process.wait(20)
     if process.stdout is not None:
         process.stdout.close()
+
+
+def preview_of(server: Server, name: str) -> str:
+    sets = run_json(server.root, "stage", "list")
+    return next(f"/preview/{item['preview']}" for item in sets if item["name"] == name)
+
+
+def no_lock(server: Server, name: str, gone: str) -> None:
+    """A lock without that project would install less than the set, and with --no-deps without an error."""
+    answer = server.client.get(f"/{name}/requirements.lock")
+    assert answer.status_code == 404
+    assert f"no longer has files of {gone}," in answer.text
+
+
+def refused(answer: httpx.Response, *words: str, status: int = 400) -> None:
+    assert answer.status_code == status, answer.text
+    for word in words:
+        assert word in answer.text
+
+
+def nothing_stored(server: Server, project: str) -> None:
+    assert server.page(project).status_code == 404
+    assert not list((server.root / "staging").iterdir())
