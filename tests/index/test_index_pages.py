@@ -24,44 +24,57 @@ FILENAME = "causal_conv1d-1.7.0+cu130-cp311-cp311-manylinux_2_34_aarch64.whl"
 @pytest.fixture(scope="module")
 def site(shared: Server) -> Server:
     """Wheels with records, a failed build, a set, a yank."""
-    auth = ("__token__", shared.token)
     for cuda in ("12.4", "13.0"):
         for python in ("cp311", "cp312"):
-            tag = "cu" + cuda.replace(".", "")
-            build = hashlib.sha256((cuda + python).encode()).hexdigest()
-            inputs = {
-                "recipe": {
-                    "name": "causal-conv1d",
-                    "source": {"kind": "git", "commit": "6a3f8d0c2b1e4f5a9c7d8e0f1a2b3c4d5e6f7a8b"},
-                },
-                "stack": {"cuda": cuda, "torch": "2.11.0", "sm": ["90"]},
-                "target": "aarch64",
-            }
-            inside = json.dumps({"build_id": build, "inputs": inputs}).encode()
-            name, content = wheel(
-                LONG,
-                f"1.7.0+{tag}",
-                f"{python}-{python}-manylinux_2_34_aarch64",
-                files={f"{LONG}/__init__.py": b"", f"{LONG}-1.7.0+{tag}.dist-info/gracefarm.json": inside},
-            )
-            assert shared.upload(name, content).status_code == 200
-            record = {
-                "build_id": build,
-                "recipe": "causal-conv1d",
-                "version": "1.7.0",
-                "stack": tag,
-                "inputs": inputs,
-                "outcome": "built",
-                "wheel": {"filename": name, "sha256": hashlib.sha256(content).hexdigest(), "size": len(content)},
-                "stages": [{"name": "compile", "wall_s": 1432.5, "peak_memory": 7 << 30}],
-                "verdicts": [
-                    {"gate": "cubins", "status": "passed", "summary": "exactly sm_90", "details": ["causal.so: sm_90"]},
-                    {"gate": "symbols", "status": "passed", "summary": "1832 symbols, each found", "details": []},
-                ],
-                "finished": "2026-11-23T10:00:00+00:00",
-            }
-            assert shared.client.put(f"/records/{build}", json=record, auth=auth).status_code == 200
-            assert shared.client.put(f"/records/{build}/log", content=b"log\n", auth=auth).status_code == 200
+            put_built(shared, cuda, python)
+    put_failed(shared)
+    run_index(shared.root, "stage", "create", "gh200")
+    run_index(shared.root, "stage", "add", "gh200", FILENAME)
+    run_index(shared.root, "stage", "publish", "gh200")
+    run_index(shared.root, "yank", LONG, "1.7.0+cu124", "--reason", "wrong results")
+    return shared
+
+
+def put_built(server: Server, cuda: str, python: str) -> None:
+    """A wheel with the record and the log of its build."""
+    tag = "cu" + cuda.replace(".", "")
+    build = hashlib.sha256((cuda + python).encode()).hexdigest()
+    inputs = {
+        "recipe": {
+            "name": "causal-conv1d",
+            "source": {"kind": "git", "commit": "6a3f8d0c2b1e4f5a9c7d8e0f1a2b3c4d5e6f7a8b"},
+        },
+        "stack": {"cuda": cuda, "torch": "2.11.0", "sm": ["90"]},
+        "target": "aarch64",
+    }
+    inside = json.dumps({"build_id": build, "inputs": inputs}).encode()
+    name, content = wheel(
+        LONG,
+        f"1.7.0+{tag}",
+        f"{python}-{python}-manylinux_2_34_aarch64",
+        files={f"{LONG}/__init__.py": b"", f"{LONG}-1.7.0+{tag}.dist-info/gracefarm.json": inside},
+    )
+    assert server.upload(name, content).status_code == 200
+    record = {
+        "build_id": build,
+        "recipe": "causal-conv1d",
+        "version": "1.7.0",
+        "stack": tag,
+        "inputs": inputs,
+        "outcome": "built",
+        "wheel": {"filename": name, "sha256": hashlib.sha256(content).hexdigest(), "size": len(content)},
+        "stages": [{"name": "compile", "wall_s": 1432.5, "peak_memory": 7 << 30}],
+        "verdicts": [
+            {"gate": "cubins", "status": "passed", "summary": "exactly sm_90", "details": ["causal.so: sm_90"]},
+            {"gate": "symbols", "status": "passed", "summary": "1832 symbols, each found", "details": []},
+        ],
+        "finished": "2026-11-23T10:00:00+00:00",
+    }
+    put_record(server, build, record, b"log\n")
+
+
+def put_failed(server: Server) -> None:
+    """The record and the log of a build that failed."""
     failed = {
         "build_id": "failed-1",
         "recipe": "vllm",
@@ -75,14 +88,14 @@ def site(shared: Server) -> Server:
         },
         "stages": [{"name": "compile", "wall_s": 5400}],
     }
-    assert shared.client.put("/records/failed-1", json=failed, auth=auth).status_code == 200
     log = "".join(f"line {number} of the log\n" for number in range(100))
-    assert shared.client.put("/records/failed-1/log", content=log.encode(), auth=auth).status_code == 200
-    run_index(shared.root, "stage", "create", "gh200")
-    run_index(shared.root, "stage", "add", "gh200", FILENAME)
-    run_index(shared.root, "stage", "publish", "gh200")
-    run_index(shared.root, "yank", LONG, "1.7.0+cu124", "--reason", "wrong results")
-    return shared
+    put_record(server, "failed-1", failed, log.encode())
+
+
+def put_record(server: Server, build: str, record: dict[str, object], log: bytes) -> None:
+    auth = ("__token__", server.token)
+    assert server.client.put(f"/records/{build}", json=record, auth=auth).status_code == 200
+    assert server.client.put(f"/records/{build}/log", content=log, auth=auth).status_code == 200
 
 
 @pytest.fixture(scope="module")

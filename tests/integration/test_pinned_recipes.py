@@ -90,28 +90,14 @@ def packed(*names: str) -> bytes:
 TOOLS = ("ptxas", "cuobjdump", "nvdisasm")
 
 
-@pytest.mark.slow
-def test_triton_as_its_recipe_says_with_nvidias_own_programs_passes_every_gate(farm: Farm, tmp_path: Path) -> None:
+def triton_recipe(farm: Farm, mirror: Path) -> tuple[tomlkit.TOMLDocument, str]:
+    """The recipe of triton in the farm, with files and a repository in the folder `mirror`; the recipe, and the mirrors."""
     document = tomlkit.parse((REPOSITORY / "recipes/triton/recipe.toml").read_text())
     llvm, include = (
         next(file["url"] for file in document["files"] if word in file.get("url", "")) for word in ("llvm", "json")
     )
-    content = {"llvm": packed("llvm-86b69c31-ubuntu-arm64/include/a.h")}
-    with zipfile.ZipFile(raw := io.BytesIO(), "w") as opened:
-        opened.writestr("include/nlohmann/json.hpp", "")
-        opened.writestr("LICENSE.MIT", "MIT License")
-    content["json"] = raw.getvalue()
-    for file in document["files"]:
-        if "url" not in file:
-            continue
-        name = next(name for name in content if name in file["url"])
-        place = tmp_path / "mirror" / str(file["url"]).removeprefix("https://")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(content[name])
-        for key in ("sha256_unknown", "witness"):
-            file.pop(key, None)
-        file["sha256"] = sha256(content[name])
-    repository = Repository(tmp_path / "mirror/github.com/triton-lang/triton")
+    replace_downloads(document, mirror)
+    repository = Repository(mirror / "github.com/triton-lang/triton")
     modules = {f"python/{name}.c": CORE.replace("NAME", name) for name in ("libtriton", "libproton")}
     packages = {f"python/triton/{name}__init__.py": "" for name in ("", "language/")}
     setup = SETUP.replace("LLVM", llvm).replace("JSON", include)
@@ -125,7 +111,31 @@ def test_triton_as_its_recipe_says_with_nvidias_own_programs_passes_every_gate(f
     (folder / "smoke.py").unlink()  # there is no compiler in it to try
     (folder / "recipe.toml").write_text(tomlkit.dumps(document))
     hosts = {f"https://{str(url).split('/')[2]}/" for url in (llvm, include)}
-    mirrors = " ".join(f"{host}={(tmp_path / 'mirror').as_uri()}/{host.removeprefix('https://')}" for host in sorted(hosts))
+    return document, " ".join(f"{host}={mirror.as_uri()}/{host.removeprefix('https://')}" for host in sorted(hosts))
+
+
+def replace_downloads(document: tomlkit.TOMLDocument, mirror: Path) -> None:
+    """Write empty archives of LLVM and json to the mirror, and their digests to the recipe."""
+    content = {"llvm": packed("llvm-86b69c31-ubuntu-arm64/include/a.h")}
+    with zipfile.ZipFile(raw := io.BytesIO(), "w") as opened:
+        opened.writestr("include/nlohmann/json.hpp", "")
+        opened.writestr("LICENSE.MIT", "MIT License")
+    content["json"] = raw.getvalue()
+    for file in document["files"]:
+        if "url" not in file:
+            continue
+        name = next(name for name in content if name in file["url"])
+        place = mirror / str(file["url"]).removeprefix("https://")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content[name])
+        for key in ("sha256_unknown", "witness"):
+            file.pop(key, None)
+        file["sha256"] = sha256(content[name])
+
+
+@pytest.mark.slow
+def test_triton_as_its_recipe_says_with_nvidias_own_programs_passes_every_gate(farm: Farm, tmp_path: Path) -> None:
+    document, mirrors = triton_recipe(farm, tmp_path / "mirror")
     done = farm.run("build", "triton", "--stack", "cu130", GRACEFARM_MIRRORS=mirrors)
     assert done.code == 0, f"{done.said}\n{farm.run('log', 'triton').out[-3000:]}"
     found = record_of(farm, "triton")
@@ -152,7 +162,7 @@ def test_triton_as_its_recipe_says_with_nvidias_own_programs_passes_every_gate(f
         kept = [file for file in changed["wheel"]["bundled"] if not drop(file)]
         assert len(kept) == len(changed["wheel"]["bundled"]) - 1
         changed["wheel"]["bundled"] = kept
-        (folder / "recipe.toml").write_text(tomlkit.dumps(changed))
+        (farm.settings.project / "recipes/triton/recipe.toml").write_text(tomlkit.dumps(changed))
         again = farm.run("build", "triton", "--stack", "cu130", GRACEFARM_MIRRORS=mirrors)
         assert again.code == 30, again.said
         return again.said

@@ -90,6 +90,32 @@ def closed_set(farm: Farm, third_party: str, **more: object) -> None:
     assert done.code == 0, done.said
 
 
+def installed(view: str, lock_file: Path, filename: str, folder: Path) -> list[Path]:
+    """Folders into which pip and uv installed the set: from its view with its lock, and from pylock.toml beside the lock.
+
+    `filename`: the farm's wheel, whose tag names the platforms.
+    """
+    pylock = lock_file.with_name("pylock.toml")
+    by_pip, by_uv, by_pylock, by_pip_pylock = (folder / name for name in ("pip", "uv", "pylock", "pip-pylock"))
+    pip = [sys.executable, "-m", "pip", "--isolated", "install", "--require-hashes", "--no-deps", "--only-binary=:all:"]
+    # One for each level that a wheel may name: pip takes no "this one and below".
+    pip += [f"--platform={tag.platform}" for tag in parse_wheel_filename(filename)[3]]
+    pip += ["--python-version=3.11"]
+    subprocess.run([*pip, "--index-url", view, "--target", str(by_pip), "-r", str(lock_file)], check=True)
+    places = [by_pip]
+    if sys.version_info[:2] == (3, 11):  # pip reads pylock.toml only for the Python that it runs in
+        own = [sys.executable, "-m", "pip", "--isolated", "install", "--no-index", "--no-cache-dir"]
+        subprocess.run([*own, "--target", by_pip_pylock, "-r", pylock], check=True)
+        places.append(by_pip_pylock)
+    platform = ["--python-version=3.11", f"--python-platform={NATIVE}-manylinux_{GLIBC}", "--no-config", "--no-cache"]
+    base = [uv.find_uv_bin(), "pip", "install", "--python", sys.executable, *platform]
+    subprocess.run(
+        [*base, "--require-hashes", "--no-deps", "--default-index", view, "--target", by_uv, "-r", lock_file], check=True
+    )
+    subprocess.run([*base, "--preview-features=pylock", "--target", by_pylock, "-r", pylock], check=True)
+    return [*places, by_uv, by_pylock]
+
+
 def test_a_set_from_recipes_to_what_pip_and_uv_install(farm: Farm, third_party: str, tmp_path: Path) -> None:
     closed_set(farm, third_party)
     lock = (farm.settings.project / "sets" / "tiny" / "requirements.lock").read_text()
@@ -134,7 +160,6 @@ def test_a_set_from_recipes_to_what_pip_and_uv_install(farm: Farm, third_party: 
         assert changed.code == 40, changed.said
         assert "has files that were not tested: tiny_c-1.0" in changed.said
 
-        view = f"{url}/tiny/simple/"
         pylock = lock_file.with_name("pylock.toml")
         document = tomllib.loads(pylock.read_text())
         Pylock.from_dict(document)
@@ -142,25 +167,9 @@ def test_a_set_from_recipes_to_what_pip_and_uv_install(farm: Farm, third_party: 
         assert [package["name"] for package in document["packages"]] == ["third-dep", "third-lib", "tiny-c"]
         assert {wheel["url"].rsplit("/files/")[0] for package in document["packages"] for wheel in package["wheels"]} == {url}
 
-        by_pip, by_uv, by_pylock, by_pip_pylock = (tmp_path / name for name in ("pip", "uv", "pylock", "pip-pylock"))
-        pip = [sys.executable, "-m", "pip", "--isolated", "install", "--require-hashes", "--no-deps", "--only-binary=:all:"]
-        # One for each level that a wheel may name: pip takes no "this one and below".
         tiny = next(package["wheels"][0]["name"] for package in document["packages"] if package["name"] == "tiny-c")
-        pip += [f"--platform={tag.platform}" for tag in parse_wheel_filename(tiny)[3]]
-        pip += ["--python-version=3.11"]
-        subprocess.run([*pip, "--index-url", view, "--target", str(by_pip), "-r", str(lock_file)], check=True)
-        places = [by_pip]
-        if sys.version_info[:2] == (3, 11):  # pip reads pylock.toml only for the Python that it runs in
-            own = [sys.executable, "-m", "pip", "--isolated", "install", "--no-index", "--no-cache-dir"]
-            subprocess.run([*own, "--target", by_pip_pylock, "-r", pylock], check=True)
-            places.append(by_pip_pylock)
-        platform = ["--python-version=3.11", f"--python-platform={NATIVE}-manylinux_{GLIBC}", "--no-config", "--no-cache"]
-        base = [uv.find_uv_bin(), "pip", "install", "--python", sys.executable, *platform]
-        subprocess.run(
-            [*base, "--require-hashes", "--no-deps", "--default-index", view, "--target", by_uv, "-r", lock_file], check=True
-        )
-        subprocess.run([*base, "--preview-features=pylock", "--target", by_pylock, "-r", pylock], check=True)
-    for place in (*places, by_uv, by_pylock):
+        places = installed(f"{url}/tiny/simple/", lock_file, tiny, tmp_path)
+    for place in places:
         assert list(place.glob("tiny_c/_core*.so"))
         assert (place / "third_dep.py").read_text() == "v = 1.5\n"
         assert (place / "third_lib" / "__init__.py").is_file()
