@@ -160,11 +160,11 @@ def test_a_loop_variable_says_what_it_holds() -> None:
 
 
 def test_a_function_fits_on_a_screen() -> None:
-    report(long_functions(programs()))
+    report(long_functions(everything()))
 
 
 def test_a_file_is_short_or_says_why_not() -> None:
-    report(long_files(programs()))
+    report(long_files(everything()))
 
 
 def test_nothing_changes_the_process() -> None:
