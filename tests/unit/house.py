@@ -16,7 +16,7 @@ PROGRAMS = ("builder", "index", "deploy")
 SHARED = "gracefarm"
 FOLDERS = (*PROGRAMS, SHARED)
 EVERYWHERE = (*FOLDERS, "tests", "bench", "tools", "recipes", "sets")
-# Separate programs: they are copied to where they run, and import nothing of ours.
+# Separate programs: they are copied to where they run, and import nothing of ours but files of their data folder.
 DATA = ("builder/data/", "deploy/data/")
 
 # What no checker may complain about.
@@ -84,15 +84,20 @@ def everything() -> dict[str, Module]:
 
 @cache
 def outside() -> dict[str, Module]:
-    """The programs, and what uses them: tests, benchmarks, tools."""
-    known = {name: module for name, module in everything().items() if not module.path.startswith(DATA)}
-    return {name: module for name, module in known.items() if module.program not in ("recipes", "sets")}
+    """The programs with their data folders, and what uses them: tests, benchmarks, tools."""
+    return {name: module for name, module in everything().items() if module.program not in ("recipes", "sets")}
+
+
+@cache
+def layered() -> dict[str, Module]:
+    """The three programs, what they share, and the separate programs in their data folders."""
+    return {name: module for name, module in outside().items() if module.program in FOLDERS}
 
 
 @cache
 def programs() -> dict[str, Module]:
     """The three programs and what they share."""
-    return {name: module for name, module in outside().items() if module.program in FOLDERS}
+    return {name: module for name, module in layered().items() if not module.path.startswith(DATA)}
 
 
 def report(violations: Iterable[str]) -> None:
