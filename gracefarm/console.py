@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import click
-from rich.console import Console as RichConsole
+import rich.console
 from rich.markup import escape
 
 from gracefarm import extras
@@ -41,7 +41,7 @@ class Console:
         self.as_json = as_json
         self.clean = clean
         "Filter for every text, to redact secrets in the output of other programs."
-        self._rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self._rich = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
 
     @property
     def interactive(self) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 import click
-from rich.console import Console as RichConsole
+import rich.console
 
 from deploy.nodes.deployment import Deployment, load_deployment
 from gracefarm.cli import json_option
@@ -52,6 +52,6 @@ def reporting(command: Callable[Concatenate[DeployContext, P], R]) -> Callable[P
     return json_option(pass_context(command))
 
 
-def output() -> RichConsole:
+def output() -> rich.console.Console:
     """stdout for tables: as wide as the terminal, or wide enough for all columns if it is not a terminal."""
-    return RichConsole(highlight=False, width=None if sys.stdout.isatty() else 127)
+    return rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 127)

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import click
-from rich.console import Console as RichConsole
+import rich.console
 from rich.markup import escape
 
 from deploy.cli.common import DeployContext, nodes_option, reporting
@@ -49,7 +49,8 @@ def run(context: DeployContext, words: tuple[str, ...], timeout: float | None, c
     deployment = context.deployment
     nodes = deployment.select([part for word in words for part in word.split(",") if part]) if words else deployment.nodes
     width = max(len(node.name) for node in nodes)
-    out, err = RichConsole(highlight=False, soft_wrap=True), RichConsole(stderr=True, highlight=False, soft_wrap=True)
+    out = rich.console.Console(highlight=False, soft_wrap=True)
+    err = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
 
     def line(node: Node, stream: str, text: str) -> None:
         if context.console.as_json:

@@ -8,8 +8,8 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
+import rich.console
 from rich import box
-from rich.console import Console as RichConsole
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -28,10 +28,10 @@ def text(plan: ServePlan, *, commands: bool) -> str:
 def _rendered(blocks: Iterable[RenderableType]) -> str:
     out = io.StringIO()
     width = max(100, shutil.get_terminal_size((120, 24)).columns)
-    rich = RichConsole(file=out, width=width, force_terminal=sys.stdout.isatty(), highlight=False, soft_wrap=True)
+    console = rich.console.Console(file=out, width=width, force_terminal=sys.stdout.isatty(), highlight=False, soft_wrap=True)
     for block in blocks:
-        rich.print(block)
-        rich.print()
+        console.print(block)
+        console.print()
     return out.getvalue().rstrip() + "\n"
 
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import click
-from rich.console import Console as RichConsole
+import rich.console
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
@@ -198,7 +198,7 @@ async def _live(moments: AsyncIterator[Moment]) -> None:
     """Show the moments on the whole terminal. The last one stays on the screen at the end."""
     last: Moment | None = None
     try:
-        with Live(console=RichConsole(highlight=False), auto_refresh=False, screen=True) as live:
+        with Live(console=rich.console.Console(highlight=False), auto_refresh=False, screen=True) as live:
             async for moment in moments:
                 last = moment
                 end = "[dim]Ctrl-C ends only this view[/]"
@@ -268,7 +268,7 @@ class _Shower:
         self.ranks = {node.name: node.rank for node in nodes}
         self.width = max(len(node.name) for node in nodes)
         self.redactor = redact.of(context.deployment.folder)
-        self.out = RichConsole(highlight=False, soft_wrap=True)
+        self.out = rich.console.Console(highlight=False, soft_wrap=True)
 
     def line(self, node: str, log: str, text: str) -> None:
         """Print one line of a log."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace as replaced
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -205,7 +205,7 @@ def whole(project: Path) -> tuple[LoadedRecipe, LoadedStack]:
     folder = project / "recipes" / "thing"
     return (
         LoadedRecipe(folder=folder, data=Recipe.model_validate({**WHOLE, "source": GIT}), patches=(), smoke_script=None),
-        replaced(loaded, data=Stack.model_validate(table)),
+        dataclasses.replace(loaded, data=Stack.model_validate(table)),
     )
 
 

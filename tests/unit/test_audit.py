@@ -9,11 +9,11 @@ from base64 import urlsafe_b64encode
 from pathlib import Path
 from typing import Any
 
-import pydantic_core._pydantic_core as extension
 import pytest
 from elftools.elf.elffile import ELFFile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic_core import _pydantic_core
 
 from builder import audit, elf
 from builder.audit import Policy, Verdict, providers
@@ -27,7 +27,7 @@ from tests.audit_kit import Draft
 EMPTY = "47DEQpj8HBSa-_TImW-5JCeuQeRkm5NMpJWZG3hSuFU"
 "RECORD's sha256 of an empty file."
 POLICY = Policy(target=Arch.AARCH64, glibc="2_34", sm=("90",))
-NATIVE = Path(extension.__file__)
+NATIVE = Path(_pydantic_core.__file__)
 "An extension module of this machine that is certainly there."
 
 

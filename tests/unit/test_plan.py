@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import tomllib
 from collections.abc import Callable
-from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def test_what_is_different_against_a_stack_counts_there_alone(whole: tuple[Loade
     one, base = whole
 
     def loaded(differences: list[dict[str, Any]]) -> LoadedRecipe:
-        return replaced(one, data=Recipe.model_validate({**WHOLE, "source": GIT, "differences": differences}))
+        return dataclasses.replace(one, data=Recipe.model_validate({**WHOLE, "source": GIT, "differences": differences}))
 
     (difference,) = DIFFERENCES
     plain, before = id_of(loaded([]), base), id_of(loaded(DIFFERENCES), base)
@@ -148,7 +148,7 @@ def test_what_is_different_against_a_stack_counts_there_alone(whole: tuple[Loade
         change = {**difference["substitutions"][0], name: value}
         assert id_of(loaded([{**difference, "substitutions": [change]}]), base) != before, name
     assert id_of(loaded([{**difference, "requires": {}}]), base) != before
-    bare = replaced(base, data=base.data.model_copy(update={"torch": None}))
+    bare = dataclasses.replace(base, data=base.data.model_copy(update={"torch": None}))
     with pytest.raises(ConfigError, match="stack cu124 has no torch"):
         loaded(DIFFERENCES).against(bare)
 
@@ -172,7 +172,7 @@ def test_in_a_container_the_image_by_digest_its_cuda_and_cibuildwheel_change_the
 ) -> None:
     one, base = whole
     build = one.data.build.model_copy(update={"rust": False})  # which a container does not have
-    one = replaced(one, data=one.data.model_copy(update={"build": build}))
+    one = dataclasses.replace(one, data=one.data.model_copy(update={"build": build}))
 
     def contained(base: LoadedStack, engine: str = "podman", cibuildwheel: str = "4.3.5") -> str:
         on = ContainerToolchain(engine=engine, cibuildwheel=cibuildwheel)
@@ -184,7 +184,7 @@ def test_in_a_container_the_image_by_digest_its_cuda_and_cibuildwheel_change_the
     table = base.data.model_dump(mode="json")
     for name, counts in (("name", True), ("sha256", True), ("cuda", True), ("tag", False)):
         after = changed(table, ("container", "aarch64", name))
-        assert (contained(replaced(base, data=Stack.model_validate(after))) != before) is counts, name
+        assert (contained(dataclasses.replace(base, data=Stack.model_validate(after))) != before) is counts, name
 
 
 def test_a_digest_that_nobody_has_confirmed_is_an_input_until_a_witness_says_it_too(
@@ -196,7 +196,7 @@ def test_a_digest_that_nobody_has_confirmed_is_an_input_until_a_witness_says_it_
     def with_evidence(**evidence: object) -> str:
         table = {**WHOLE, "source": GIT, "files": [{**WHOLE["files"][0], "accepted": None, "witness": (), **evidence}]}
         table["wheel"] = {**WHOLE["wheel"], "bundled": []}
-        return id_of(replaced(one, data=Recipe.model_validate(table)), base)
+        return id_of(dataclasses.replace(one, data=Recipe.model_validate(table)), base)
 
     use = {"date": "2026-01-01", "url": "https://example.org/a.zip"}
     plain = with_evidence()
@@ -207,7 +207,7 @@ def test_a_digest_that_nobody_has_confirmed_is_an_input_until_a_witness_says_it_
 
 def test_the_order_in_which_a_stack_lists_architectures_changes_nothing(whole: tuple[LoadedRecipe, LoadedStack]) -> None:
     lists = (("100", "90", "90a"), ("90a", "90", "100"))
-    plans = [replaced(whole[1], data=whole[1].data.model_copy(update={"sm": sm})) for sm in lists]
+    plans = [dataclasses.replace(whole[1], data=whole[1].data.model_copy(update={"sm": sm})) for sm in lists]
     assert plans[0].sm == plans[1].sm == ("90", "90a", "100")
 
 
@@ -215,7 +215,7 @@ def test_what_the_stack_has_is_not_locked_again_for_one_recipe(whole: tuple[Load
     one, base = whole
     build = one.data.build.model_copy(update={"requires": ("wheel>=99",)})
     with pytest.raises(ConfigError, match="requires wheel>=99 to build, but stack cu124 has wheel"):
-        id_of(replaced(one, data=one.data.model_copy(update={"build": build})), base)
+        id_of(dataclasses.replace(one, data=one.data.model_copy(update={"build": build})), base)
 
 
 @pytest.mark.parametrize("requires", [("torch",), ("torch>=2", "numpy")])
@@ -236,7 +236,7 @@ def test_the_torch_of_a_stack_counts_for_recipes_that_use_it_alone(project: Path
         base = stack.load(project / "stacks", "cu130")
         loaded = recipe.load(project / "recipes", NAME)
         build = loaded.data.build.model_copy(update={"cuda": False})
-        plain = replaced(loaded, data=loaded.data.model_copy(update={"build": build}))
+        plain = dataclasses.replace(loaded, data=loaded.data.model_copy(update={"build": build}))
         return [choice.make_plan(each, base, Arch.X86_64, Arch.AARCH64).build_id for each in (loaded, plain)]
 
     with_torch, without = ids()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def test_each_field_of_a_recipe_changes_the_id_unless_it_is_listed_as_exempt(
     monkeypatch.setattr(pins, "environment_digest", lambda *_: SHA)
     monkeypatch.setattr(pins, "toolchain_digest", lambda *_: SHA)
     table = {**WHOLE, "source": source}
-    one, base = replaced(whole[0], data=Recipe.model_validate(table)), whole[1]
+    one, base = dataclasses.replace(whole[0], data=Recipe.model_validate(table)), whole[1]
     before = id_of(one, base)
     for path in leaves(table):
         if path in (("source", "kind"), ("wheel", "sm_supported", 1)) or of_a_witness(path):
@@ -124,7 +124,7 @@ def test_each_field_of_a_recipe_changes_the_id_unless_it_is_listed_as_exempt(
             after["wheel"]["bundled"][1]["origin"] = after["files"][0]["url"]
         if path == ("wheel", "bundled", 1, "origin"):
             continue  # has to be a file's URL
-        differs = id_of(replaced(one, data=Recipe.model_validate(after)), base) != before
+        differs = id_of(dataclasses.replace(one, data=Recipe.model_validate(after)), base) != before
         assert differs is not exempt(path, RECIPE_EXEMPT), field(path)
 
 
@@ -148,7 +148,7 @@ def test_each_field_of_a_tree_and_of_what_takes_it_changes_the_takers_id(
             text = tomlkit.dumps({**tree, "name": name})
             (project / "recipes" / name / "recipe.toml").write_text(text)
         data = Recipe.model_validate({**WHOLE, "source": GIT, "trees": trees})
-        return id_of(replaced(one, data=data, from_source=(trees[0]["recipe"],)), base)
+        return id_of(dataclasses.replace(one, data=data, from_source=(trees[0]["recipe"],)), base)
 
     before = taker(TREES, TREE)
     assert before == taker(TREES, TREE)
@@ -174,7 +174,7 @@ def test_each_field_of_a_stack_changes_the_id_unless_it_is_listed_as_exempt(whol
     # Its recipe leaves the PTX to the stack.
     one, base = whole
     wheel = one.data.wheel.model_copy(update={"ptx": None})
-    one = replaced(one, data=one.data.model_copy(update={"wheel": wheel}))
+    one = dataclasses.replace(one, data=one.data.model_copy(update={"wheel": wheel}))
     table = base.data.model_dump(mode="json")
     seen: set[tuple[str, str]] = set()
     note(Stack.model_validate(table), seen)
@@ -186,7 +186,7 @@ def test_each_field_of_a_stack_changes_the_id_unless_it_is_listed_as_exempt(whol
             continue
         after = changed(table, path)
         try:
-            differs = id_of(one, replaced(base, data=Stack.model_validate(after))) != before
+            differs = id_of(one, dataclasses.replace(base, data=Stack.model_validate(after))) != before
         except ConfigError:
             continue  # refused: the locks do not have it
         assert differs is not exempt(path, STACK_EXEMPT), field(path)
