@@ -51,11 +51,9 @@ def measure(farm: Farm, recipe: str) -> None:
         took = record["device_code"]
         cpu = {stage["name"]: stage["cpu_s"] or 0.0 for stage in record["stages"]}
         other = cpu["compile"] - took["cpu_s"]
-        found = f"{took['text']} {took['nvvm']} {took['ptx']}; {took['misses']}"
+        hits = f"{took['text']} {took['nvvm']} {took['ptx']}; {took['misses']}"
         cell = " ".join(word for word in options if not word.startswith("--"))
-        print(
-            f"  {cell:32} {took['cpu_s']:7.1f} {found:>12} {other:14.1f} {cpu['audit']:6.1f} {cpu['smoke']:6.1f}", flush=True
-        )
+        print(f"  {cell:32} {took['cpu_s']:7.1f} {hits:>12} {other:14.1f} {cpu['audit']:6.1f} {cpu['smoke']:6.1f}", flush=True)
         device.append(took["cpu_s"])
         rest.append(other + cpu["audit"] + cpu["smoke"])
     print(f"  device passes, {len(CELLS)} cells / the first: {sum(device):.1f} / {device[0]:.1f}", end=" ")

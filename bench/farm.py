@@ -75,12 +75,12 @@ def cluster(workers: int, **variables: str) -> Iterator[tuple[Farm, Room, Machin
 def _cluster(farm: Farm, workers: int, variables: Mapping[str, str]) -> Iterator[tuple[Farm, Room, Machine, list[Machine]]]:
     with open_room(farm) as room:
         head = room.head()
-        made = [room.worker(head, f"w{number}", core=number, **variables) for number in range(workers)]
+        machines = [room.worker(head, f"w{number}", core=number, **variables) for number in range(workers)]
         probe = "import ray; ray.init(address='auto', log_to_driver=False, logging_level='ERROR'); "
         probe += "print('alive', sum(node['Resources'].get('CPU', 0) for node in ray.nodes()))"
         while f"alive {float(workers)}" not in head.run(sys.executable, "-c", probe).out:
             time.sleep(1)
-        yield farm, room, head, made
+        yield farm, room, head, machines
 
 
 def command(head: Machine, *names: str) -> list[str]:
@@ -96,16 +96,16 @@ def seconds(workers: int) -> float:
             write(farm, f"cell{number}")
         head.run(*command(head, "first"))  # only the first cell of a worker pays for this
         start = time.monotonic()
-        done = head.run(*command(head, *[f"cell{number}" for number in range(CELLS)]), timeout=3600)
-        assert done.code == 0, done.said
+        result = head.run(*command(head, *[f"cell{number}" for number in range(CELLS)]), timeout=3600)
+        assert result.code == 0, result.said
         return time.monotonic() - start
 
 
 def scaling() -> None:
     """Two workers against one."""
-    one, two = seconds(1), seconds(2)
+    single, double = seconds(1), seconds(2)
     print(f"{CELLS} cells of {UNITS} units, load {os.getloadavg()[0]:.1f}")
-    print(f"  one worker {one:.1f} s, two {two:.1f} s: {one / two:.2f} times (wanted: {TWO_WORKERS})")
+    print(f"  one worker {single:.1f} s, two {double:.1f} s: {single / double:.2f} times (wanted: {TWO_WORKERS})")
 
 
 @contextmanager

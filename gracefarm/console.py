@@ -112,10 +112,10 @@ class Console:
         )
         with Progress(*columns, console=self._rich, transient=True) as bar:
             task = bar.add_task("", total=None, name=name, visible=False)
-            yield lambda done, total, text: bar.update(
+            yield lambda finished, total, text: bar.update(
                 task,
-                completed=done,
-                total=total if total is not None else max(done, 1),
+                completed=finished,
+                total=total if total is not None else max(finished, 1),
                 description=escape(text),
                 visible=True,
             )
@@ -123,16 +123,16 @@ class Console:
     def _plain_tick(self, name: str) -> Tick:
         last = time.monotonic()
 
-        def tick(done: int, total: int | None, text: str) -> None:
+        def tick(finished: int, total: int | None, text: str) -> None:
             nonlocal last
             now = time.monotonic()
-            if now - last < PLAIN_INTERVAL and done != total:
+            if now - last < PLAIN_INTERVAL and finished != total:
                 return
             last = now
             if self.as_json:
-                self.event("progress", text, step=name, done=done, total=total)
+                self.event("progress", text, step=name, done=finished, total=total)
             else:
-                self.step(name, f"{done}/{'?' if total is None else total}  {text}".rstrip())
+                self.step(name, f"{finished}/{'?' if total is None else total}  {text}".rstrip())
 
         return tick
 

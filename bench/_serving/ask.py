@@ -65,9 +65,9 @@ def step_ms(url: str, key: str, model: str, streams: int) -> float:
         with ThreadPoolExecutor(max_workers=streams) as pool:
             answers = list(pool.map(lambda body: asked(url, key, body), bodies))
         seconds = time.perf_counter() - begun
-        made = {answer["usage"]["completion_tokens"] for answer in answers}
-        if made != {tokens}:
-            raise SystemExit(f"{tokens} tokens were asked for and {made} came")
+        counts = {answer["usage"]["completion_tokens"] for answer in answers}
+        if counts != {tokens}:
+            raise SystemExit(f"{tokens} tokens were asked for and {counts} came")
         return seconds
 
     taken(SHORT)

@@ -232,15 +232,15 @@ class Stage:
 
     def broken(self, scene: str, what: str, seconds: Sequence[float] = (3, 15)) -> None:
         """What `status` and `collect` say of a fault, soon and later."""
-        said = []
+        answers = []
         begun = time.monotonic()
         for moment in seconds:
             time.sleep(max(0.0, moment - (time.monotonic() - begun)))
             ended = self.deploy("status", fails=True)
             after = round(time.monotonic() - begun, 1)
-            said.append({"after_s": after, "code": ended.code, "says": ended.output.splitlines()[:3]})
+            answers.append({"after_s": after, "code": ended.code, "says": ended.output.splitlines()[:3]})
         collected = self.deploy("collect", fails=True)
-        self.keep(scene, **{what: {"status": said, "collect": collected.output.splitlines()[-5:], "code": collected.code}})
+        self.keep(scene, **{what: {"status": answers, "collect": collected.output.splitlines()[-5:], "code": collected.code}})
 
     def kill(self, node: str, part: Callable[[Json], bool], signal: str = "-KILL") -> list[str]:
         """End processes of a node as root; their arguments. Raises RuntimeError: there is none."""
@@ -301,21 +301,21 @@ def main() -> None:
 
     work, failed = Path(sys.argv[1]), []
     names = sys.argv[2:] or list(SCENES)
-    with stage(work) as made:
+    with stage(work) as opened:
         for name in names:
-            if name != "end" and time.monotonic() - made.begun > float(os.environ.get("SECONDS", "inf")):
-                made.say(f"== {name}: skipped, no time is left")
+            if name != "end" and time.monotonic() - opened.begun > float(os.environ.get("SECONDS", "inf")):
+                opened.say(f"== {name}: skipped, no time is left")
                 continue
-            made.say(f"== {name}")
+            opened.say(f"== {name}")
             begun = time.monotonic()
             try:
-                SCENES[name](made)
+                SCENES[name](opened)
             except Exception as error:  # noqa: BLE001 - told, and the machine's time goes to the next scene
                 failed.append(name)
-                made.keep(name, failed=f"{type(error).__name__}: {error}")
-                made.say(traceback.format_exc())
-            made.keep(name, scene_s=round(time.monotonic() - begun, 1))
-            made.say(f"== {name}: {time.monotonic() - begun:.1f} s{' FAILED' if name in failed else ''}")
+                opened.keep(name, failed=f"{type(error).__name__}: {error}")
+                opened.say(traceback.format_exc())
+            opened.keep(name, scene_s=round(time.monotonic() - begun, 1))
+            opened.say(f"== {name}: {time.monotonic() - begun:.1f} s{' FAILED' if name in failed else ''}")
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 

@@ -97,16 +97,18 @@ def main() -> None:
     wheels.mkdir(parents=True)
     chosen = names.read_text().split()
     with ProcessPoolExecutor() as pool:
-        made = list(pool.map(repacked, chosen, [wheels] * len(chosen)))
-    for path in made:  # what was brought has the sha256 that another lock names
+        packed = list(pool.map(repacked, chosen, [wheels] * len(chosen)))
+    for path in packed:  # what was brought has the sha256 that another lock names
         if (others / path.name).exists():
             path.unlink()
             linked(others / path.name, wheels)
-    serving = [*made, *(linked(path, wheels) for path in sorted(engine.glob("*.whl")))]
+    serving = [*packed, *(linked(path, wheels) for path in sorted(engine.glob("*.whl")))]
     more = [linked(path, wheels) for path in sorted(others.glob("*.whl")) if not (wheels / path.name).exists()]
     lines = write_index(folder, [*serving, *more])[: len(serving)]
     (folder / "requirements.lock").write_text("".join(f"{line}\n" for line in sorted(lines)))
-    sys.stdout.write(f"{len(made)} wheels of this Python's distributions, {len(serving) - len(made)} brought for the lock\n")
+    sys.stdout.write(
+        f"{len(packed)} wheels of this Python's distributions, {len(serving) - len(packed)} brought for the lock\n"
+    )
 
 
 def linked(path: Path, folder: Path) -> Path:

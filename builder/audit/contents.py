@@ -42,9 +42,11 @@ class Contents:
         return {name: binary for name, binary in self.objects.items() if is_for(binary, target)}
 
 
-def is_for(found: elf.Object, target: Arch) -> bool:
+def is_for(binary: elf.Object, target: Arch) -> bool:
     """Whether it is a shared object or executable for the target."""
-    return found.kind in elf.LOADABLE and found.bits == 64 and found.little_endian and MACHINES.get(found.machine) == target
+    return (
+        binary.kind in elf.LOADABLE and binary.bits == 64 and binary.little_endian and MACHINES.get(binary.machine) == target
+    )
 
 
 @contextmanager

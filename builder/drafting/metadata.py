@@ -34,8 +34,8 @@ class SourceMetadata:
 
     def first(self, name: str) -> Line | None:
         """The first header of that name with a value."""
-        said = (line for line in self.headers.get(name.lower(), ()) if line.value not in ("", "UNKNOWN"))
-        return next(said, None)
+        lines = (line for line in self.headers.get(name.lower(), ()) if line.value not in ("", "UNKNOWN"))
+        return next(lines, None)
 
     def line(self, text: str) -> str:
         """The place of a text in pyproject.toml."""

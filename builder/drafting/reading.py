@@ -93,22 +93,22 @@ def draft(tree: Path, name: str, metadata: SourceMetadata, ground: StackFacts) -
         SourceError: it cannot be built, because sources are missing.
     """
     script = build_script.read(tree)
-    made = Draft(name=name, stack=ground.name)
+    draft = Draft(name=name, stack=ground.name)
     files = [
         str(place.relative_to(tree)) for place in sorted(tree.rglob("*")) if place.suffix in _COMPILED and place.is_file()
     ]
     _require_sources(tree, name, script, files)
-    made.findings.read("build backend", metadata.backend.value, metadata.backend.place)
-    _cuda(made, script, files)
-    _requirements(made, metadata, script, ground, tree)
-    _rust(made, tree, metadata)
-    _environment(made, tree, metadata, script)
-    _downloads(made, tree, script)
-    _device_code(made, tree, script, files)
-    _memory(made, tree, files)
-    _imports(made, tree, metadata, script, ground)
-    _missing(made, tree, script)
-    return made
+    draft.findings.read("build backend", metadata.backend.value, metadata.backend.place)
+    _cuda(draft, script, files)
+    _requirements(draft, metadata, script, ground, tree)
+    _rust(draft, tree, metadata)
+    _environment(draft, tree, metadata, script)
+    _downloads(draft, tree, script)
+    _device_code(draft, tree, script, files)
+    _memory(draft, tree, files)
+    _imports(draft, tree, metadata, script, ground)
+    _missing(draft, tree, script)
+    return draft
 
 
 def _own(files: list[str]) -> list[str]:
@@ -150,19 +150,19 @@ def _third_party(tree: Path, script: BuildScript) -> Iterator[tuple[str, str]]:
             yield text, str(place)
 
 
-def _cuda(made: Draft, script: BuildScript, files: list[str]) -> None:
+def _cuda(draft: Draft, script: BuildScript, files: list[str]) -> None:
     sources = [name for name in _own(files) if name.endswith(".cu")] or [name for name in files if name.endswith(".cu")]
     extension = next((extension for extension in script.extensions() if "CUDA" in extension.kind), None)
-    made.cuda = extension is not None or bool(sources)
+    draft.cuda = extension is not None or bool(sources)
     if extension is not None:
-        made.findings.read("build.cuda", "true", extension.place)
+        draft.findings.read("build.cuda", "true", extension.place)
     elif sources:
-        made.findings.read("build.cuda", "true", f"{sources[0]}, one of {len(sources)} CUDA sources")
+        draft.findings.read("build.cuda", "true", f"{sources[0]}, one of {len(sources)} CUDA sources")
     else:
-        made.findings.guess("build.cuda", "false", "the source has no .cu file and declares no CUDAExtension")
+        draft.findings.guess("build.cuda", "false", "the source has no .cu file and declares no CUDAExtension")
 
 
-def _requirements(made: Draft, metadata: SourceMetadata, script: BuildScript, ground: StackFacts, tree: Path) -> None:
+def _requirements(draft: Draft, metadata: SourceMetadata, script: BuildScript, ground: StackFacts, tree: Path) -> None:
     """Build requirements in addition to the stack, and distributions of the stack that the package does not accept."""
     marker = {"python_version": ground.python.rstrip("t"), "platform_machine": ground.machine}
     declared = set()
@@ -173,34 +173,34 @@ def _requirements(made: Draft, metadata: SourceMetadata, script: BuildScript, gr
         have = ground.installed.get(canonicalize_name(requirement.name))
         requirement.marker = None
         if have is None:
-            made.requires.append(str(requirement))
-            made.findings.read("build.requires", str(requirement), place)
+            draft.requires.append(str(requirement))
+            draft.findings.read("build.requires", str(requirement), place)
         elif not requirement.specifier.contains(have, prereleases=True):
-            made.substitutions.append(("pyproject.toml", text, requirement.name))
+            draft.substitutions.append(("pyproject.toml", text, requirement.name))
             why = (
                 f"{place} wants {text}, and stack {ground.name} has {requirement.name} {have}; upstream does not promise this"
             )
-            made.findings.guess("substitutions", f"{text} -> {requirement.name}", why)
+            draft.findings.guess("substitutions", f"{text} -> {requirement.name}", why)
     for module, at in script.modules.items():
         distribution = _DISTRIBUTIONS.get(module)
         if distribution and distribution not in declared and distribution not in ground.installed:
-            made.requires.append(distribution)
-            made.findings.read("build.requires", distribution, f"{at}, which imports {module}")
+            draft.requires.append(distribution)
+            draft.findings.read("build.requires", distribution, f"{at}, which imports {module}")
         elif distribution is None and not _known(module, tree, ground):
-            made.findings.warnings.append(f"{at} imports {module}, which neither the stack nor build-system.requires has")
+            draft.findings.warnings.append(f"{at} imports {module}, which neither the stack nor build-system.requires has")
 
 
-def _rust(made: Draft, tree: Path, metadata: SourceMetadata) -> None:
+def _rust(draft: Draft, tree: Path, metadata: SourceMetadata) -> None:
     """Rust, if maturin or setuptools-rust builds the package; a build also requires a Cargo.lock."""
-    required = [canonicalize_name(Requirement(text).name) for text in made.requires]
+    required = [canonicalize_name(Requirement(text).name) for text in draft.requires]
     tool = next((name for name in _RUST_TOOLS if name in required), None)
     if tool is None:
         return
-    made.rust = True
+    draft.rust = True
     places = [place for requirement, _, place in metadata.build_requires if canonicalize_name(requirement.name) == tool]
-    made.findings.read("build.rust", "true", f"{places[0] if places else 'the build script'}, which requires {tool}")
+    draft.findings.read("build.rust", "true", f"{places[0] if places else 'the build script'}, which requires {tool}")
     if not any(tree.rglob("Cargo.lock")):
-        made.findings.warnings.append(
+        draft.findings.warnings.append(
             "the source has no Cargo.lock, which pins its crates; write it with `cargo generate-lockfile`, and add a patch"
         )
 
@@ -212,17 +212,17 @@ def _known(module: str, tree: Path, ground: StackFacts) -> bool:
     )
 
 
-def _environment(made: Draft, tree: Path, metadata: SourceMetadata, script: BuildScript) -> None:
+def _environment(draft: Draft, tree: Path, metadata: SourceMetadata, script: BuildScript) -> None:
     """Variables that a build without a GPU must set; the others are named in NOTES.md."""
     variables = {variable.name: variable for variable in script.variables()}
     for variable in variables.values():
-        made.findings.read("variable", f"{variable.name} (default {variable.default!r})", variable.place)
-    if made.cuda:
+        draft.findings.read("variable", f"{variable.name} (default {variable.default!r})", variable.place)
+    if draft.cuda:
         switch = variables.get("FORCE_ONLY_CUDA") or variables.get("FORCE_CUDA")
         for chosen, value, why in _cuda_settings(variables, switch):
-            made.environment[chosen.name] = value
-            made.findings.guess("build.environment", f"{chosen.name}={value}", f"{chosen.place} reads it; {why}")
-        _cmake_arguments(made, tree, metadata)
+            draft.environment[chosen.name] = value
+            draft.findings.guess("build.environment", f"{chosen.name}={value}", f"{chosen.place} reads it; {why}")
+        _cmake_arguments(draft, tree, metadata)
 
 
 def _cuda_settings(variables: Mapping[str, Variable], switch: Variable | None) -> Iterator[tuple[Variable, str, str]]:
@@ -237,7 +237,7 @@ def _cuda_settings(variables: Mapping[str, Variable], switch: Variable | None) -
             yield variable, "1", "it is off, and its name says that it builds the compiled part"
 
 
-def _cmake_arguments(made: Draft, tree: Path, metadata: SourceMetadata) -> None:
+def _cmake_arguments(draft: Draft, tree: Path, metadata: SourceMetadata) -> None:
     """Set -DX_CUDA=ON if CMake builds the package and its option X_CUDA is off."""
     if not metadata.backend.value.startswith(("scikit_build_core", "skbuild")):
         return
@@ -247,34 +247,34 @@ def _cmake_arguments(made: Draft, tree: Path, metadata: SourceMetadata) -> None:
         if match:
             line = text[: match.start()].count("\n") + 1
             where = f"{place.relative_to(tree)}:{line}"
-            made.environment["CMAKE_ARGS"] = f"-D{match[1]}=ON"
+            draft.environment["CMAKE_ARGS"] = f"-D{match[1]}=ON"
             why = f"{where} has this option, and the source has CUDA code"
-            made.findings.guess("build.environment", f"CMAKE_ARGS=-D{match[1]}=ON", why)
+            draft.findings.guess("build.environment", f"CMAKE_ARGS=-D{match[1]}=ON", why)
             return
 
 
-def _downloads(made: Draft, tree: Path, script: BuildScript) -> None:
+def _downloads(draft: Draft, tree: Path, script: BuildScript) -> None:
     for download in script.downloads():
         if not download.reached or ("submodule" in download.what and not (tree / ".git").exists()):
             continue
         if download.switch is not None:
             name, value = download.switch
-            if made.environment.setdefault(name, value) == value:
+            if draft.environment.setdefault(name, value) == value:
                 origin = f"{download.place}, which reaches the network ({download.what}) without it"
-                made.findings.read("build.environment", f"{name}={value}", origin)
+                draft.findings.read("build.environment", f"{name}={value}", origin)
             continue
         others = ", ".join(f"{name}={value}" for name, value in download.avoided_by.items())
         remedy = f"; these variables would avoid it: {others}" if others else ""
-        made.findings.warnings.append(f"{download.place} may reach the network: {download.what}{remedy}")
+        draft.findings.warnings.append(f"{download.place} may reach the network: {download.what}{remedy}")
 
 
-def _device_code(made: Draft, tree: Path, script: BuildScript, files: list[str]) -> None:
+def _device_code(draft: Draft, tree: Path, script: BuildScript, files: list[str]) -> None:
     """Requests for code of a single capability or family, as 90a."""
-    if not made.cuda:
+    if not draft.cuda:
         return
     for text, place in _texts(tree, script):
         for match in _LETTERED.finditer(text):
-            made.findings.read("request", match[1] or match[2] + match[3], place)
+            draft.findings.read("request", match[1] or match[2] + match[3], place)
     folders = {
         part
         for name in _own([*files, *(str(place.relative_to(tree)) for place in tree.rglob("*.cuh"))])
@@ -283,10 +283,10 @@ def _device_code(made: Draft, tree: Path, script: BuildScript, files: list[str])
     }
     scripts = {place.name for place in tree.rglob("*.py") if _HOPPER.search(place.name) and "gen" in place.name}
     if folders or scripts:
-        made.sm_extra["*hopper*" if any("opper" in name for name in folders | scripts) else "*sm90*"] = ["90a"]
+        draft.sm_extra["*hopper*" if any("opper" in name for name in folders | scripts) else "*sm90*"] = ["90a"]
         example = min(folders | scripts)
         why = f"{example} is named after Hopper, whose own instructions need 90a"
-        made.findings.guess("wheel.sm_extra", str(made.sm_extra), why)
+        draft.findings.guess("wheel.sm_extra", str(draft.sm_extra), why)
 
 
 def _texts(tree: Path, script: BuildScript) -> Iterator[tuple[str, str]]:
@@ -296,38 +296,38 @@ def _texts(tree: Path, script: BuildScript) -> Iterator[tuple[str, str]]:
             yield line, f"{place.relative_to(tree)}:{number}"
 
 
-def _memory(made: Draft, tree: Path, files: list[str]) -> None:
+def _memory(draft: Draft, tree: Path, files: list[str]) -> None:
     cutlass = next((str(place.relative_to(tree)) for place in tree.rglob("cutlass.h")), None)
-    if made.cuda and cutlass:
-        made.memory, why = "6GiB", f"the source has {cutlass}, whose templates need most"
-    elif made.cuda:
-        made.memory, why = "3GiB", "CUDA sources of one architecture rarely need more"
+    if draft.cuda and cutlass:
+        draft.memory, why = "6GiB", f"the source has {cutlass}, whose templates need most"
+    elif draft.cuda:
+        draft.memory, why = "3GiB", "CUDA sources of one architecture rarely need more"
     elif any(name.endswith((".cpp", ".cc", ".cxx", ".rs")) for name in files):
-        made.memory, why = "2GiB", "C++ or Rust without CUDA"
+        draft.memory, why = "2GiB", "C++ or Rust without CUDA"
     else:
-        made.memory, why = "1GiB", "C without CUDA"
-    made.findings.guess("build.memory_per_job", made.memory, f"{why}; a build measures it")
+        draft.memory, why = "1GiB", "C without CUDA"
+    draft.findings.guess("build.memory_per_job", draft.memory, f"{why}; a build measures it")
 
 
-def _imports(made: Draft, tree: Path, metadata: SourceMetadata, script: BuildScript, ground: StackFacts) -> None:
-    for module, origin, read in _modules(made.name, tree, metadata):
-        made.imports.append(module)
-        (made.findings.read if read else made.findings.guess)("smoke.imports", module, origin)
+def _imports(draft: Draft, tree: Path, metadata: SourceMetadata, script: BuildScript, ground: StackFacts) -> None:
+    for module, origin, read in _modules(draft.name, tree, metadata):
+        draft.imports.append(module)
+        (draft.findings.read if read else draft.findings.guess)("smoke.imports", module, origin)
     extensions = [(extension.name, str(extension.place)) for extension in script.extensions() if extension.name.isascii()]
     for module, origin in extensions:
-        if re.fullmatch(r"\w+(?:\.\w+)*", module) and module not in made.imports:
-            made.imports.append(module)
-            made.compiled.append(module)
-            made.findings.read("smoke.imports", module, origin)
+        if re.fullmatch(r"\w+(?:\.\w+)*", module) and module not in draft.imports:
+            draft.imports.append(module)
+            draft.compiled.append(module)
+            draft.findings.read("smoke.imports", module, origin)
     if "torch" in set(script.modules) | {canonicalize_name(need.name) for need, _ in metadata.run_requires}:
-        made.imports.insert(0, "torch")
+        draft.imports.insert(0, "torch")
     missing = [
         f"{requirement} ({place})"
         for requirement, place in metadata.run_requires
         if canonicalize_name(requirement.name) not in ground.installed and _applies(requirement, ground)
     ]
     if missing:
-        made.findings.warnings.append(
+        draft.findings.warnings.append(
             f"at run time it wants what stack {ground.name} has not: {', '.join(missing)}; if an import in the smoke test "
             "needs one of them, list it in [build] requires"
         )
@@ -366,17 +366,17 @@ def _modules(name: str, tree: Path, metadata: SourceMetadata) -> list[tuple[str,
     return [(guess, "the distribution's name", False)]
 
 
-def _missing(made: Draft, tree: Path, script: BuildScript) -> None:
+def _missing(draft: Draft, tree: Path, script: BuildScript) -> None:
     """Parts that the source should have and does not: submodules, folders of headers."""
     gitmodules = tree / ".gitmodules"
     if gitmodules.is_file():
         for number, line in enumerate(gitmodules.read_text(errors="replace").splitlines(), 1):
             key, _, path = (part.strip() for part in line.partition("="))
             if (key == "path" and not (tree / path).is_dir()) or (key == "path" and not any((tree / path).iterdir())):
-                made.findings.warnings.append(f"submodule {path} is not in the source (.gitmodules:{number})")
+                draft.findings.warnings.append(f"submodule {path} is not in the source (.gitmodules:{number})")
     for text, place in _third_party(tree, script):
-        made.findings.warnings.append(f"{place} names {text}, which the source lacks")
+        draft.findings.warnings.append(f"{place} names {text}, which the source lacks")
     for extension in script.extensions():
         for folder in extension.includes:
             if not (tree / folder).is_dir():
-                made.findings.warnings.append(f"{extension.place} takes headers from {folder}, which the source lacks")
+                draft.findings.warnings.append(f"{extension.place} takes headers from {folder}, which the source lacks")

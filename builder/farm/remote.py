@@ -157,8 +157,8 @@ class Foreman:
             if cell.task is not None:
                 ray.cancel(cell.task, force=force)
             if cell.follower is not None:
-                done, _ = await asyncio.wait({cell.follower}, timeout=PATIENCE)
-                if done:
+                ended, _ = await asyncio.wait({cell.follower}, timeout=PATIENCE)
+                if ended:
                     return
 
     async def _follow(self, cell: CellTask) -> None:

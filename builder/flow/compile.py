@@ -152,8 +152,8 @@ def _once(attempt: Attempt, ground: Ground, epoch: int, count: Jobs, memory: int
     whole = plan.recipe.data.tree is not None
     raw = work / "out" if whole else _keep(attempt, audit.only_wheel(work / "out"), count)
     peak = outcome.peak_memory / 2**30
-    made = "the tree" if whole else raw.name
-    attempt.console.step("compile", f"{made} in {outcome.wall_s:.0f} s, {outcome.cpu_s:.0f} CPU s, peak {peak:.1f} GiB")
+    product = "the tree" if whole else raw.name
+    attempt.console.step("compile", f"{product} in {outcome.wall_s:.0f} s, {outcome.cpu_s:.0f} CPU s, peak {peak:.1f} GiB")
     return raw
 
 

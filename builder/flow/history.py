@@ -59,10 +59,10 @@ def time_left(plan: Plan, settings: Settings, tick: Tick) -> Callable[[int, int]
     before = next((stage.wall_s for stage in past.stages if stage.name == "compile"), None) if past else None
     start = time.monotonic()
 
-    def progress(done: int, total: int) -> None:
+    def progress(finished: int, total: int) -> None:
         elapsed = time.monotonic() - start
-        expected = before or (elapsed / done * total if done else None)
+        expected = before or (elapsed / finished * total if finished else None)
         left = "" if expected is None else f"about {max(0.0, expected - elapsed) / 60:.0f} min left"
-        tick(done, total, f"translation units, {left} ({'from the last build' if before else 'at the current speed'})")
+        tick(finished, total, f"translation units, {left} ({'from the last build' if before else 'at the current speed'})")
 
     return progress

@@ -106,8 +106,8 @@ def _send_certificates(
     known = {certificate.device_digest for build in builds for certificate in certificates.of_record(build, settings)}
     for digest in sorted(known):
         refused = publish.send_certificate(certificates.path(settings, digest), digest, url, login)
-        said = f"certificate {digest[:16]} to {url}" if refused is None else f"the index refused the certificate: {refused}"
-        console.step("publish", said)
+        message = f"certificate {digest[:16]} to {url}" if refused is None else f"the index refused the certificate: {refused}"
+        console.step("publish", message)
 
 
 def _publish_wheel(built: Record, url: str, settings: Settings, console: Console, login: publish.Login | None) -> Record:

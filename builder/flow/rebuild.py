@@ -74,8 +74,8 @@ def compare(first: Path, second: Path) -> Comparison:
     try:
         if first.read_bytes() == second.read_bytes():
             return Comparison(verdict="identical")
-        with zipfile.ZipFile(first) as one, zipfile.ZipFile(second) as other:
-            differences = tuple(_wheels(one, other))
+        with zipfile.ZipFile(first) as archive, zipfile.ZipFile(second) as other:
+            differences = tuple(_wheels(archive, other))
     except UNREADABLE as error:
         raise VerifyError(f"{first.name} and {second.name} cannot be compared: {error}") from error
     if first.name != second.name:
@@ -84,17 +84,20 @@ def compare(first: Path, second: Path) -> Comparison:
     return Comparison(verdict="device code only" if only_device else "differs", differences=differences)
 
 
-def _wheels(one: zipfile.ZipFile, other: zipfile.ZipFile) -> Iterator[Difference]:
-    names, others = one.namelist(), other.namelist()
+def _wheels(archive: zipfile.ZipFile, other: zipfile.ZipFile) -> Iterator[Difference]:
+    names, others = archive.namelist(), other.namelist()
     yield from (Difference(file=name, where="only in the first") for name in names if name not in others)
     yield from (Difference(file=name, where="only in the second") for name in others if name not in names)
     both = [name for name in names if name in others]
     if both != [name for name in others if name in names]:
         yield Difference(file="the archive", where="order of the files")
-    changed = [name for name in both if one.read(name) != other.read(name)]
+    changed = [name for name in both if archive.read(name) != other.read(name)]
     records = [name for name in changed if name.endswith(".dist-info/RECORD")]
     contents = [
-        difference for name in changed if name not in records for difference in _files(name, one.read(name), other.read(name))
+        difference
+        for name in changed
+        if name not in records
+        for difference in _files(name, archive.read(name), other.read(name))
     ]
     yield from contents
     if not contents and not records:
@@ -108,11 +111,11 @@ def _files(name: str, first: bytes, second: bytes) -> Iterator[Difference]:
     if name.endswith(DEVICE_FILES):
         yield Difference(file=name, where="the whole file", device=True)
         return
-    one, other = _parts(first), _parts(second)
-    if one is None or other is None:
+    sections, other = _parts(first), _parts(second)
+    if sections is None or other is None:
         yield Difference(file=name, where=f"content, from byte {_first_difference(first, second)}")
         return
-    differences = list(_objects(name, one, other))
+    differences = list(_objects(name, sections, other))
     hashes = [difference for difference in differences if difference.where in DERIVED_SECTIONS]
     rest = [difference for difference in differences if difference not in hashes]
     yield from rest
@@ -120,9 +123,9 @@ def _files(name: str, first: bytes, second: bytes) -> Iterator[Difference]:
         yield from hashes or [Difference(file=name, where="bytes between the sections")]
 
 
-def _objects(name: str, one: Mapping[str, bytes], other: Mapping[str, bytes]) -> Iterator[Difference]:
-    for part in dict.fromkeys([*one, *other]):
-        first, second = one.get(part), other.get(part)
+def _objects(name: str, sections: Mapping[str, bytes], other: Mapping[str, bytes]) -> Iterator[Difference]:
+    for part in dict.fromkeys([*sections, *other]):
+        first, second = sections.get(part), other.get(part)
         if first != second:
             by_name = first is not None and second is not None and _unnamed(first) == _unnamed(second)
             where = f"{part}: names of nvcc's temporary files" if by_name else part

@@ -59,7 +59,7 @@ def local_index(settings: Settings, *options: str) -> Iterator[tuple[str, str]]:
     ):
         try:
             assert server.stdout is not None
-            url = next((found for line in server.stdout if (found := _url(line))), None)
+            url = next((address for line in server.stdout if (address := _url(line))), None)
             if url is None:
                 words = last_line((settings.home / "index.log").read_text())
                 raise HostError(f"index serve did not start: {words}", repeat=" ".join(serve))

@@ -25,7 +25,7 @@ def with_trees(fetched: Fetched, plan: Plan, settings: Settings) -> Fetched:
     return replace(fetched, trees={path: place for path, place in built.items() if place.is_dir()})
 
 
-def keep(made: Path, plan: Plan, settings: Settings, epoch: int) -> str:
+def keep(output: Path, plan: Plan, settings: Settings, epoch: int) -> str:
     """Move a finished tree to its final folder, complete or not at all; return its digest.
 
     Every file gets the time `epoch` and mode 644 or 755, as in a source tree.
@@ -35,10 +35,10 @@ def keep(made: Path, plan: Plan, settings: Settings, epoch: int) -> str:
     """
     tree = plan.recipe.data.tree
     assert tree is not None
-    lacking = [name for name in tree.holds if not (made / name).exists()]
-    strays = [path for path in sorted(made.rglob("*")) if path.is_symlink() and not _inside(path, made)]
+    lacking = [name for name in tree.holds if not (output / name).exists()]
+    strays = [path for path in sorted(output.rglob("*")) if path.is_symlink() and not _inside(path, output)]
     if lacking or strays:
-        what = f"has no {', '.join(lacking)}" if lacking else f"has a link out of it: {strays[0].relative_to(made)}"
+        what = f"has no {', '.join(lacking)}" if lacking else f"has a link out of it: {strays[0].relative_to(output)}"
         raise CompileError(
             f"the tree of {plan.recipe.key} {what}",
             remedy="correct `commands` or `holds` of [tree] in the recipe; the commands must install into $OUT",
@@ -48,7 +48,7 @@ def keep(made: Path, plan: Plan, settings: Settings, epoch: int) -> str:
     remove_tree(final)  # left by a build whose record was deleted
     final.parent.mkdir(parents=True, exist_ok=True)
     with atomic_directory(final) as folder:
-        for entry in sorted(made.iterdir()):
+        for entry in sorted(output.iterdir()):
             shutil.move(entry, folder / entry.name)
         names = sorted(folder.rglob("*"))
         for path in names:

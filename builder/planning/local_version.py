@@ -41,10 +41,10 @@ def is_of(built: str, version: str, appends: str | None = None) -> bool:
     return not rest or rest == _normal(appends) or _APPENDED.fullmatch(rest) is not None
 
 
-def same(one: str, other: str) -> bool:
+def same(version: str, other: str) -> bool:
     """Whether both are spellings of one version."""
     try:
-        return Version(one) == Version(other)
+        return Version(version) == Version(other)
     except InvalidVersion:
         return False
 

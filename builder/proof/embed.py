@@ -111,9 +111,9 @@ def _rename(tree: Path, information: Path, filename: str, version: str) -> tuple
     metadata = information / "METADATA"
     text = metadata.read_text("utf-8", "surrogateescape")
     name, old, rest = filename.split("-", 2)
-    said = re.search(r"(?mi)^Version:[ \t]*(\S+)", text)
-    if said is not None and local_version.same(said[1], old):  # else METADATA is wrong, and the gate `wheel` refuses it
-        metadata.write_text(f"{text[: said.start(1)]}{version}{text[said.end(1) :]}", "utf-8", "surrogateescape")
+    match = re.search(r"(?mi)^Version:[ \t]*(\S+)", text)
+    if match is not None and local_version.same(match[1], old):  # else METADATA is wrong, and the gate `wheel` refuses it
+        metadata.write_text(f"{text[: match.start(1)]}{version}{text[match.end(1) :]}", "utf-8", "surrogateescape")
     return f"{name}-{version}-{rest}", information
 
 

@@ -28,10 +28,10 @@ def upload_token(url: str) -> str | None:
         return None
     with httpx.Client(headers={"Accept": MEDIA}, timeout=TIMEOUT) as client:
         try:
-            found = client.get(httpx.URL(url, path="/.well-known/pytp", params={"discover": urlsplit(url).path}))
+            answer = client.get(httpx.URL(url, path="/.well-known/pytp", params={"discover": urlsplit(url).path}))
         except (httpx.HTTPError, httpx.InvalidURL):
             return None  # the upload will report it
-        endpoints = _endpoints(found)
+        endpoints = _endpoints(answer)
         if endpoints is None:
             return None
         ask, mint = endpoints
@@ -70,10 +70,10 @@ def _document(answer: httpx.Response) -> dict[str, Any]:
     return document
 
 
-def _endpoints(found: httpx.Response) -> tuple[str, str] | None:
+def _endpoints(answer: httpx.Response) -> tuple[str, str] | None:
     """URLs for the audience and for a token; None for other documents, since many servers answer every URL with 200."""
     try:
-        document = found.json() if found.status_code == 200 else None
+        document = answer.json() if answer.status_code == 200 else None
     except ValueError:
         return None
     places = [document.get(f"{name}-endpoint") for name in ("audience", "token-mint")] if isinstance(document, dict) else []

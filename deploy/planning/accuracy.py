@@ -129,10 +129,10 @@ def predict(run: MeasuredRun, streams: int) -> float:
 
 def loads(run: MeasuredRun) -> tuple[tuple[StageLoad, ...], speed.Traffic, Link]:
     """The load of each stage of a run per token. Raises ConfigError if its model is not built in."""
-    found = models.built_in(run.model, "main")
-    if found is None:
+    built_in = models.built_in(run.model, "main")
+    if built_in is None:
         raise ConfigError(f"{run.name}: {run.model} is not a built-in model", remedy="add it to deploy/data/models.toml")
-    model: Model = found.model_copy(update={"layers": run.layers}) if run.layers else found
+    model: Model = built_in.model_copy(update={"layers": run.layers}) if run.layers else built_in
     link = speed.rdma(run.gbit_s) if run.gbit_s else Link()
     question = Question(
         engine=engines.engine(run.engine),

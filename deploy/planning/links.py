@@ -31,11 +31,11 @@ def notes(nodes: Sequence[NodeFacts]) -> list[str]:
     """One sentence for each link that is faster than the used one."""
     if len(nodes) < 2:
         return []
-    found: dict[str, list[str]] = {}
+    by_text: dict[str, list[str]] = {}
     for node in nodes:
         used = _speed(node, node.interface)
         for nic in node.nics:
             if used and nic.mbit_s and nic.addresses and nic.name != node.interface and nic.mbit_s >= used * FASTER:
                 text = f"{nic.name} has {nic.mbit_s / 1000:g} Gb/s, but {node.interface} with {used / 1000:g} Gb/s is used"
-                found.setdefault(text, []).append(node.name)
-    return [f"{', '.join(names)}: {text}: set nic = {text.split()[0]!r} in [nodes]" for text, names in found.items()]
+                by_text.setdefault(text, []).append(node.name)
+    return [f"{', '.join(names)}: {text}: set nic = {text.split()[0]!r} in [nodes]" for text, names in by_text.items()]

@@ -116,23 +116,23 @@ def _named(model: Model, index: Mapping[str, str]) -> Model:
     return model
 
 
-def with_tensors(model: Model, found: Json) -> Model:
+def with_tensors(model: Model, contents: Json) -> Model:
     """The model with the tensors that `deploy.remote.checkpoint.read` found in its files.
 
     Raises:
         ConfigError: the tensors do not match config.json.
     """
-    if not found:
+    if not contents:
         return model
 
     def tensors(entries: list[list[Any]]) -> tuple[Tensor, ...]:
         return tuple(Tensor(name=name, dtype=dtype, shape=tuple(shape), count=count) for name, dtype, shape, count in entries)
 
     stored = Stored(
-        kinds=tuple(tensors(kind) for kind in found["kinds"]),
-        order=tuple(found["order"]),
-        outer=tensors(found["outer"]),
-        other=found["other"],
+        kinds=tuple(tensors(kind) for kind in contents["kinds"]),
+        order=tuple(contents["order"]),
+        outer=tensors(contents["outer"]),
+        other=contents["other"],
     )
     if len(stored.order) < model.layers:  # additional layers, which predict several tokens, are not loaded
         raise ConfigError(
@@ -147,9 +147,9 @@ def with_tensors(model: Model, found: Json) -> Model:
 def _compare(model: Model, layer: int, there: Mapping[str, Tensor]) -> None:
     """Check that every matrix that config.json implies exists and has the same size. Raises ConfigError."""
     for tensor in architectures.layer_tensors(model, layer):
-        found = there.get(tensor.name)
-        if not tensor.scale and (found is None or (found.shape, found.count) != (tensor.shape, tensor.count)):
-            has = f"{found.count} x {list(found.shape)}" if found else "none"
+        stored = there.get(tensor.name)
+        if not tensor.scale and (stored is None or (stored.shape, stored.count) != (tensor.shape, tensor.count)):
+            has = f"{stored.count} x {list(stored.shape)}" if stored else "none"
             raise ConfigError(
                 f"{model.source}: layer {layer} should have {tensor.count} x {tensor.name} {list(tensor.shape)} according to "
                 f"config.json, but the files have {has}",

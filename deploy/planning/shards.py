@@ -222,13 +222,13 @@ def _layers(engine_name: str, model: Model, split: Split) -> tuple[tuple[_LayerS
     """For each layer the part of every rank. Equal layers are computed once."""
     engine = engines.engine(engine_name)
     computed: dict[tuple[tuple[Tensor, ...], bool], tuple[_LayerShare, ...]] = {}
-    found = []
+    layers = []
     for layer in range(model.layers):
         kind = (layer_tensors(model, layer), model.sees_all(layer))  # a layer with an indexer has different tensors
         if kind not in computed:
             computed[kind] = tuple(_layer(engine, model, split, rank, layer) for rank in range(split.tp))
-        found.append(computed[kind])
-    return tuple(found)
+        layers.append(computed[kind])
+    return tuple(layers)
 
 
 def layer_bytes(engine: Engine, model: Model, tp: int, rank: int, layer: int = 0) -> int:

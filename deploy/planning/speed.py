@@ -249,8 +249,8 @@ def predict(
     levels = []
     for streams in STREAMS:
         if streams <= most * replicas:
-            found = rate(stages, traffic, link, streams, PROMPT, replicas)
-            levels.append(StreamLevel(streams=streams, tokens_per_s=round(found, 2), usd_per_mtok=price(found)))
+            tokens_per_s = rate(stages, traffic, link, streams, PROMPT, replicas)
+            levels.append(StreamLevel(streams=streams, tokens_per_s=round(tokens_per_s, 2), usd_per_mtok=price(tokens_per_s)))
     single = rate(stages, traffic, link, 1, PROMPT)
     return Prediction(
         tokens_per_s=round(single, 2),

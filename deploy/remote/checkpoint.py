@@ -60,8 +60,8 @@ def read(request: Json) -> Json:
                 raise _wrong(folder / shard, f"it contains {name}, but {INDEX} does not list it for this file")
             if place := folded(name):
                 layers.setdefault(place[0], Counter())[place[1], dtype, shape] += 1
-            elif found := _OUTER.fullmatch(name):
-                outer.append((f"{found[1]}.weight", dtype, shape))
+            elif match := _OUTER.fullmatch(name):
+                outer.append((f"{match[1]}.weight", dtype, shape))
             else:
                 other += math.prod(shape) * BITS[dtype] // 8
     return {**_told_once(layers), "outer": [(*entry, 1) for entry in outer], "other": other}
@@ -84,8 +84,8 @@ def _told_once(layers: dict[int, Counter[Entry]]) -> Json:
 
 def folded(name: str) -> tuple[int, str] | None:
     """Layer and name of a tensor within the layer, with `*` for the number of an expert; None: it is not in a layer."""
-    found = _LAYER.fullmatch(name)
-    return (int(found[1]), _EXPERT.sub("experts.*.", found[2])) if found else None
+    match = _LAYER.fullmatch(name)
+    return (int(match[1]), _EXPERT.sub("experts.*.", match[2])) if match else None
 
 
 def names(folder: Path) -> dict[str, str] | None:
@@ -95,14 +95,14 @@ def names(folder: Path) -> dict[str, str] | None:
         WorkerError: the index is damaged.
     """
     try:
-        found = json.loads((folder / INDEX).read_text())["weight_map"]
-        if not isinstance(found, dict):
+        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        if not isinstance(weight_map, dict):
             raise TypeError
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise _wrong(folder / INDEX, "it is not an index of safetensors files") from error
-    return {str(name): str(shard) for name, shard in found.items()}
+    return {str(name): str(shard) for name, shard in weight_map.items()}
 
 
 def shards(folder: Path, index: dict[str, str] | None) -> tuple[str, ...]:

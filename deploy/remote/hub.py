@@ -64,11 +64,11 @@ def patiently(request: Json, ask: Callable[[], T]) -> T:
         try:
             return ask()
         except Exception as error:
-            found = busy(error)
-            wait = pause if found is None or found.wait is None else max(found.wait, 0.2)
-            if found is None or wait > left:
+            refusal = busy(error)
+            wait = pause if refusal is None or refusal.wait is None else max(refusal.wait, 0.2)
+            if refusal is None or wait > left:
                 raise
-            event("busy", status=found.status, wait=wait)
+            event("busy", status=refusal.status, wait=wait)
             time.sleep(wait)
             left -= wait
             pause = min(pause * 2, LONGEST)
@@ -105,20 +105,20 @@ def explain(error: Exception, request: Json) -> WorkerError:
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         kind, cause = "disk", "no space left on the shared folder while downloading"
         remedy = "free space on it, then repeat the command"
-    elif found := busy(error):
-        kind, cause, remedy = _busy_words(found, repo, has_token=has_token)
+    elif refusal := busy(error):
+        kind, cause, remedy = _busy_words(refusal, repo, has_token=has_token)
     else:
         kind, cause = "fetch", f"{repo}: {short(error)}"
         remedy = "check that the node reaches the Hub (HF_ENDPOINT), then repeat the command"
     return WorkerError(kind, cause, remedy)
 
 
-def _busy_words(found: Busy, repo: str, *, has_token: bool) -> tuple[str, str, str]:
+def _busy_words(refusal: Busy, repo: str, *, has_token: bool) -> tuple[str, str, str]:
     """Kind, cause and remedy of the error for a busy Hub."""
-    retry = f"; it asks to wait {found.wait:.0f} s" if found.wait else ""
-    cause = f"HTTP {found.status} ({HTTPStatus(found.status).phrase}) from the Hub for {repo}{retry}"
+    retry = f"; it asks to wait {refusal.wait:.0f} s" if refusal.wait else ""
+    cause = f"HTTP {refusal.status} ({HTTPStatus(refusal.status).phrase}) from the Hub for {repo}{retry}"
     remedy = "wait, then repeat the command; downloaded files are kept"
-    if found.status == 429 and not has_token:
+    if refusal.status == 429 and not has_token:
         remedy += "; set HF_TOKEN, since requests without a token have the lowest limit"
     return "fetch", cause, remedy
 

@@ -62,15 +62,15 @@ def interfaces() -> list[Json]:
 def speed(interface: str, folder: Path = Path("/sys/class/net")) -> int | None:
     """Negotiated speed of an interface in Mbit/s; None: not reported, as by virtual interfaces."""
     try:
-        found = int((folder / interface / "speed").read_text())
+        mbit_s = int((folder / interface / "speed").read_text())
     except (OSError, ValueError):
         return None
-    return found if found > 0 else None
+    return mbit_s if mbit_s > 0 else None
 
 
 def rdma(folder: Path = Path("/sys/class/infiniband")) -> list[Json]:
     """Active ports of InfiniBand and RoCE (Linux, Documentation/ABI/stable/sysfs-class-infiniband)."""
-    found = []
+    ports = []
     for port in sorted(folder.glob("*/ports/*")):
         try:
             state, rate, link = ((port / name).read_text() for name in ("state", "rate", "link_layer"))
@@ -78,8 +78,8 @@ def rdma(folder: Path = Path("/sys/class/infiniband")) -> list[Json]:
             continue
         words = rate.split()
         if "ACTIVE" in state and words:
-            found.append({"device": port.parent.parent.name, "gbit_s": float(words[0]), "link": link.strip()})
-    return found
+            ports.append({"device": port.parent.parent.name, "gbit_s": float(words[0]), "link": link.strip()})
+    return ports
 
 
 def _links() -> list[Json]:

@@ -38,7 +38,7 @@ def _rank(process: Json) -> bool:
 
 def _dump(command: list[str], process: Json) -> str:
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             [*command, "dump", "--nonblocking", "--pid", str(process["pid"])],
             capture_output=True,
             text=True,
@@ -47,4 +47,4 @@ def _dump(command: list[str], process: Json) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"Process {process['pid']}: {process['name']}\n({error})\n"
-    return done.stdout or f"Process {process['pid']}: {process['name']}\n({done.stderr.strip()})\n"
+    return result.stdout or f"Process {process['pid']}: {process['name']}\n({result.stderr.strip()})\n"

@@ -19,8 +19,8 @@ _MACHINES = re.compile(r"#\s*\S+_(aarch64|x86_64)\.whl")
 
 def missing(deployment: Deployment, facts: Facts, environ: Mapping[str, str]) -> list[str]:
     """One entry for each missing thing, with what to do; empty: `deploy serve` can start."""
-    found = [*_share(deployment, facts), *_gpus(deployment, facts), *_lock(deployment, facts)]
-    return [*found, *_model(deployment.data.model.repo, environ)]
+    entries = [*_share(deployment, facts), *_gpus(deployment, facts), *_lock(deployment, facts)]
+    return [*entries, *_model(deployment.data.model.repo, environ)]
 
 
 def _share(deployment: Deployment, facts: Facts) -> Sequence[str]:

@@ -138,8 +138,8 @@ def unfinished(failed: Mapping[str, GracefarmError], ended: Mapping[str, int], o
     error = combined_error(failed, of)
     others = [f"{node} ({count})" for node, count in ended.items() if node not in failed and count]
     clean = [node for node in ended if node not in failed]
-    done = f"stopped on the others: {', '.join(others)} processes" if others else "nothing was running on the others"
-    done = done if clean else "nothing could be stopped"
+    stopped = f"stopped on the others: {', '.join(others)} processes" if others else "nothing was running on the others"
+    stopped = stopped if clean else "nothing could be stopped"
     away = ", ".join(failed)
     remedy = f"repeat `deploy down`, since processes on {away} may still run and cost; {error.remedy}"
-    return type(error)(f"{error.cause}; {done}", remedy=remedy, repeat="deploy down")
+    return type(error)(f"{error.cause}; {stopped}", remedy=remedy, repeat="deploy down")

@@ -31,10 +31,10 @@ def of_job(seen: Json, job: str) -> list[Json]:
 
 def stop_hint(who: str, otherwise: str) -> str:
     """How to stop a process that deploy.remote.network.holder named. `otherwise`: if it belongs to no deployment."""
-    found = re.search(r"\(process \d+ of deployment (\w+)\)", who)
-    if found is None:
+    match = re.search(r"\(process \d+ of deployment (\w+)\)", who)
+    if match is None:
         return otherwise
-    return f"run `deploy down` in the folder of that deployment (its file .deploy/id contains {found[1]})"
+    return f"run `deploy down` in the folder of that deployment (its file .deploy/id contains {match[1]})"
 
 
 def raylet(seen: Json, plan_mark: str | None = None) -> bool:

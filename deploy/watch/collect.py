@@ -320,16 +320,16 @@ def _hanging(log: bytes, texts: Mapping[str, bytes], head: str, silence: float) 
 
 def places(stacks: str) -> list[str]:
     """The innermost frame of each main thread in the output of py-spy, such as `all_reduce (torch/…py:1) in process 7`."""
-    found, process, main = [], "", False
+    frames, process, main = [], "", False
     for line in stacks.splitlines():
         if match := re.match(r"Process (\d+):", line):
             process, main = match[1], False
         elif line.startswith("Thread "):
             main = "MainThread" in line
         elif main and line.startswith("    "):
-            found.append(f"{line.strip()} in process {process}")
+            frames.append(f"{line.strip()} in process {process}")
             main = False
-    return found
+    return frames
 
 
 def _worker(content: bytes, names: Mapping[str, str], node: str, file: str) -> list[Finding]:

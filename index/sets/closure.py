@@ -130,11 +130,11 @@ def _lacking(
             name = str(canonicalize_name(requirement.name))
             if name in without:
                 continue
-            found = [each for each in by_project.get(name, []) if _satisfies(each.version, requirement)]
-            if not found:
+            candidates = [each for each in by_project.get(name, []) if _satisfies(each.version, requirement)]
+            if not candidates:
                 others = [each for each in files if each.project == name]
                 yield f"{_text(requirement)} (required by {file.project} {file.version}{_instead(others, requirement)})"
-            for each, wanted in product(found, map(canonicalize_name, requirement.extras)):
+            for each, wanted in product(candidates, map(canonicalize_name, requirement.extras)):
                 if (each.filename, wanted) not in seen:
                     seen.add((each.filename, wanted))
                     todo.append((each, wanted))

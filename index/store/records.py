@@ -262,8 +262,8 @@ def _name(document: Mapping[str, object], key: str) -> str:
             return value[:2000]
         if isinstance(value, Mapping):
             for part in ("name", "cause"):
-                if isinstance(found := value.get(part), str):
-                    return found[:2000]
+                if isinstance(text := value.get(part), str):
+                    return text[:2000]
     return ""
 
 
@@ -280,7 +280,7 @@ def _seconds(document: Mapping[str, object]) -> float | None:
 
 
 def _numbers(values: Iterable[object]) -> list[float]:
-    return [float(found) for value in values if (found := number(value)) is not None]
+    return [float(finite) for value in values if (finite := number(value)) is not None]
 
 
 def number(value: object) -> float | int | None:

@@ -27,6 +27,8 @@ from builder.audit import tag
 ROWS = {"a": 1}
 
 class Cell:
+    found: str
+
     def __init__(self):
         self._rows = []
 

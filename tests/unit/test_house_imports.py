@@ -269,10 +269,6 @@ def test_nothing_is_imported_under_another_name() -> None:
     report(aliases(outside()))
 
 
-def test_no_known_alias_is_left_over() -> None:
-    assert {(path, name) for path, _, name, _ in aliased(outside())} >= KNOWN_ALIASES
-
-
 BELOW = {
     "builder/audit/tag.py": "TAG = 1\n_HIDDEN = 2",
     "builder/data/toolchain/schedule.py": "",

@@ -29,10 +29,10 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
     return passed(GATE, "every PT_LOAD is aligned to at least 64 KiB")
 
 
-def _wrong(found: elf.Object) -> list[str]:
-    small = sorted({segment.align for segment in found.segments if segment.align < PAGE})
+def _wrong(binary: elf.Object) -> list[str]:
+    small = sorted({segment.align for segment in binary.segments if segment.align < PAGE})
     if small:
         return [f"PT_LOAD aligned to {align} bytes, less than a page of 64 KiB" for align in small]
-    if any((segment.address - segment.offset) % PAGE for segment in found.segments):
+    if any((segment.address - segment.offset) % PAGE for segment in binary.segments):
         return ["a PT_LOAD whose address and file offset differ modulo 64 KiB"]
     return []

@@ -37,11 +37,11 @@ def coded(contents: Contents, policy: Policy) -> dict[str, Path]:
     return {name: binary.path for name, binary in contents.loadable(policy.target).items() if binary.fatbin}
 
 
-def compare(found: dict[str, tuple[list[str], list[str]]], policy: Policy) -> Verdict:
+def compare(architectures: dict[str, tuple[list[str], list[str]]], policy: Policy) -> Verdict:
     wanted = set(policy.sm or ())
     extra = {sm for values in policy.sm_extra.values() for sm in values} - wanted
     complaints: list[str] = []
-    for name, (cubins, ptx) in found.items():
+    for name, (cubins, ptx) in architectures.items():
         counts = Counter(cubins)
         complaints += _ptx_complaints(name, counts, Counter(ptx), policy)
         complaints += [
@@ -53,11 +53,11 @@ def compare(found: dict[str, tuple[list[str], list[str]]], policy: Policy) -> Ve
         if not extra and len({counts[sm] for sm in wanted & set(counts)}) > 1:
             shown = ", ".join(f"{counts[sm]} for sm_{sm}" for sm in sorted(wanted))
             complaints.append(f"{name} has {shown}: a source was not compiled for all of them")
-    everywhere = {sm for cubins, _ptx in found.values() for sm in cubins}
+    everywhere = {sm for cubins, _ptx in architectures.values() for sm in cubins}
     complaints += [f"the recipe declares sm_{sm} (sm_extra), but no object has it" for sm in sorted(extra - everywhere)]
-    if len(found) > 1 or extra:
+    if len(architectures) > 1 or extra:
         complaints += [f"no object has a cubin for sm_{sm}" for sm in sorted(wanted - everywhere)]
-    details = [f"{name}: {_listed(cubins)}" for name, (cubins, _ptx) in found.items()]
+    details = [f"{name}: {_listed(cubins)}" for name, (cubins, _ptx) in architectures.items()]
     if complaints:
         return refused(GATE, list(dict.fromkeys(complaints)), details)
     names = ", ".join(f"sm_{sm}" for sm in sorted(everywhere))

@@ -27,6 +27,6 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
     return passed(GATE, f"{objects} for {policy.target}", sorted(loadable))
 
 
-def _machine(found: elf.Object) -> str:
-    order = "" if found.little_endian else ", big-endian"
-    return f"{found.machine.removeprefix('EM_').lower()} ({found.bits} bit{order})"
+def _machine(binary: elf.Object) -> str:
+    order = "" if binary.little_endian else ", big-endian"
+    return f"{binary.machine.removeprefix('EM_').lower()} ({binary.bits} bit{order})"

@@ -41,8 +41,8 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
     for path, entry in declared.items():
         if path not in contents.names:
             complaints.append(f"{path} is declared, but not in the wheel")
-        elif (found := _sha256(contents, path)) != entry.sha256:
-            complaints.append(f"{path} has sha256 {found}, but the recipe declares {entry.sha256}")
+        elif (digest := _sha256(contents, path)) != entry.sha256:
+            complaints.append(f"{path} has sha256 {digest}, but the recipe declares {entry.sha256}")
         else:
             details.append(f"{path} ({entry.license})")
     for entry in from_sources:

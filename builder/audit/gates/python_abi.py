@@ -34,8 +34,8 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
     return passed(GATE, f"the extension modules fit the tag {_text(tags)} and Python {policy.python}", sorted(modules))
 
 
-def _inits(found: elf.Object) -> list[str]:
-    return [symbol.removeprefix("PyInit_") for symbol in found.exports.symbols if symbol.startswith("PyInit_")]
+def _inits(binary: elf.Object) -> list[str]:
+    return [symbol.removeprefix("PyInit_") for symbol in binary.exports.symbols if symbol.startswith("PyInit_")]
 
 
 def _text(tags: frozenset[Tag]) -> str:
@@ -69,7 +69,7 @@ def _suffix(name: str, tags: frozenset[Tag], policy: Policy) -> list[str]:
     return complaints
 
 
-def _init(name: str, found: elf.Object) -> list[str]:
+def _init(name: str, binary: elf.Object) -> list[str]:
     stem = PurePosixPath(name).name.split(".")[0]
-    inits = _inits(found)
+    inits = _inits(binary)
     return [] if stem in inits else [f"{name} has no PyInit_{stem} (it has PyInit_{', PyInit_'.join(sorted(inits)[:3])})"]

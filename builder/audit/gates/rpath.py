@@ -36,6 +36,6 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
     return passed(GATE, "only entries relative to $ORIGIN" if kept else "no RPATH and no RUNPATH", kept)
 
 
-def entries(found: elf.Object) -> list[tuple[str, str]]:
+def entries(binary: elf.Object) -> list[tuple[str, str]]:
     """Tag and folder of each entry."""
-    return [("RPATH", entry) for entry in found.rpath] + [("RUNPATH", entry) for entry in found.runpath]
+    return [("RPATH", entry) for entry in binary.rpath] + [("RUNPATH", entry) for entry in binary.runpath]

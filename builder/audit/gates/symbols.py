@@ -83,10 +83,12 @@ def _roots(providers: Providers) -> list[Library]:
     """Objects that no other object of the wheel needs."""
     own = providers.own()
     needed = {
-        found.name
+        provider.name
         for library in own
         for soname in library.binary.needed
-        if (found := providers.find(soname, library)) is not None and found.place == "wheel" and found.name != library.name
+        if (provider := providers.find(soname, library)) is not None
+        and provider.place == "wheel"
+        and provider.name != library.name
     }
     # A cycle of objects has no root: each of its objects then counts as a root.
     roots = [library for library in own if library.name not in needed]

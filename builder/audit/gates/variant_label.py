@@ -25,11 +25,13 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
     try:
         measured = variant.measure(contents, policy)
         with zipfile.ZipFile(contents.wheel) as archive:
-            said = variants.parse(archive.read(members[0]), contents.label)
+            declared = variants.parse(archive.read(members[0]), contents.label)
     except ValueError as error:
         return refused(GATE, [str(error)])
-    if said.label != measured.label:
-        return refused(GATE, [f"the label is {said.label}, but {measured.label} was measured"])
-    if said != measured:
-        return refused(GATE, [f"{variants.MEMBER} has {dict(said.properties)}, but {dict(measured.properties)} was measured"])
-    return passed(GATE, f"{said.label}, as measured")
+    if declared.label != measured.label:
+        return refused(GATE, [f"the label is {declared.label}, but {measured.label} was measured"])
+    if declared != measured:
+        return refused(
+            GATE, [f"{variants.MEMBER} has {dict(declared.properties)}, but {dict(measured.properties)} was measured"]
+        )
+    return passed(GATE, f"{declared.label}, as measured")
