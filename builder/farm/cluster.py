@@ -14,7 +14,7 @@ from builder.compiling import jobs
 from builder.farm import code, remote
 from builder.planning.plan import Plan
 from builder.planning.stack import Arch, host_arch
-from gracefarm import extras
+from gracefarm import extras, process
 from gracefarm.errors import FarmError, UsageError
 from gracefarm.process import first_line, last_line
 from gracefarm.tables import parse_size
@@ -212,7 +212,8 @@ def _workers(ray: Any) -> list[Worker]:
 
 def _foreman(ray: Any) -> Any:
     """The foreman of this gracefarm on the cluster's head, started where there is none."""
-    ray.cloudpickle.register_pickle_by_value(remote)
+    for module in (remote, process):
+        ray.cloudpickle.register_pickle_by_value(module)
     options = {
         "name": f"foreman-{code.digest()[:16]}",
         "namespace": NAMESPACE,

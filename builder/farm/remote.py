@@ -1,7 +1,7 @@
 """What runs on the cluster: the foreman, one actor on the head, and a task for each cell.
 
-Ray sends this module by value, and it imports only Ray and the standard library. So a machine without gracefarm, or with a
-different one, can report that.
+Ray sends this module by value, with gracefarm.process; both import only Ray and the standard library. So a machine without
+gracefarm, or with a different one, can report that.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import IO, Any
+
+from gracefarm.process import first_line, last_line
 
 RETRIES = 3
 "Further tries of a cell whose worker died."
@@ -196,14 +198,21 @@ class Foreman:
                 return lost(f"{cell.job['title']}: no worker for {cell.job['host']} is left on the farm")
         try:
             answer: dict[str, Any] = future.result()
-        except exceptions.TaskCancelledError:
-            return lost("the build was ended")
-        except exceptions.RayTaskError as error:
-            return lost(f"{cell.job['title']}: {str(error.cause or error).strip().splitlines()[-1]}")
         except exceptions.RayError as error:
-            reason = (str(error).strip().splitlines() or [""])[0]
-            return lost(f"{cell.job['title']}: its worker died {cell.tries} times: {type(error).__name__}, {reason}")
+            return lost(cause_of(error, cell.job["title"], cell.tries))
         return answer
+
+
+def cause_of(error: Exception, title: str, tries: int) -> str:
+    """Why a cell left no record, from the error of its last task."""
+    from ray import exceptions
+
+    match error:
+        case exceptions.TaskCancelledError():
+            return "the build was ended"
+        case exceptions.RayTaskError(cause=cause):
+            return f"{title}: {last_line(str(cause or error))}"
+    return f"{title}: its worker died {tries} times: {type(error).__name__}, {first_line(str(error))}"
 
 
 def lost(cause: str) -> dict[str, Any]:
@@ -273,8 +282,7 @@ def run_program(job: dict[str, Any], project: bytes, send: Callable[[list[str]],
             readers[1].join(PATIENCE)
         finally:
             end_group(program)
-    last = [line for line in b"".join(errors).decode(errors="replace").splitlines() if line.strip()]
-    return answer, last[-1] if last else f"exit code {program.returncode}"
+    return answer, last_line(b"".join(errors).decode(errors="replace"), f"exit code {program.returncode}")
 
 
 def read_into(stream: IO[bytes], put: Callable[[bytes], object]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ray import exceptions
 
 from builder.compiling import ccache_socket, jobs
 from builder.compiling.ccache_socket import serving
@@ -97,6 +98,20 @@ def test_the_digest_of_the_code_is_that_of_its_files(monkeypatch: pytest.MonkeyP
 def test_what_a_build_prints_that_is_no_event_is_passed_over() -> None:
     assert remote.parsed(b"ninja: nothing\n") == remote.parsed(b"[1]\n") == remote.parsed(None) == {}
     assert remote.parsed(b'{"event": "step"}\n') == {"event": "step"}
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (exceptions.TaskCancelledError(), "the build was ended"),
+        (exceptions.RayTaskError("build_cell", "", ValueError("first\nlast")), "tiny: last"),
+        (exceptions.RayTaskError("build_cell", "", ValueError()), "tiny: it gave no reason"),
+        (exceptions.RayError("first\nlast"), "tiny: its worker died 4 times: RayError, first"),
+        (exceptions.RayError(), "tiny: its worker died 4 times: RayError, it gave no reason"),
+    ],
+)
+def test_a_lost_cell_has_a_cause_even_if_ray_says_nothing(error: Exception, cause: str) -> None:
+    assert remote.cause_of(error, "tiny", 4) == cause
 
 
 class Entries:
