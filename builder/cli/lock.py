@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 import click
 
 from builder.cli.options import stack_of, start, toolchain_option
-from builder.ground import interpreters
+from builder.ground.interpreters import catalogue
 from builder.ground.interpreters.debian_suite import DebianInterpreter
 from builder.planning import gaps, pins, recipe, stack
 from builder.planning.recipe import LoadedRecipe, ToolchainKind
 from builder.planning.settings import Settings
 from builder.planning.stack import LoadedStack
 from builder.sets import definition
-from builder.toolchains import KINDS
+from builder.toolchains.kinds import KINDS
 from gracefarm.cli import json_option
 from gracefarm.console import Console
 from gracefarm.errors import SeveralError, UsageError
@@ -24,7 +24,7 @@ NAMES: Mapping[str, Callable[[Settings], list[str]]] = {
     "recipes": lambda settings: recipe.names(settings.project / "recipes"),
     "stacks": lambda settings: stack.names(settings.project / "stacks"),
     "sets": definition.names,
-    "interpreters": lambda settings: interpreters.names(settings.project / "interpreters"),
+    "interpreters": lambda settings: catalogue.names(settings.project / "interpreters"),
 }
 "Folder of a project to the names of what can be locked in it."
 
@@ -152,14 +152,14 @@ def build_lock(loaded: LoadedRecipe, base: LoadedStack, settings: Settings, cons
     """
     from builder.ground import resolve
 
-    names = [None, *interpreters.names(settings.project / "interpreters")]
+    names = [None, *catalogue.names(settings.project / "interpreters")]
     stacks = [stack_of(base.folder.name, name, settings) for name in names]
     with console.progress("lock") as tick:
         return resolve.build_lock(loaded, [entry for entry in stacks if entry.requirements_lock.is_file()], settings, tick)
 
 
 def _lock_interpreter(name: str, settings: Settings, console: Console) -> None:
-    interpreter = interpreters.load(settings.project / "interpreters", name)
+    interpreter = catalogue.load(settings.project / "interpreters", name)
     if not isinstance(interpreter, DebianInterpreter):
         console.result([], f"{name} is pinned in its interpreter.toml and has no lock")
         return

@@ -13,14 +13,14 @@ from packaging.version import Version
 from builder.cli.options import stack_of, start
 from builder.flow import publishing
 from builder.flow.matrix import CellReport, document, report
-from builder.ground import interpreters
+from builder.ground.interpreters import catalogue
 from builder.planning import matrix, recipe, stack
 from builder.planning.matrix import Cell, Known
 from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from builder.proof import record
-from builder.toolchains import KINDS
 from builder.toolchains.choice import ToolchainChoice
+from builder.toolchains.kinds import KINDS
 from gracefarm.cli import json_option
 from gracefarm.errors import ConfigError, UsageError
 
@@ -143,7 +143,7 @@ def cells_of(text: str, names: Sequence[str], settings: Settings, part: Part) ->
         # A recipe that was not requested may be broken: the selector knows its name, and its cells are skipped.
         recipes=dict.fromkeys(recipe.of_wheels(folder), "") | {entry.key: entry.data.stack for entry in loaded},
         stacks=stacks,
-        interpreters=interpreters.names(settings.project / "interpreters"),
+        interpreters=catalogue.names(settings.project / "interpreters"),
     )
     cells = matrix.expand(text, known, [entry.key for entry in loaded] if names else ())
     if part.only is not None:

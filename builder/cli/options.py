@@ -9,8 +9,7 @@ from typing import Any
 
 import click
 
-from builder import toolchains
-from builder.ground import interpreters
+from builder.ground.interpreters import catalogue
 from builder.planning import device_code, recipe, stack
 from builder.planning.plan import Plan, Wanted
 from builder.planning.recipe import ToolchainKind
@@ -18,8 +17,9 @@ from builder.planning.settings import PACKAGED, Settings, load
 from builder.planning.stack import Arch, LoadedStack
 from builder.proof import record
 from builder.proof.record import Record
-from builder.toolchains import KINDS
+from builder.toolchains import kinds
 from builder.toolchains.choice import ToolchainChoice
+from builder.toolchains.kinds import KINDS
 from gracefarm.cli import json_requested
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, UsageError
@@ -253,7 +253,7 @@ def stack_of(name: str, interpreter: str | None, settings: Settings) -> LoadedSt
     Raises:
         ConfigError: the project has no such stack or interpreter.
     """
-    return interpreters.into(stack.load(settings.project / "stacks", name), settings.project / "interpreters", interpreter)
+    return catalogue.into(stack.load(settings.project / "stacks", name), settings.project / "interpreters", interpreter)
 
 
 def as_built(built: Record, own: Path | None, python: str | None, cuda: Path | None) -> ToolchainChoice:
@@ -268,7 +268,7 @@ def as_built(built: Record, own: Path | None, python: str | None, cuda: Path | N
             "the earlier build used --environment, but its record does not contain the path",
             remedy="add --environment PATH",
         )
-    on = wanted(toolchains.of_inputs(built.inputs).kind, own, python or built.interpreter, cuda)
+    on = wanted(kinds.of_inputs(built.inputs).kind, own, python or built.interpreter, cuda)
     asked = replace(on, sm=built.asked_sm, ptx=built.asked_ptx, variant=built.asked_variant)
     return replace(asked, from_source=built.from_source)
 

@@ -11,7 +11,8 @@ import click
 from packaging.version import Version
 
 from builder.cli.options import start
-from builder.ground import interpreters, new_stack, resolve
+from builder.ground import new_stack, resolve
+from builder.ground.interpreters import catalogue
 from builder.ground.new_stack import TorchRelease
 from builder.planning import stack
 from builder.planning.settings import Settings
@@ -108,8 +109,8 @@ def _pythons(settings: Settings) -> dict[str, str]:
     """Version to the name of its first interpreter in interpreters/."""
     folder = settings.project / "interpreters"
     names: dict[str, str] = {}
-    for name in interpreters.names(folder):
-        names.setdefault(interpreters.load(folder, name).python, name)
+    for name in catalogue.names(folder):
+        names.setdefault(catalogue.load(folder, name).python, name)
     return names
 
 
@@ -122,7 +123,7 @@ def _lock_all(
     for number, python in enumerate(wanted, 1):
         interpreter = None
         if python != new.data.python:
-            interpreter = interpreters.load(settings.project / "interpreters", pythons[python])
+            interpreter = catalogue.load(settings.project / "interpreters", pythons[python])
         loaded = replace(new, interpreter=interpreter)
         try:
             text = resolve.requirements_lock(loaded, settings, _nested(tick, number, len(wanted), python))

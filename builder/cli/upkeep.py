@@ -10,9 +10,9 @@ from pathlib import Path
 import click
 from pydantic import BaseModel
 
-from builder import toolchains
 from builder.cli.options import last_build, plan_of, start
 from builder.proof import record
+from builder.toolchains import kinds
 from builder.toolchains.choice import ToolchainChoice
 from gracefarm.cli import json_option, show_schemas
 from gracefarm.errors import ConfigError, ExitCode
@@ -80,7 +80,7 @@ def shell_command(name: str) -> None:
     settings, console = start()
     last = last_build(name, settings)
     folder = record.folder(settings, last.build_id) / "work"
-    kind = toolchains.of_inputs(last.inputs).kind
+    kind = kinds.of_inputs(last.inputs).kind
     on = ToolchainChoice(
         kind=kind,
         interpreter=last.interpreter,

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import click
 
-from builder import toolchains
 from builder.cli.options import FILE, jobs_option, last_wheel, stack_of, start
-from builder.ground import interpreters
+from builder.ground.interpreters import catalogue
 from builder.planning import recipe, stack
 from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch
 from builder.proof import signing, verify
 from builder.proof.verify import Inside, WheelCheck
+from builder.toolchains import kinds
 from builder.toolchains.choice import ToolchainChoice
 from gracefarm.cli import json_option
 from gracefarm.console import Console
@@ -96,7 +96,7 @@ def _plan_of(inside: Inside, wheel: Path, settings: Settings) -> Plan:
             objects contain the path of the folder, so a wheel from another folder always differs.
         ConfigError: no recipe and stack of the project have this build id.
     """
-    kind = toolchains.of_inputs(inside.inputs)
+    kind = kinds.of_inputs(inside.inputs)
     if kind.unsealed is not None:
         raise UsageError(
             f"{wheel.name} was built {kind.unsealed}",
@@ -107,7 +107,7 @@ def _plan_of(inside: Inside, wheel: Path, settings: Settings) -> Plan:
     sm, ptx = tuple(inside.inputs["stack"]["sm"]), inside.inputs["stack"].get("ptx")
     variant = bool(inside.inputs.get("variant"))
     on = ToolchainChoice(kind=kind.kind, sm=sm or None, ptx=ptx or "none", variant=variant)
-    known = [None, *interpreters.names(settings.project / "interpreters")]
+    known = [None, *catalogue.names(settings.project / "interpreters")]
     for name, interpreter in itertools.product(stack.names(settings.project / "stacks"), known):
         base = stack_of(name, interpreter, settings)
         # The stack cannot build for a Python without a lock.

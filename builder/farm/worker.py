@@ -14,7 +14,7 @@ from builder.farm import code
 from builder.farm.job import CellAnswer, Job
 from builder.flow import build
 from builder.flow.attempt import BuildOptions
-from builder.ground import interpreters
+from builder.ground.interpreters import catalogue
 from builder.planning import recipe, stack
 from builder.planning.plan import Caches, Plan
 from builder.planning.settings import Settings
@@ -77,7 +77,7 @@ def _plan(job: Job, settings: Settings) -> Plan:
     """
     base = stack.load(settings.project / "stacks", job.stack)
     choice = ToolchainChoice(interpreter=job.interpreter, sm=job.sm, ptx=job.ptx, variant=job.variant)
-    on = interpreters.into(base, settings.project / "interpreters", job.interpreter)
+    on = catalogue.into(base, settings.project / "interpreters", job.interpreter)
     plan = choice.plan(recipe.load(settings.project / "recipes", job.recipe), on, job.target)
     if plan.build_id != job.build_id:
         raise ConfigError(

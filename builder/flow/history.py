@@ -11,7 +11,7 @@ from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from builder.proof import record
 from builder.proof.record import Likeness, Record
-from builder.toolchains import KINDS
+from builder.toolchains.kinds import KINDS
 from gracefarm.console import Tick
 
 

@@ -75,7 +75,7 @@ NO_CACHES = Caches(compiler=False, device=False)
 class Toolchain(Protocol):
     """Compilers, Python and packages of a build, and the place where it runs.
 
-    builder.toolchains has a module for each kind; `builder.toolchains.KINDS` lists them. The methods here are the defaults.
+    builder.toolchains has a module for each kind, and its module `kinds` lists them. The methods here are the defaults.
     """
 
     kind: ClassVar[ToolchainKind]

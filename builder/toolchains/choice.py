@@ -9,7 +9,7 @@ from builder.planning import device_code, recipe, stack
 from builder.planning.plan import Plan, Toolchain, Wanted
 from builder.planning.recipe import LoadedRecipe, TakenTree, ToolchainKind
 from builder.planning.stack import Arch, LoadedStack, host_arch
-from builder.toolchains import KINDS
+from builder.toolchains.kinds import KINDS
 from builder.toolchains.sandbox import SandboxToolchain
 from gracefarm.errors import ConfigError
 

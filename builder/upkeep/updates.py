@@ -15,7 +15,7 @@ import uv
 from packaging.version import InvalidVersion, Version
 
 from builder.fetch.urls import split_credentials
-from builder.ground import interpreters
+from builder.ground.interpreters import catalogue
 from builder.ground.interpreters.tables import InterpreterTable
 from builder.planning import recipe, stack
 from builder.planning.settings import Settings
@@ -125,7 +125,7 @@ def _pins(settings: Settings) -> Iterator[Upstream]:
         newest, change = max(versions, key=Version), "builder stack new NAME --torch {version}"
         yield Upstream(kind="torch", name="torch", current=newest, releases=_of_index("torch", settings), change=change)
     folder = settings.project / "interpreters"
-    for name in interpreters.names(folder):
+    for name in catalogue.names(folder):
         table = tables.read(folder / name / "interpreter.toml", InterpreterTable)
         if table.source.kind == "archive":
             change = f"set version, url and sha256 in interpreters/{name}/interpreter.toml to {{version}}"
