@@ -262,13 +262,13 @@ def as_built(built: Record, own: Path | None, python: str | None, cuda: Path | N
     Raises:
         UsageError: it used an environment of the user, whose path is not recorded, or options exclude each other.
     """
-    toolchain = built.inputs.get("toolchain")
-    if own is None and isinstance(toolchain, dict) and "distributions" in toolchain:
+    toolchain = kinds.of_inputs(built.inputs)
+    if own is None and toolchain.used_environment(built.inputs):
         raise UsageError(
             "the earlier build used --environment, but its record does not contain the path",
             remedy="add --environment PATH",
         )
-    on = wanted(kinds.of_inputs(built.inputs).kind, own, python or built.interpreter, cuda)
+    on = wanted(toolchain.kind, own, python or built.interpreter, cuda)
     asked = replace(on, sm=built.asked_sm, ptx=built.asked_ptx, variant=built.asked_variant)
     return replace(asked, from_source=built.from_source)
 

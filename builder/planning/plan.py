@@ -101,6 +101,11 @@ class Toolchain(Protocol):
         """
 
     @classmethod
+    def used_environment(cls, inputs: Mapping[str, object]) -> bool:
+        """Whether a build with these inputs used an environment of the user, whose path no record has."""
+        return False
+
+    @classmethod
     def gaps(cls, stack: LoadedStack, target: Arch | None = None) -> list[Gap]:
         """Unknown digests of parts of a stack that only builds of this kind use; for one target, or for all."""
         return []

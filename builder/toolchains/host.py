@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -46,6 +46,12 @@ class HostToolchain(Toolchain):
     def find(cls, stack: LoadedStack, wanted: Wanted, *, cuda: bool) -> Self:
         """See Toolchain."""
         return cls(tools=host_tools.find(stack, wanted, cuda=cuda))
+
+    @classmethod
+    def used_environment(cls, inputs: Mapping[str, object]) -> bool:
+        """See Toolchain."""
+        toolchain = inputs["toolchain"]
+        return isinstance(toolchain, Mapping) and "distributions" in toolchain  # see HostTools.inputs
 
     @property
     def differences(self) -> tuple[str, ...]:

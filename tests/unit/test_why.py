@@ -18,7 +18,7 @@ from builder.planning.stack import Arch
 from builder.proof import judges, record
 from builder.proof.record import Record, Stage
 from builder.proof.why import Change, changes
-from builder.toolchains import choice
+from builder.toolchains import choice, kinds
 from builder.toolchains.container import ContainerToolchain
 from gracefarm.errors import ConfigError, SeveralError, UsageError
 
@@ -204,3 +204,16 @@ def test_all_says_how_many_cells_a_change_of_ours_rebuilds(project: Path, monkey
     assert counts() == {"rebuilt": 1, "blocked": 1}
     done = CliRunner().invoke(cli, ["why", "--all"], catch_exceptions=False, standalone_mode=False)
     assert "blocked   causal_conv1d cu130 root aarch64: unknown recipe 'causal_conv1d'" in " ".join(done.stdout.split("\n"))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "used"),
+    [
+        ({}, False),
+        ({"toolchain": {"kind": "container"}}, False),
+        ({"toolchain": {"kind": "host"}}, False),
+        ({"toolchain": {"kind": "host", "distributions": {}}}, True),
+    ],
+)
+def test_the_inputs_tell_whether_a_build_used_an_environment_of_the_user(inputs: dict[str, object], used: bool) -> None:
+    assert kinds.of_inputs(inputs).used_environment(inputs) is used
