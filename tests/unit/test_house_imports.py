@@ -66,6 +66,8 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
 BY_STRING = {"getattr", "hasattr", "setattr", "delattr", "attrgetter", "patch", "object"}
 # What the standard library and named tuples call `_name` and document.
 DOCUMENTED = {"_exit", "_replace", "_asdict", "_fields", "_make", "_MEIPASS"}
+# Packages whose __init__ offers what their modules define; two have a command line's entry point.
+OPEN_PACKAGES = {"builder.audit", "builder.fetch", "deploy.cli", "index.cli"}
 # What the documentation of a library imports under another name.
 CONVENTIONS = {("strategies", "st")}
 # Imports whose own name another class of the file has: they await a change of these files.
@@ -172,6 +174,15 @@ def circles(modules: dict[str, Module]) -> Iterator[str]:
         del edges[circle[0]][circle[1]]
 
 
+def own_imports(modules: dict[str, Module]) -> Iterator[str]:
+    """Imports of `__init__` from its own package: each of the modules imports the package first, unseen by `circles`."""
+    for each in imports(modules):
+        package = each.importer
+        inside = each.imported.name.startswith(f"{package.name}.")
+        if package.path.endswith("/__init__.py") and inside and package.name not in OPEN_PACKAGES:
+            yield f"{each} {package.name} imports its own {each.imported.name}: move what needs it to a module of the package"
+
+
 def first_circle(edges: dict[str, dict[str, Import]]) -> list[str] | None:
     """Names of the modules of a circle, the first again at the end, importers first."""
     try:
@@ -253,6 +264,10 @@ def test_no_circle_of_imports() -> None:
     report(circles(layered()))
 
 
+def test_a_package_imports_nothing_of_its_own() -> None:
+    report(own_imports(layered()))
+
+
 def test_no_program_imports_another_and_nobody_imports_tools() -> None:
     report(across(outside()))
 
@@ -295,6 +310,12 @@ BELOW = {
         (upward, "builder/fetch/git.py", "importlib.import_module('builder.audit.tag')", "fetch/git.py:1 "),
         (upward, "index/limits.py", "from index import names", "limits is not above names"),
         (circles, "index/errors.py", "import index.errors", "index/errors.py:1 index.errors: a circle"),
+        (
+            own_imports,
+            "gracefarm/__init__.py",
+            "from gracefarm.files import A",
+            "gracefarm/__init__.py:1 gracefarm imports its own gracefarm.files",
+        ),
         (across, "index/app.py", "from builder.audit.tag import TAG", "index imports builder.audit.tag"),
         (across, "gracefarm/app.py", "import index.names", "gracefarm imports index.names"),
         (across, "deploy/app.py", "from tools import options", "deploy imports tools.options"),
@@ -358,4 +379,4 @@ def test_the_checkers_see_a_circle_of_three() -> None:
 
 
 def test_the_checkers_let_pass_what_is_allowed() -> None:
-    let_pass((unplaced, upward, circles, across, private_imports, aliases), BELOW)
+    let_pass((unplaced, upward, circles, own_imports, across, private_imports, aliases), BELOW)
