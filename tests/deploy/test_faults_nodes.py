@@ -290,7 +290,7 @@ def test_another_environment_starts_ray_and_the_engine_anew(made: Rehearsal) -> 
     try:
         plan = (made.folder / ".deploy" / "plan.json").read_text()
         said = well(made, "serve", seconds=400)
-        assert "of another plan or environment" in said
+        assert "different plan or environment" in said
         assert (made.folder / ".deploy" / "plan.json").read_text() == plan
         second = serving(made)
         assert all(second[name] and second[name] != first[name] for name in first), (first, second)
