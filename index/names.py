@@ -67,7 +67,7 @@ class Distribution:
     def stem(self) -> str:
         """NAME-VERSION as the file name spells it: the .dist-info or top folder inside."""
         if self.kind == "sdist":
-            return self.filename.removesuffix(".tar.gz")
+            return self.filename.removesuffix(".tar.gz").removesuffix(".zip")
         return "-".join(self.filename.split("-")[:2])
 
 
@@ -123,6 +123,16 @@ def parse_filename(filename: str, *, published: bool = False) -> Distribution:
         f"{filename} is neither a wheel nor an sdist",
         remedy="upload NAME-VERSION-TAGS.whl (PEP 427) or NAME-VERSION.tar.gz (PEP 625)",
     )
+
+
+def parse_mirrored(filename: str) -> Distribution:
+    """Parse the file name of a mirrored file. Sdists that are older than PEP 625 may also be zip archives.
+
+    Raises:
+        RefusedError: it is neither the name of a wheel nor of an sdist.
+    """
+    check_plain(filename)
+    return _sdist(filename, published=True) if filename.endswith(".zip") else parse_filename(filename, published=True)
 
 
 def check_plain(filename: str) -> None:

@@ -16,7 +16,9 @@ from index.sets import machines, mirroring, staged
 @in_context
 @click.argument("lock", type=click.Path(path_type=Path))
 @click.option("--set", "set_name", required=True, help="Name of the set. The set is created if it does not exist.")
-@click.option("--link", is_flag=True, help="Store links to the upstream files instead of copies.")
+@click.option(
+    "--link", is_flag=True, help="Store links to the upstream files instead of copies. Each file is fetched once, to check it."
+)
 @click.option(
     "--platform",
     "platforms",

@@ -13,9 +13,9 @@ from packaging.utils import canonicalize_name
 from gracefarm.files import CHUNK
 from index.errors import RefusedError
 from index.intake import metadata
-from index.intake.archive import MAX_MEMBERS, MAX_RATIO, MAX_UNPACKED, RATIO_FLOOR
+from index.intake.archive import MAX_MEMBERS, MAX_RATIO, MAX_UNPACKED, RATIO_FLOOR, open_zip
 from index.intake.defects import Defects
-from index.intake.metadata import Metadata
+from index.intake.metadata import HasFile, Metadata
 from index.names import Distribution, same_version
 
 MAX_HEADER = 1 << 20
@@ -61,6 +61,29 @@ def inspect(path: Path, defects: Defects) -> tuple[Metadata, None, None]:
     Raises:
         RefusedError: the sdist is invalid.
     """
+    read = _inspect_zip if defects.distribution.filename.endswith(".zip") else _inspect_tar
+    return read(path, defects), None, None
+
+
+def _inspect_zip(path: Path, defects: Defects) -> Metadata:
+    """Sdists older than PEP 625 may be zip archives. pip and uv install them."""
+    distribution = defects.distribution
+    with open_zip(path, distribution.filename) as archive:
+        names = archive.namelist()
+        top = _own_folder(names[0], distribution) if names else distribution.stem
+        for name in names:
+            if name.partition("/")[0] != top:
+                raise _outside(name, top, distribution)
+        member = archive.NameToInfo.get(f"{top}/PKG-INFO")
+        if member is None or member.file_size > metadata.MAX_METADATA:
+            raise RefusedError(
+                f"{distribution.filename} lacks {top}/PKG-INFO, or it is too large", remedy="build it with a PEP 517 backend"
+            )
+        _check_project(defects, lambda name: f"{top}/{name}" in archive.NameToInfo)
+        return metadata.read(archive.read(member), defects, lambda name: f"{top}/{name}" in archive.NameToInfo)
+
+
+def _inspect_tar(path: Path, defects: Defects) -> Metadata:
     distribution = defects.distribution
     names: set[int] = set()
     bound = max(RATIO_FLOOR, min(MAX_UNPACKED, path.stat().st_size * MAX_RATIO))
@@ -82,7 +105,14 @@ def inspect(path: Path, defects: Defects) -> tuple[Metadata, None, None]:
         raise RefusedError(
             f"{distribution.filename} lacks {distribution.stem}/PKG-INFO", remedy="build it with a PEP 517 backend"
         )
-    return metadata.read(raw, defects, lambda name: hash(name) in names), None, None
+    _check_project(defects, lambda name: hash(name) in names)
+    return metadata.read(raw, defects, lambda name: hash(name) in names)
+
+
+def _check_project(defects: Defects, has_file: HasFile) -> None:
+    """pip and uv select an sdist before they look for the file that builds it."""
+    if not has_file("pyproject.toml") and not has_file("setup.py"):
+        defects.refuse("it contains neither pyproject.toml nor setup.py", remedy="build it with a PEP 517 backend")
 
 
 class _SparseError(tarfile.TarError):
@@ -113,7 +143,7 @@ def _walk(archive: tarfile.TarFile, distribution: Distribution, names: set[int])
             )
         if any(key.startswith("GNU.sparse.") for key in member.pax_headers):
             raise _SparseError
-        top = top or _own_folder(member, distribution)
+        top = top or _own_folder(member.name, distribution)
         _check_member(member, top, distribution)
         if member.isreg():
             names.add(hash(member.name.partition("/")[2]))  # hashes, since there may be many long names
@@ -122,9 +152,9 @@ def _walk(archive: tarfile.TarFile, distribution: Distribution, names: set[int])
     return raw
 
 
-def _own_folder(member: tarfile.TarInfo, distribution: Distribution) -> str:
+def _own_folder(path: str, distribution: Distribution) -> str:
     """The top folder of an sdist published elsewhere: NAME-VERSION in any spelling, since older backends differ."""
-    folder = member.name.partition("/")[0]
+    folder = path.partition("/")[0]
     name, _, version = folder.rpartition("-")
     own = canonicalize_name(name) == distribution.project and same_version(version, distribution.version)
     return folder if own else distribution.stem
@@ -142,13 +172,16 @@ def _read(archive: tarfile.TarFile, member: tarfile.TarInfo, distribution: Distr
     return bytes(content)
 
 
+def _outside(name: str, top: str, distribution: Distribution) -> RefusedError:
+    return RefusedError(
+        f"{distribution.filename} contains {name!r}, outside its folder {top}/", remedy="build the sdist again"
+    )
+
+
 def _check_member(member: tarfile.TarInfo, top: str, distribution: Distribution) -> None:
     parts = member.name.rstrip("/").split("/")
     if member.name.startswith("/") or "\\" in member.name or "\0" in member.name or ".." in parts or parts[0] != top:
-        raise RefusedError(
-            f"{distribution.filename} contains {member.name!r}, outside its folder {top}/",
-            remedy="build the sdist again",
-        )
+        raise _outside(member.name, top, distribution)
     if not (member.isreg() or member.isdir() or member.issym() or member.islnk()):
         raise RefusedError(f"{distribution.filename}: {member.name} is a device or pipe", remedy="build the sdist again")
     if member.issym() or member.islnk():

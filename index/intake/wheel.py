@@ -10,13 +10,12 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from packaging.tags import parse_tag
 from packaging.utils import canonicalize_name
 
 from gracefarm import variants
 from gracefarm.files import CHUNK
 from index.errors import RefusedError
-from index.intake import entry_points, metadata
+from index.intake import entry_points, metadata, wheel_file
 from index.intake.archive import open_zip
 from index.intake.defects import Defects
 from index.intake.metadata import Metadata
@@ -32,10 +31,11 @@ _UNRECORDED = ("RECORD", "RECORD.jws", "RECORD.p7s")
 _HASHES = ("sha256", "sha384", "sha512")
 
 
-def inspect(path: Path, defects: Defects) -> tuple[Metadata, bytes | None, str | None]:
+def inspect(path: Path, defects: Defects, *, locked: bool = False) -> tuple[Metadata, bytes | None, str | None]:
     """Check the whole wheel at `path`; return its metadata, and the farm's record and variant.json if it contains them.
 
-    Reads every byte, which takes seconds for gigabytes: do not call it on the event loop.
+    Reads every byte, which takes seconds for gigabytes: do not call it on the event loop. The bytes of a `locked` wheel are
+    those that a lock names, so they are not compared with RECORD.
 
     Raises:
         RefusedError: the wheel is invalid.
@@ -43,8 +43,11 @@ def inspect(path: Path, defects: Defects) -> tuple[Metadata, bytes | None, str |
     distribution = defects.distribution
     with open_zip(path, distribution.filename) as archive:
         folder = _dist_info(archive, distribution)
-        _check_wheel(archive, folder, defects)
-        _check_record(archive, folder, distribution)
+        wheel_file.check(_small(archive, f"{folder}/WHEEL", distribution), defects)
+        wheel_file.check_data(archive.namelist(), defects)
+        rows = _rows(archive, folder, defects)
+        if not locked:
+            _check_record(archive, folder, _record(rows, distribution), distribution)
 
         def has_licence(name: str) -> bool:
             return f"{folder}/licenses/{name}" in archive.NameToInfo
@@ -58,24 +61,6 @@ def inspect(path: Path, defects: Defects) -> tuple[Metadata, bytes | None, str |
             _small(archive, record, distribution) if record in archive.NameToInfo else None,
             _variant(archive, folder, distribution),
         )
-
-
-def read_locked(path: Path, defects: Defects) -> Metadata | None:
-    """METADATA of a wheel with a locked digest, trusted as far as the lock is. None if the wheel has no readable METADATA.
-
-    Raises:
-        RefusedError: with this file, installers would fail on the whole project.
-    """
-    wanted = f"{defects.distribution.stem}.dist-info".lower()
-    try:
-        with zipfile.ZipFile(path) as archive:
-            folder = next((name.split("/")[0] for name in archive.namelist() if name.split("/")[0].lower() == wanted), wanted)
-            member = archive.NameToInfo.get(f"{folder}/METADATA")
-            if member is None or member.file_size > metadata.MAX_METADATA:
-                return None
-            return metadata.read(archive.read(member), defects, lambda name: f"{folder}/licenses/{name}" in archive.NameToInfo)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError):
-        return None
 
 
 def _variant(archive: zipfile.ZipFile, folder: str, distribution: Distribution) -> str | None:
@@ -133,20 +118,9 @@ def _small(archive: zipfile.ZipFile, name: str, distribution: Distribution) -> b
     return archive.read(member)
 
 
-def _check_wheel(archive: zipfile.ZipFile, folder: str, defects: Defects) -> None:
-    """WHEEL must contain the same tags as the file name: installers trust WHEEL, resolvers trust the name."""
-    distribution = defects.distribution
-    text = _small(archive, f"{folder}/WHEEL", distribution).decode("utf-8", "replace")
-    tags = {tag for line in text.splitlines() if line.lower().startswith("tag:") for tag in parse_tag(line[4:].strip())}
-    if tags and tags != distribution.tags:
-        defects.note(
-            f"its WHEEL file has the tags {', '.join(sorted(map(str, tags)))}",
-            remedy="retag the wheel with `python -m wheel tags`, which changes the file name and the WHEEL file",
-        )
-
-
-def _check_record(archive: zipfile.ZipFile, folder: str, distribution: Distribution) -> None:
-    listed = _record(archive, folder, distribution)
+def _check_record(
+    archive: zipfile.ZipFile, folder: str, listed: dict[str, tuple[str, str]], distribution: Distribution
+) -> None:
     present = {name for name in archive.namelist() if not name.endswith("/")}
     excused = {f"{folder}/{name}" for name in _UNRECORDED}
     if missing := sorted(present - listed.keys() - excused):
@@ -167,22 +141,30 @@ def _check_record(archive: zipfile.ZipFile, folder: str, distribution: Distribut
             raise RefusedError(f"{distribution.filename}: RECORD has a wrong size for {name}", remedy="build the wheel again")
 
 
-def _record(archive: zipfile.ZipFile, folder: str, distribution: Distribution) -> dict[str, tuple[str, str]]:
+def _rows(archive: zipfile.ZipFile, folder: str, defects: Defects) -> list[list[str]]:
+    """The lines of RECORD. Installers read them, but do not compare the digests.
+
+    Raises:
+        RefusedError: pip or uv cannot read them.
+    """
+    remedy = "build the wheel again"
+    raw = _small(archive, f"{folder}/RECORD", defects.distribution)
     try:
-        rows = list(csv.reader(io.StringIO(_small(archive, f"{folder}/RECORD", distribution).decode("utf-8")), strict=True))
+        rows = list(csv.reader(io.StringIO(raw.decode("utf-8")), strict=True))
     except (csv.Error, UnicodeDecodeError) as error:
-        raise RefusedError(
-            f"{distribution.filename}: RECORD is not readable: {error}", remedy="build the wheel again"
-        ) from None
-    listed: dict[str, tuple[str, str]] = {}
+        defects.refuse(f"RECORD is not readable: {error}", remedy=remedy)
     for row in rows:
-        if not row:
-            continue
-        if len(row) != 3 or row[0] in listed:
-            raise RefusedError(
-                f"{distribution.filename}: RECORD has an invalid line {','.join(row)!r}", remedy="build the wheel again"
-            )
-        listed[row[0]] = (row[1], row[2])
+        if len(row) != 3 or not (row[2] == "" or (row[2].isascii() and row[2].isdigit())):
+            defects.refuse(f"RECORD has an invalid line {','.join(row)[:200]!r}", remedy=remedy)
+    return rows
+
+
+def _record(rows: list[list[str]], distribution: Distribution) -> dict[str, tuple[str, str]]:
+    listed: dict[str, tuple[str, str]] = {}
+    for name, digest, size in rows:
+        if name in listed:
+            raise RefusedError(f"{distribution.filename}: RECORD lists {name!r} twice", remedy="build the wheel again")
+        listed[name] = (digest, size)
     return listed
 
 

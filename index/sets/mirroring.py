@@ -27,10 +27,10 @@ from gracefarm.errors import DigestError, FetchError, UsageError
 from gracefarm.pins import Pin
 from gracefarm.variants import split_label
 from index.errors import RefusedError
-from index.intake import metadata, sdist, wheel
+from index.intake import sdist, wheel
 from index.intake.defects import Defects
 from index.limits import Limits
-from index.names import check_plain, parse_filename
+from index.names import check_plain, parse_mirrored
 from index.sets import staged
 from index.sets.machines import Selection
 from index.store.catalogue import Catalogue, Transaction, timestamp
@@ -397,15 +397,6 @@ def withdraw(catalogue: Catalogue, actor: str, filename: str, reason: str, *, un
     return names
 
 
-def _remote_size(client: httpx.Client, item: _UpstreamFile) -> int:
-    """PEP 700 requires sizes. If upstream gives none, ask it for the length."""
-    try:
-        answer = client.head(item.url)
-        return int(answer.raise_for_status().headers.get("content-length", 0))
-    except httpx.HTTPError as error:
-        raise FetchError(f"failed to fetch {item.filename} from upstream: {error}", remedy="try again later") from error
-
-
 @contextmanager
 def _download(store: Store, client: httpx.Client, item: _UpstreamFile) -> Iterator[Path]:
     digest = hashlib.sha256()
@@ -444,57 +435,33 @@ def _download(store: Store, client: httpx.Client, item: _UpstreamFile) -> Iterat
 
 
 def _inspect(path: Path, filename: str) -> tuple[bytes | None, str]:
-    """METADATA of a copied wheel, and the defects of a copied file.
+    """METADATA of a wheel, and the defects of a file. The file must pass the checks of an import.
 
     Raises:
-        RefusedError: with this file, installers would fail on the whole project.
+        RefusedError: with this file, installers would fail on the whole project, or it is dangerous.
     """
-    if filename.endswith(".zip"):  # an sdist older than PEP 625, which only pip reads
-        return None, ""
-    defects = Defects(distribution=parse_filename(filename, published=True))
+    defects = Defects(distribution=parse_mirrored(filename))
     if defects.distribution.kind == "sdist":
         sdist.inspect(path, defects)
         return None, "\n".join(defects.sentences)
-    read = wheel.read_locked(path, defects)
-    return read.raw if read is not None else None, "\n".join(defects.sentences)
+    read, _, _ = wheel.inspect(path, defects, locked=True)
+    return read.raw, "\n".join(defects.sentences)
 
 
 def _linked(store: Store, client: httpx.Client, item: _UpstreamFile) -> tuple[_UpstreamFile, bytes | None]:
-    """The row of a linked file, with its defects, and METADATA of a wheel.
-
-    If upstream does not serve METADATA (PEP 658), the whole file is fetched, checked and deleted.
+    """The row of a linked file, with its defects, and METADATA of a wheel. The file is fetched, checked and deleted.
 
     Raises:
-        RefusedError: with this file, installers would fail on the whole project.
-        FetchError, DigestError: upstream does not send the file or its METADATA, or sends other bytes.
+        RefusedError: with this file, installers would fail on the whole project, or it is dangerous.
+        FetchError, DigestError: upstream does not send the file, or sends other bytes, or serves other METADATA (PEP 658).
     """
-    if item.metadata_sha256 is not None and item.kind == "bdist_wheel":
-        raw, defects = _served_metadata(client, item, item.metadata_sha256)
-        return replace(item, size=item.size or _remote_size(client, item), defects=defects), raw
     with _download(store, client, item) as path:
         inside, defects = _inspect(path, item.filename)
         digest = hashlib.sha256(inside).hexdigest() if inside is not None else None
         size = path.stat().st_size
-    return replace(item, size=size, metadata_sha256=digest, serves_metadata=False, defects=defects), inside
-
-
-def _served_metadata(client: httpx.Client, item: _UpstreamFile, sha256: str) -> tuple[bytes, str]:
-    """METADATA that upstream serves (PEP 658), and the defects that it shows.
-
-    Raises:
-        RefusedError: with this file, installers would fail on the whole project.
-        FetchError, DigestError: upstream announces METADATA and does not send it.
-    """
-    try:
-        raw = client.get(f"{item.url}.metadata").raise_for_status().content
-    except httpx.HTTPError as error:
-        raise FetchError(
-            f"failed to fetch the metadata of {item.filename} from upstream: {error}", remedy="try again later"
-        ) from error
-    if hashlib.sha256(raw).hexdigest() != sha256:
+    served = item.metadata_sha256 if inside is not None else None
+    if served is not None and served != digest:
         raise DigestError(
-            f"the upstream index sent metadata of {item.filename} that does not have the listed digest", remedy=_UNTRUSTED
+            f"the upstream index serves metadata of {item.filename} that differs from METADATA in the file", remedy=_UNTRUSTED
         )
-    defects = Defects(distribution=parse_filename(item.filename, published=True))
-    metadata.read(raw, defects, lambda _name: True)
-    return raw, "\n".join(defects.sentences)
+    return replace(item, size=size, metadata_sha256=digest, serves_metadata=served is not None, defects=defects), inside

@@ -66,9 +66,14 @@ def wheel(
     dist_info: str | None = None,
     record: str | None = None,
     wheel_tags: str | None = None,
+    wheel_file: bytes | None = None,
+    without: str = "",
     compress: int = zipfile.ZIP_DEFLATED,
 ) -> tuple[str, bytes]:
-    """File name and bytes of a wheel. It is valid unless an argument makes it invalid."""
+    """File name and bytes of a wheel. It is valid unless an argument makes it invalid.
+
+    `wheel_file` is the content of WHEEL; `without` names a file that .dist-info lacks.
+    """
     folder = dist_info or f"{name}-{version}.dist-info"
     module = name.replace("-", "_")
     content = {f"{module}/__init__.py": f'VERSION = "{version}"\n'.encode()} if files is None else dict(files)
@@ -85,8 +90,12 @@ def wheel(
     content[f"{folder}/WHEEL"] = (
         "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\n" + "\n".join(each) + "\n"
     ).encode()
+    if wheel_file is not None:
+        content[f"{folder}/WHEEL"] = wheel_file
+    content.pop(f"{folder}/{without}", None)
     listing = "\n".join([*(record_line(key, value) for key, value in content.items()), f"{folder}/RECORD,,"]) + "\n"
-    content[f"{folder}/RECORD"] = (listing if record is None else record).encode()
+    content[f"{folder}/RECORD"] = (listing if record is None else record).encode(errors="surrogateescape")
+    content.pop(f"{folder}/{without}", None)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compress) as archive:
         for key, value in content.items():
@@ -95,7 +104,12 @@ def wheel(
 
 
 def sdist(
-    name: str = "demo_pkg", version: str = "1.0", *, extra: dict[str, bytes] | None = None, meta: bytes | None = None
+    name: str = "demo_pkg",
+    version: str = "1.0",
+    *,
+    extra: dict[str, bytes] | None = None,
+    meta: bytes | None = None,
+    without: str = "",
 ) -> tuple[str, bytes]:
     folder = f"{name}-{version}"
     members = {
@@ -103,6 +117,7 @@ def sdist(
         f"{folder}/pyproject.toml": b"",
         **(extra or {}),
     }
+    members.pop(f"{folder}/{without}", None)
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for path, content in members.items():

@@ -6,15 +6,10 @@ import hashlib
 import re
 import subprocess
 import sys
-import threading
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from careless_kit import careless_index, install
 from index_kit import Server, run_index, run_json, sdist, serving, wheel
 from markupsafe import escape
 from test_index_clients import clean
@@ -90,7 +85,7 @@ def test_accepted_oddities_are_harmless_to_the_project(shared: Server, tmp_path:
         for path in (f"/simple/{project}/", f"/project/{project}/", f"/wheel/{name}-1.1-py3-none-any.whl/"):
             assert shared.client.get(path).status_code == 200
     for tool in ("pip", "uv"):
-        process = resolve(tool, shared.url + "/simple/", tmp_path / "t", *odd)
+        process = install(tool, shared.url + "/simple/", tmp_path / "t", *odd, "--dry-run")
         assert process.returncode == 0, process.stderr
         found = re.sub("==|_", "-", process.stdout + process.stderr)
         for name, (_, version) in odd.items():
@@ -181,43 +176,7 @@ def test_links_to_an_index_without_metadata_are_checked_at_the_file(
             assert "'9.9' is not a valid metadata version" in item["_defects"][0]
 
 
-@contextmanager
-def careless_index(folder: Path, files: list[tuple[str, bytes]], *, serves_metadata: bool = True) -> Iterator[str]:
-    """A static index of these files, with PEP 658 metadata of wheels if wanted, served by http.server."""
-    for filename, content in files:
-        project = folder / filename.split("-")[0].replace("_", "-")
-        project.mkdir(parents=True, exist_ok=True)
-        (project / filename).write_bytes(content)
-        attribute = ""
-        if serves_metadata:
-            with zipfile.ZipFile(project / filename) as archive:
-                meta = archive.read(next(name for name in archive.namelist() if name.endswith("/METADATA")))
-            (project / f"{filename}.metadata").write_bytes(meta)
-            attribute = f' data-core-metadata="sha256={hashlib.sha256(meta).hexdigest()}"'
-        with (project / "index.html").open("a") as page:
-            page.write(f'<a href="{filename}#sha256={hashlib.sha256(content).hexdigest()}"{attribute}>{filename}</a><br>\n')
-    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
 # --- real clients -----------------------------------------------------------------------------------------------------------
-
-
-def resolve(tool: str, url: str, folder: Path, *projects: str) -> subprocess.CompletedProcess[str]:
-    """`pip install --dry-run` or `uv pip install --dry-run`."""
-    pip = [sys.executable, "-m", "pip", "install", "--no-cache-dir", "--retries", "0", "--ignore-installed", "--index-url"]
-    uv = [sys.executable, "-m", "uv", "pip", "install", "--no-cache", "--default-index"]
-    return subprocess.run(
-        [*(pip if tool == "pip" else uv), url, "--dry-run", "--target", str(folder), *projects],
-        env=clean(), capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
 
 
 FATAL_FOR = dict.fromkeys(FATAL, ("pip",)) | {"address": ("pip", "uv")}
@@ -235,9 +194,11 @@ def test_what_is_refused_kills_a_project_and_ours_stays_alive(shared: Server, tm
     assert shared.upload(*bad).status_code == 400
     with careless_index(tmp_path / "careless", [good, bad]) as careless:
         for tool in FATAL_FOR[key]:
-            assert resolve(tool, careless, tmp_path / "t", project).returncode != 0, f"{tool} no longer fails on {key}"
+            assert install(tool, careless, tmp_path / "t", project, "--dry-run").returncode != 0, (
+                f"{tool} no longer fails on {key}"
+            )
     for tool in ("pip", "uv"):
-        process = resolve(tool, shared.url + "/simple/", tmp_path / "t", project)
+        process = install(tool, shared.url + "/simple/", tmp_path / "t", project, "--dry-run")
         assert process.returncode == 0, process.stderr
         assert "1.0" in (process.stdout if tool == "pip" else process.stderr)
 
@@ -253,47 +214,12 @@ def test_what_an_import_takes_leaves_its_project_alive(tmp_path: Path) -> None:
         run_index(server.root, "import", str(folder))
         projects = [f"live-{key.replace('.', '-')}" for key in HARMLESS]
         for tool in ("pip", "uv"):
-            process = resolve(tool, server.url + "/simple/", tmp_path / "t", *projects)
+            process = install(tool, server.url + "/simple/", tmp_path / "t", *projects, "--dry-run")
             assert process.returncode == 0, process.stderr
             assert "Traceback" not in process.stderr
 
 
 # --- other files of .dist-info ----------------------------------------------------------------------------------------------
-
-ENTRY_POINTS = {
-    "no-object": b"[console_scripts]\nrun = pkg.main\n",
-    "no-group": b"run = pkg:main\n",
-    "no-equals": b"[console_scripts]\nrun pkg:main\n",
-    "way-out": b"[console_scripts]\n../../run = pkg:main\n",
-    "folder": b"[gui_scripts]\nbin/run = pkg:main\n",
-    "spaces": b"[console_scripts]\nrun = pkg main\n",
-    "twice": b"[console_scripts]\nrun = pkg:main\nrun = pkg:other\n",
-    "latin-1": b"[console_scripts]\nr\xebn = pkg:main\n",
-    "unclosed": b"[console_scripts\nrun = pkg:main\n",
-}
-
-
-@pytest.mark.parametrize("key", ENTRY_POINTS)
-def test_entry_points_that_cannot_be_read_are_refused_or_marked(shared: Server, tmp_path: Path, key: str) -> None:
-    name = f"points_{key.replace('-', '_')}"
-    filename, content = wheel(name, files={f"{name}-1.0.dist-info/entry_points.txt": ENTRY_POINTS[key]})
-    answer = shared.upload(filename, content)
-    assert answer.status_code == 400
-    assert f"{filename}: entry_points.txt: " in answer.text
-    (tmp_path / filename).write_bytes(content)
-    assert run_json(shared.root, "import", str(tmp_path)) == {"created": 1, "same": 0, "refused": []}
-    [item] = shared.page(name.replace("_", "-")).json()["files"]
-    assert item["_defects"][0].startswith("entry_points.txt: ")
-
-
-def test_entry_points_of_every_good_kind_are_taken(shared: Server) -> None:
-    text = (
-        b"# a comment\n[console_scripts]\nrun = pkg.main:app.run\nrun-3.11 = pkg:main [extra]\n\n"
-        b"[pytest11]\nplug.in:one = pkg.plugin\nPlug = pkg.plugin\nplug = pkg.plugin\n"
-    )
-    name, content = wheel("points_good", files={"points_good-1.0.dist-info/entry_points.txt": text})
-    answer = shared.upload(name, content)
-    assert answer.status_code == 200, answer.text
 
 
 def test_licence_files_are_where_pep_639_puts_them(shared: Server) -> None:
