@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -299,4 +300,6 @@ def test_a_name_with_a_wrong_label_is_refused(farm: Server, end: str) -> None:
 
 
 def test_the_projects_page_shows_variants(filled: Server) -> None:
-    assert "cu130_sm100" in filled.client.get("/project/choice-pkg/").text
+    """The label is visible, beside the link; the file name in the address of the link also contains it."""
+    page = filled.client.get("/project/choice-pkg/").text
+    assert sorted(re.findall(r'</a> <span class="tag">([^<]+)</span>', page)) == sorted(VARIANTS)

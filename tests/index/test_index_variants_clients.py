@@ -159,6 +159,29 @@ def test_uv_lock_and_sync_take_the_plain_wheel(filled: Server, tmp_path: Path) -
     assert "only unsupported wheel variants" in process.stderr
 
 
+def test_uv_cannot_write_a_pylock_with_a_variant(filled: Server, tmp_path: Path) -> None:
+    (tmp_path / "requirements.in").write_text("choice-pkg\n")
+    command = [uv(), *SWITCH, "pip", "compile", "--format", "pylock.toml", "--no-cache", "--python", sys.executable,
+               "--default-index", filled.url + "/simple/", tmp_path / "requirements.in"]  # fmt: skip
+    process = run(command, machine("13.0", "9.0"))
+    assert process.returncode != 0, "uv writes variants now: update docs/reference/index-variants.md"
+    assert "variant" in process.stderr
+
+
+@pytest.mark.slow
+def test_poetry_installs_the_plain_wheel(filled: Server, tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\nname = "x"\nversion = "1"\nrequires-python = ">=3.11,<3.14"\ndependencies = ["choice-pkg"]\n'
+        "[tool.poetry]\npackage-mode = false\n"
+        f'[[tool.poetry.source]]\nname = "farm"\nurl = "{filled.url}/simple/"\npriority = "primary"\n'
+    )
+    settings = {"POETRY_CACHE_DIR": str(tmp_path / "c"), "POETRY_VIRTUALENVS_IN_PROJECT": "1"}
+    settings["PYTHON_KEYRING_BACKEND"] = "keyring.backends.null.Keyring"
+    process = run([tool("poetry==2.5.1") / "poetry", "install", "-n"], {**machine("13.0", "9.0"), **settings}, tmp_path)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert installed(tmp_path / ".venv", "choice_pkg") == "plain"
+
+
 def test_uv_that_asks_for_dates_finds_variants(farm: Server, tmp_path: Path) -> None:
     venv.create(tmp_path / "v")
     for item in (plain_wheel("dated_pkg"), variant_wheel("dated_pkg", "cu130_sm90")):
