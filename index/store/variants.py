@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from gracefarm import variants
 from gracefarm.variants import Variant
@@ -40,40 +42,57 @@ class VariantsJson:
     yanked: str | None
     "Reason if all wheels are yanked; None if one of them is not."
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Digest of the content."""
         return hashlib.sha256(self.content).hexdigest()
 
 
+class _Wheel(NamedTuple):
+    """What the JSON depends on."""
+
+    filename: str
+    variant: str
+    uploaded: str
+    yanked: str | None
+
+
 def documents(database: sqlite3.Connection, project: str, staged_set: str | None = None) -> list[VariantsJson]:
     """The JSON of each release of the project, from its public wheels and, with `staged_set`, the wheels of that set."""
-    releases: dict[str, list[sqlite3.Row]] = {}
+    releases: dict[str, list[_Wheel]] = {}
     for row in database.execute(_WHEELS, {"project": project, "set_name": staged_set}):
-        if variant_of(row) is not None:
-            releases.setdefault(row["version"], []).append(row)
-    return [_document(project, version, rows) for version, rows in releases.items()]
+        wheel = _Wheel(row["filename"], row["variant"], row["uploaded"], row["yanked"])
+        releases.setdefault(row["version"], []).append(wheel)
+    rendered = (_document(project, version, tuple(wheels)) for version, wheels in releases.items())
+    return [document for document in rendered if document is not None]
 
 
 def variant_of(row: sqlite3.Row) -> Variant | None:
-    """The variant of a row of `file` with `filename` and `variant`; None if it has another version of the format.
+    """The variant of a row of `file` with `filename` and `variant`; None if it has another version of the format."""
+    return _parsed(row["filename"], row["variant"])
 
-    PEP 825: such a wheel is not supported, but the other wheels of its release are.
-    """
+
+def _parsed(filename: str, variant: str) -> Variant | None:
+    """PEP 825: a wheel with another version of the format is not supported, but the other wheels of its release are."""
     try:
-        return variants.parse(row["variant"], variants.split_label(row["filename"])[1])
+        return variants.parse(variant, variants.split_label(filename)[1])
     except ValueError:
         return None
 
 
-def _document(project: str, version: str, rows: Sequence[sqlite3.Row]) -> VariantsJson:
-    yanked = [row["yanked"] for row in rows]
+@lru_cache(maxsize=128)
+def _document(project: str, version: str, wheels: tuple[_Wheel, ...]) -> VariantsJson | None:
+    """None if no wheel is supported. The cache lets all views and formats use one rendering."""
+    pairs = [(wheel, variant) for wheel in wheels if (variant := _parsed(wheel.filename, wheel.variant)) is not None]
+    if not pairs:
+        return None
+    yanked = [wheel.yanked for wheel, _ in pairs]
     return VariantsJson(
-        filename=variants.index_filename("-".join(rows[0]["filename"].split("-")[:2])),
+        filename=variants.index_filename("-".join(pairs[0][0].filename.split("-")[:2])),
         project=project,
         version=version,
-        content=variants.combine(variant for row in rows if (variant := variant_of(row)) is not None),
-        uploaded=min(row["uploaded"] for row in rows),
+        content=variants.combine(variant for _, variant in pairs),
+        uploaded=min(wheel.uploaded for wheel, _ in pairs),
         yanked=None if None in yanked else yanked[0],
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from index_kit import Server, run_index, serving
 from variants_kit import NVIDIA, TAGS, VARIANTS, farm, filled, labels, link, metadata, plain_wheel, variant_wheel
 
 from gracefarm import variants
+from gracefarm.variants import Variant
 from index.names import parse_filename
 
 __all__ = ["farm", "filled"]
@@ -297,6 +299,28 @@ def test_a_name_with_a_wrong_label_is_refused(farm: Server, end: str) -> None:
     answer = farm.upload(filename.replace("-null.whl", f"-{end}.whl"), content)
     assert answer.status_code == 400
     assert filename not in farm.filenames("name-pkg")
+
+
+def test_each_json_is_rendered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An import of three releases, and an export with four views in two formats."""
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    for version in ("1.0+cu130", "1.0+cu130.torch2.10", "1.0+cu130.torch2.11"):
+        filename, content = variant_wheel("once_pkg", "cu130_sm90", version)
+        (folder / filename).write_bytes(content)
+    rendered: list[int] = []
+    combine = variants.combine
+
+    def count(wheels: Iterable[Variant]) -> bytes:
+        known = list(wheels)
+        rendered.append(len(known))
+        return combine(known)
+
+    monkeypatch.setattr(variants, "combine", count)
+    run_index(tmp_path / "root", "import", str(folder), "--variants")
+    run_index(tmp_path / "root", "export", str(tmp_path / "out"))
+    assert rendered == [1, 1, 1]
+    assert len(list((tmp_path / "out").glob("files/*/once_pkg-*-variants.json"))) == 3
 
 
 def test_the_projects_page_shows_variants(filled: Server) -> None:
