@@ -192,7 +192,7 @@ def _problems(fields: RawMetadata, unparsed: dict[str, list[str]]) -> Iterator[s
     if len(fields.get("summary", "")) > MAX_SUMMARY:
         yield f"summary is longer than {MAX_SUMMARY} characters"
     for label, url in _addresses(fields):
-        if not _is_web(url):
+        if not is_web(url):
             yield f"{label}: {url[:200]!r} is not an http(s) address"
     if fields.get("license") and fields.get("license_expression"):
         yield "license and license-expression are mutually exclusive (PEP 639)"
@@ -232,7 +232,8 @@ def _addresses(fields: RawMetadata) -> Iterator[tuple[str, str]]:
         yield f"project-url {label[:40]!r}", url
 
 
-def _is_web(url: str) -> bool:
+def is_web(url: str) -> bool:
+    """Whether it is an http(s) address."""
     try:
         parts = urlsplit(url)
     except ValueError:

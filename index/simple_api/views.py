@@ -75,6 +75,8 @@ class Listed:
     "Digest of its verified attestations (PEP 740)."
     defects: tuple[str, ...] = ()
     "Defects of a file published elsewhere that may cause installers to fail."
+    variant: str = ""
+    "The label of a variant wheel."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +190,7 @@ def files(catalogue: Catalogue, view: View, project: str) -> list[Listed]:
 
 def variants_json(catalogue: Catalogue, view: View, project: str, shown: Sequence[Listed]) -> list[Listed]:
     """The JSON of each release with variant wheels in `shown`, as an additional file of the page (PEP 825)."""
-    releases = {item.version for item in shown if split_label(item.filename)[1]}
+    releases = {item.version for item in shown if item.variant}
     if not releases:
         return []
     staged_set = view.argument if view.prefix[:1] == ("preview",) else None
@@ -227,5 +229,6 @@ def listed(row: sqlite3.Row) -> Listed:
     if not values.get("serves_metadata", True):
         values["metadata_sha256"] = None
     values["facts"] = facts.from_json(values["facts"])
+    values["variant"] = split_label(values["filename"])[1] if values.get("variant") else ""
     values["defects"] = tuple(values["defects"].splitlines())
     return Listed(**{column.name: values[column.name] for column in fields(Listed)})

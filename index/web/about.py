@@ -9,11 +9,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from packaging.metadata import RawMetadata, parse_email
 from packaging.requirements import InvalidRequirement, Requirement
 
+from index.intake import metadata
 from index.store.files import Store
 from index.web import rendering
 
@@ -116,17 +116,9 @@ def _links(fields: RawMetadata) -> list[tuple[str, str]]:
     named = [*([("Homepage", home)] if home else []), *links.items()]
     known: dict[str, str] = {}
     for label, address in named:
-        if _is_web(address):
+        if metadata.is_web(address):
             known.setdefault(address, label or address)
     return [(label, address) for address, label in known.items()]
-
-
-def _is_web(address: str) -> bool:
-    try:
-        parts = urlsplit(address)
-    except ValueError:
-        return False
-    return parts.scheme in ("http", "https") and bool(parts.netloc)
 
 
 def render(text: str, content_type: str) -> str:

@@ -10,7 +10,6 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.tags import Tag
 
 from gracefarm.pythons import serves
-from gracefarm.variants import split_label
 from index.names import wheel_tags
 from index.simple_api.views import Listed
 
@@ -74,7 +73,7 @@ def choice_of(item: Listed) -> WheelChoice:
         pythons=tuple(python for python in pythons if _allowed(item.requires_python, python)),
         abi=".".join(sorted({tag.abi for tag in tags})),
         platforms=tuple(sorted({_PLATFORM.sub("", tag.platform) for tag in tags})),
-        variant=split_label(item.filename)[1],
+        variant=item.variant,
     )
 
 

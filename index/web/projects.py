@@ -11,7 +11,6 @@ from packaging.version import Version
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from gracefarm.variants import split_label
 from index.errors import NotFoundError
 from index.names import name_in_address, view_of_cuda
 from index.simple_api import views
@@ -226,7 +225,7 @@ def variant_views(catalogue: Catalogue, name: str) -> list[str]:
 
 
 def _variants(catalogue: Catalogue, view: View, name: str) -> list[Listed]:
-    return [item for item in views.files(catalogue, view, name) if split_label(item.filename)[1] and item.yanked is None]
+    return [item for item in views.files(catalogue, view, name) if item.variant and item.yanked is None]
 
 
 def _project_row(name: str, items: Sequence[sqlite3.Row]) -> ProjectRow:
