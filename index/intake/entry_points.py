@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import configparser
+import importlib.metadata
 import re
-from importlib.metadata import Distribution as InstalledDistribution
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -42,7 +42,7 @@ class _IniParser(configparser.ConfigParser):
         return optionstr
 
 
-class _EntryPoints(InstalledDistribution):
+class _EntryPoints(importlib.metadata.Distribution):
     """A distribution that contains only this text, for `importlib.metadata`."""
 
     def __init__(self, text: str) -> None:

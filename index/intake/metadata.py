@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import urlsplit
 
+import packaging.metadata
 from packaging.markers import UndefinedComparison, UndefinedEnvironmentName
 from packaging.metadata import InvalidMetadata, RawMetadata, parse_email
-from packaging.metadata import Metadata as CoreMetadata
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
@@ -184,7 +184,7 @@ def _problems(fields: RawMetadata, unparsed: dict[str, list[str]]) -> Iterator[s
             "license_files", None
         )  # setuptools wrote it long before PEP 639 defined it; PyPI and twine ignore it as well
     try:
-        CoreMetadata.from_raw(wanted)
+        packaging.metadata.Metadata.from_raw(wanted)
     except ExceptionGroup as group:
         invalid = [error for error in group.exceptions if isinstance(error, InvalidMetadata)]
         for error in sorted(invalid, key=str):

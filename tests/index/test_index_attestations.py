@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pypi_attestations
 import pytest
 from index_kit import Server, run_index, sdist, serving, wheel
 from pypi_attestations import Attestation, AttestationType, Provenance
-from pypi_attestations import Distribution as AttestedFile
 from pypi_simple import PyPISimple
 
 from builder.fetch import simple
@@ -161,7 +161,7 @@ def test_good_attestations_are_served_as_the_files_provenance(attested: Server, 
         "workflow": "release.yml",
     }
     # A client can verify it again with only what the index serves.
-    own = AttestedFile(name=FILE, digest=hashlib.sha256(assets[FILE]).hexdigest())
+    own = pypi_attestations.Distribution(name=FILE, digest=hashlib.sha256(assets[FILE]).hexdigest())
     types = {attestation.verify(bundle.publisher, own, offline=True)[0] for attestation in bundle.attestations}
     assert types == {kind.value for kind in AttestationType}
     assert bundle.attestations[0] == Attestation.model_validate(good), "the bytes are unchanged"

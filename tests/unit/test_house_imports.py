@@ -70,12 +70,6 @@ DOCUMENTED = {"_exit", "_replace", "_asdict", "_fields", "_make", "_MEIPASS"}
 OPEN_PACKAGES = {"builder.audit", "builder.fetch", "deploy.cli", "index.cli"}
 # What the documentation of a library imports under another name.
 CONVENTIONS = {("strategies", "st")}
-# Imports whose own name another class of the file has: they await a change of these files.
-KNOWN_ALIASES = {
-    ("index/intake/entry_points.py", "Distribution"),
-    ("index/intake/metadata.py", "Metadata"),
-    ("tests/index/test_index_attestations.py", "Distribution"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +227,7 @@ def own_names(tree: ast.Module) -> set[str]:
 def aliases(modules: dict[str, Module]) -> Iterator[str]:
     """Imports under another name, of our modules and of others; a module's last part is its own name."""
     for path, line, name, asname in aliased(modules):
-        if (path, name) not in KNOWN_ALIASES and (name, asname) not in CONVENTIONS:
+        if (name, asname) not in CONVENTIONS:
             yield f"{path}:{line} {name} as {asname}: give one of the two another name, or import the module"
 
 
