@@ -86,7 +86,9 @@ def read_text(path: Path) -> str:
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", remedy="make this a file that you can read") from error
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}", remedy="check that the path is a file and that you have read permission"
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path} is not UTF-8: {error.reason} at byte {error.start}",

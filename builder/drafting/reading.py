@@ -260,7 +260,7 @@ def _downloads(draft: Draft, tree: Path, script: BuildScript) -> None:
         if download.switch is not None:
             name, value = download.switch
             if draft.environment.setdefault(name, value) == value:
-                origin = f"{download.place}, which reaches the network ({download.what}) without it"
+                origin = f"{download.place}; without this variable, it downloads with {download.what}"
                 draft.findings.read("build.environment", f"{name}={value}", origin)
             continue
         others = ", ".join(f"{name}={value}" for name, value in download.avoided_by.items())

@@ -101,7 +101,7 @@ class Fleet(Connections):
             error = known
         except TimeoutError:
             error = NodeError(
-                f"{node}: timed out after {seconds:g} s and was terminated",
+                f"{node}: the command timed out after {seconds:g} s and was terminated",
                 remedy=f"check the node: `deploy ssh {node.name}`; with `deploy run`, increase --timeout",
             )
         except (OSError, asyncssh.Error) as lost:

@@ -153,12 +153,12 @@ def _check_framing(filename: str, archive: zipfile.ZipFile, path: Path) -> None:
         for member in sorted(archive.infolist(), key=lambda item: item.header_offset):
             if member.header_offset != position:
                 raise RefusedError(
-                    f"{filename} has bytes that belong to no file before {member.filename}", remedy="create the archive again"
+                    f"{filename} has bytes before {member.filename} that belong to no file", remedy="create the archive again"
                 )
             position = _end_of_member(filename, stream, member)
         if position != start:
             raise RefusedError(
-                f"{filename} has bytes that belong to no file before the central directory", remedy="create the archive again"
+                f"{filename} has bytes before the central directory that belong to no file", remedy="create the archive again"
             )
 
 

@@ -112,7 +112,8 @@ def _check_encoding(raw: bytes, defects: Defects) -> None:
         return
     raise RefusedError(
         f"{defects.distribution.filename}: its METADATA is not UTF-8: {where}",
-        remedy="write METADATA as UTF-8 and build again; with this file, pip fails on every release of the project",
+        remedy="write METADATA as UTF-8 and build again; if the index accepted this file, pip would fail for every release of "
+        "the project",
     )
 
 
