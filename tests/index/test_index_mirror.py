@@ -194,19 +194,19 @@ def test_mirroring_changes_no_published_set(shared: Server, upstream: Server, tm
 
 def test_a_damaged_copy_is_unlisted_and_mirroring_again_mends_it(shared: Server, upstream: Server, tmp_path: Path) -> None:
     line = lock_line("third-lib", "3.0", LIB) + lock_line("third-dep", "1.6", DEP_16)
-    mirrored(shared, upstream, tmp_path, "mended-set", line)
-    run_index(shared.root, "stage", "publish", "mended-set")
-    page = shared.page("third-lib", prefix="/mended-set").json()
-    url = "/mended-set/simple/third-lib/" + page["files"][0]["url"]
+    mirrored(shared, upstream, tmp_path, "repaired-set", line)
+    run_index(shared.root, "stage", "publish", "repaired-set")
+    page = shared.page("third-lib", prefix="/repaired-set").json()
+    url = "/repaired-set/simple/third-lib/" + page["files"][0]["url"]
     digest = hashlib.sha256(LIB).hexdigest()
     stored = shared.root / "files" / digest[:2] / digest
     stored.chmod(0o644)
     stored.write_bytes(bytes(len(LIB)))
     assert run_index(shared.root, "fsck", "--set-aside", check=False).returncode == 11
-    assert shared.filenames("third-lib", prefix="/mended-set") == [], "files known to be damaged are not listed"
-    no_lock(shared, "mended-set", "third-lib")
-    assert [item["how"] for item in mirrored(shared, upstream, tmp_path, "mended-set", line)] == ["copied", "kept"]
-    assert shared.page("third-lib", prefix="/mended-set").json() == page
+    assert shared.filenames("third-lib", prefix="/repaired-set") == [], "files known to be damaged are not listed"
+    no_lock(shared, "repaired-set", "third-lib")
+    assert [item["how"] for item in mirrored(shared, upstream, tmp_path, "repaired-set", line)] == ["copied", "kept"]
+    assert shared.page("third-lib", prefix="/repaired-set").json() == page
     assert shared.client.get(url).content == LIB
 
 
