@@ -109,8 +109,10 @@ def asked_python(text: str) -> str:
 
 
 def options(choices: Sequence[WheelChoice], key: str) -> list[str]:
-    """The values to choose from, in natural order; empty if all wheels have the same value."""
-    different = [choice for choice in choices if key != "python" or choice.python != "any"]
+    """The values to choose from, in natural order; empty if every file has the same values, so that there is no choice."""
+    different = [choice for choice in choices if key != "python" or choice.python not in ("any", "source")]
+    if len({choice.value(key) for choice in choices}) < 2:
+        return []
     return sorted({value for choice in different for value in choice.value(key)}, key=natural_order)
 
 

@@ -170,6 +170,7 @@ def test_a_project_of_variants_or_sources_alone_has_no_line_that_fails(site: Ser
     assert '<span class="sub">3.0</span>' in text
     assert "choose.py" not in text
     assert "Commands for" not in text
+    assert "Install</h2>" not in text, "there is no command, and one file is no choice"
 
 
 def chosen(filename: str, requires_python: str | None = None) -> WheelChoice:
@@ -368,3 +369,15 @@ def test_an_export_has_the_pages_and_the_program(site: Server, tmp_path: Path) -
     before = (project / "choose.py").stat().st_mtime_ns
     run_index(site.root, "export", str(tmp_path / "tree"), "--url", site.url)
     assert (project / "choose.py").stat().st_mtime_ns == before, "nothing has changed"
+
+
+@in_chromium
+def test_no_column_of_the_first_page_is_squeezed(site: Server, browser: Browser) -> None:
+    """The long summary of another project takes the width that is left, and no more."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(site.url)
+    page.evaluate("document.querySelector('tbody th .note').textContent = 'Grouped GEMM '.repeat(60)")
+    heights = page.locator("thead th").evaluate_all("cells => cells.map(cell => cell.getBoundingClientRect().height)")
+    assert len(heights) == 4
+    assert max(heights) < 45, "one line each"
+    page.close()
