@@ -14,12 +14,13 @@ import io
 import json
 import random
 import re
+import socket
 import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -247,12 +248,21 @@ class _Handler(BaseHTTPRequestHandler):
             for block in blocks(content):
                 if path:
                     self.hub.wait_turn(node, len(block))
+                    if self.abandoned():
+                        self.close_connection = True
+                        return
                 self.wfile.write(block)
         except OSError:
             self.close_connection = True
             return
         if path:
             self.hub.served[node].append(path)
+
+    def abandoned(self) -> bool:
+        """Whether the client has closed the connection. A small write would still succeed, and be counted as a download."""
+        with suppress(BlockingIOError):
+            return not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        return False
 
     def refuse(self, status: int, code: str, message: str, more: dict[str, str] | None = None) -> None:
         text = json.dumps({"error": message}).encode()

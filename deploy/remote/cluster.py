@@ -26,7 +26,7 @@ def warm(request: Json) -> Json:
 
 
 def nodes(request: Json) -> Json:
-    """All nodes that this cluster ever had: address, alive, gpus.
+    """All nodes that this cluster ever had: address, alive, gpus. `free`: GPUs that Ray has not reserved.
 
     `address` (host:port), `ip` (of this node), `env` (of the client), `seconds` (timeout). Without a head, Ray's own timeouts
     add up to minutes.
@@ -58,9 +58,10 @@ def nodes(request: Json) -> Json:
         }
         for node in ray.nodes()
     ]
+    free = ray.available_resources().get("GPU", 0.0)
     ray.shutdown()
     watchdog.cancel()
-    return {"nodes": known, "version": ray.__version__}
+    return {"nodes": known, "free": free, "version": ray.__version__}
 
 
 def _give_up(address: str, seconds: float) -> None:

@@ -35,6 +35,8 @@ from gracefarm.errors import EngineError, GracefarmError
 TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"  # noqa: S105 - the name of a variable
 SERVING = (paths.ENGINE_JOB, paths.RAY_JOB)
 "Jobs that serve. Other jobs (builds, downloads, checks) may run at the same time."
+RELEASE = 10
+"Seconds in which Ray must release the GPUs of an engine that has ended."
 CORES_PER_START = 2
 "Cores that one `ray start` uses. With nine at once on two cores, eight failed by Ray's 15 s limit (ray#65983)."
 
@@ -166,19 +168,42 @@ async def start_missing(fleet: Fleet, targets: Sequence[RemoteNode], spec: Clust
         looks = await processes.find(targets, fleet.mark, wanted)
     _refuse_foreign(looks, spec)
     missing = [node for node in plan.nodes if not raylet(looks[node.name], spec.plan_mark)]
+    cores = looks[plan.head.name]["cores"]
     if missing:
         await _end_engine(targets, looks, fleet.mark, console)
-        await on_all([by_name[node.name] for node in missing], lambda node: call(node, "cluster.warm", {}, python=spec.python))
-        count = 0
-        with console.progress("ray") as tick:
-            for wave in waves(missing, spec, looks[plan.head.name]["cores"]):
-                await asyncio.gather(*(_start(fleet, by_name[node.name], node, spec, console) for node in wave))
-                count += len(wave)
-                tick(count, len(missing), ", ".join(node.name for node in wave))
-    gpus, version = await verify(by_name, spec)
-    if tokenless(version):
-        console.warn(f"{open_door(version)}; {SHUT}")
-    return Started(started=tuple(node.name for node in missing), stopped=stopped, gpus=gpus)
+        await _start_nodes(fleet, by_name, missing, spec, cores, console)
+    idle = bool(missing) or not any(of_job(looks[node.name], paths.ENGINE_JOB) for node in targets)
+    answer = await verify(by_name, spec, idle=idle)
+    kept = plan.layout.world - answer["free"]
+    if idle and kept > 0:
+        console.step(
+            "ray", f"starting Ray again: it reserves {kept:g} of {plan.layout.world} GPUs for an engine that has ended"
+        )
+        await stop(targets, fleet.mark, jobs=[paths.RAY_JOB])
+        missing = list(plan.nodes)
+        await _start_nodes(fleet, by_name, missing, spec, cores, console)
+        answer = await verify(by_name, spec)
+    if tokenless(answer["version"]):
+        console.warn(f"{open_door(answer['version'])}; {SHUT}")
+    return Started(started=tuple(node.name for node in missing), stopped=stopped, gpus=float(plan.layout.world))
+
+
+async def _start_nodes(
+    fleet: Fleet,
+    by_name: Mapping[str, RemoteNode],
+    missing: Sequence[NodePlan],
+    spec: ClusterSpec,
+    cores: int,
+    console: Console,
+) -> None:
+    """Run `ray start` on these nodes, in waves. `cores`: of the head."""
+    await on_all([by_name[node.name] for node in missing], lambda node: call(node, "cluster.warm", {}, python=spec.python))
+    count = 0
+    with console.progress("ray") as tick:
+        for wave in waves(missing, spec, cores):
+            await asyncio.gather(*(_start(fleet, by_name[node.name], node, spec, console) for node in wave))
+            count += len(wave)
+            tick(count, len(missing), ", ".join(node.name for node in wave))
 
 
 async def _make_room(
@@ -304,16 +329,19 @@ async def alive(head: RemoteNode, spec: ClusterSpec) -> dict[str, bool]:
     return {node.name: node.private in living for node in spec.plan.nodes}
 
 
-async def verify(by_name: Mapping[str, RemoteNode], spec: ClusterSpec) -> tuple[float, str]:
+async def verify(by_name: Mapping[str, RemoteNode], spec: ClusterSpec, *, idle: bool = False) -> Json:
     """Wait until exactly the plan's nodes are alive, with exactly its GPUs.
 
+    If `idle`, no engine runs: also wait up to `RELEASE` seconds until Ray has released all GPUs. A placement group that is
+    removed while a lost node comes back can keep a GPU for ever (seen with Ray 2.60).
+
     Returns:
-        The number of GPUs, and Ray's version.
+        The answer of `cluster.nodes`.
 
     Raises:
         EngineError: this takes longer than `spec.seconds`; with the nodes and the cause in their logs.
     """
-    plan, deadline = spec.plan, time.monotonic() + spec.seconds
+    plan, deadline, released = spec.plan, time.monotonic() + spec.seconds, time.monotonic() + RELEASE
     names = {node.private: node.name for node in plan.nodes}
     while True:
         answer = await ask(by_name[plan.head.name], spec)
@@ -321,14 +349,15 @@ async def verify(by_name: Mapping[str, RemoteNode], spec: ClusterSpec) -> tuple[
         away = [name for ip, name in names.items() if ip not in living]
         foreign = [ip for ip in living if ip not in names]
         gpus = sum(living.values())
-        if not away and not foreign and gpus == plan.layout.world:
-            return float(gpus), str(answer["version"])
+        whole = not away and not foreign and gpus == plan.layout.world
+        if whole and (not idle or answer["free"] == gpus or time.monotonic() > released):
+            return answer
         if foreign:
             raise EngineError(
                 f"Ray has nodes that are not in the plan: {', '.join(foreign)}",
                 remedy="run `ray stop` on these nodes, then repeat the command",
             )
-        if time.monotonic() > deadline:
+        if not whole and time.monotonic() > deadline:
             break
         await asyncio.sleep(1)
     if away:

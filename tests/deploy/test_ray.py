@@ -160,3 +160,32 @@ def test_a_second_death_is_the_error_with_node_and_cause_and_leaves_nothing_ther
     assert (room.share / "mortal-ray.deaths").read_text() == "0\n"
     assert [len(pids) for pids in raylets(room).values()] == [1, 0, 0]  # the head's stays: the next start goes on from it
     assert down(room, deployment)["k1"] == 0
+
+
+RESERVE = """
+import sys, ray
+ray.init(address=sys.argv[1], _node_ip_address=sys.argv[2], log_to_driver=False)
+assert ray.util.placement_group([{"GPU": 1}], lifetime="detached").wait(60)
+"""
+"Reserves a GPU for ever, as a placement group does that Ray removed while one of its nodes came back."
+
+
+@pytest.mark.slow
+def test_ray_is_started_again_if_it_does_not_release_the_gpus_of_an_engine(
+    room: Rig, deployment: Deployment, plan: ServePlan, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "RELEASE", 3)
+    up(room, deployment, plan)
+    running = raylets(room)
+    head = plan.head
+    env = [f"{name}={value}" for name, value in head.env.items() if name.startswith("RAY_")]
+    argv = ["env", *env, f"{MOUNT}/rayenv/bin/python", "-c", RESERVE, ray.address(plan), head.private]
+    done = room["k0"].execute(argv)
+    assert done.returncode == 0, done.stderr
+    again = up(room, deployment, plan)
+    assert "starting Ray again: it reserves 1 of 2 GPUs for an engine that has ended\n" in capsys.readouterr().err
+    assert again.started == ("k0", "k1")
+    assert raylets(room)["k0"] != running["k0"]
+    assert up(room, deployment, plan).started == ()
+    down(room, deployment)
+    assert anything_of_ray(room) == []
