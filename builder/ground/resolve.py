@@ -105,6 +105,13 @@ def resolution(texts: Sequence[str], stack: LoadedStack, arch: Arch, settings: S
             if ranks:
                 # The order of pip: the best tag, then the highest build number.
                 fitting.append((min(ranks), tuple(-part if isinstance(part, int) else 0 for part in build), filename, wheel))
+        if not fitting and stack.python.endswith("t"):
+            # uv 0.13.9 accepts no version such as 3.14t here, and omits the wheels for free-threaded builds from its answer.
+            raise ConfigError(
+                f"uv lists no wheel of {package['name']} {package['version']} for the free-threaded Python {stack.python}, "
+                "even if the index has one",
+                remedy="lock a Python with a GIL",
+            )
         if not fitting:
             raise ConfigError(
                 f"{package['name']} {package['version']} has no wheel for {arch} with glibc {glibc(stack, arch)}",

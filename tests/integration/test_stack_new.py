@@ -132,6 +132,15 @@ def test_a_stack_is_what_the_index_says_of_its_torch(farm: Farm, index: Server) 
     assert (code, "the stack next already exists" in said) == (2, True)
 
 
+def test_the_reason_names_uv_if_only_wheels_for_a_free_threaded_python_are_missing(farm: Farm, index: Server) -> None:
+    free_threaded = (f"cp314-cp314t-{platform}" for platform in CPYTHON)
+    publish(index, "torch", "9.2.0", (*of_pythons("311", "314"), *free_threaded), ("cuda-toolkit[cudart]==13.9.1",))
+    code, said = new(farm, index, "next", "--torch", "9.2.0")
+    assert code == 0, said
+    assert "locked for Python 3.11, 3.14 " in said
+    assert "no lock for Python 3.14t: uv lists no wheel of torch 9.2.0 for the free-threaded Python 3.14t" in said
+
+
 def assert_whole(loaded: LoadedStack) -> None:
     """Both architectures of the lock have all that stack.toml asks for, torch's file of that architecture among it."""
     for arch in Arch:
