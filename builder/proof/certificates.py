@@ -195,8 +195,9 @@ def _read(place: Path) -> Certificate | None:
 def sentence(certificate: Certificate, build: Record) -> str:
     """The certificate in words, for `builder show` and the provenance."""
     own = build.wheel is not None and certificate.wheel.sha256 == build.wheel.sha256
-    by = "this wheel" if own else f"its twin {certificate.wheel.filename}"
+    by = "this wheel" if own else f"its twin {certificate.wheel.filename}, which has the same device code"
+    count = len(certificate.comparisons)
     return (
         f"device code for sm_{certificate.sm} certified on {certificate.gpu} by {by}: "
-        f"{len(certificate.comparisons)} comparisons; host code is not covered"
+        f"{count} comparison{'' if count == 1 else 's'}; host code is not covered"
     )

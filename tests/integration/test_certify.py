@@ -171,7 +171,10 @@ def test_a_report_certifies_the_twin_with_the_same_device_code_and_no_other(
     built(farm, twin, toolkit, "thing-1.0-cp313-cp313-linux_aarch64.whl")
     capsys.readouterr()
     assert called(farm, monkeypatch, *accept) == (0, "")
-    sentence = f"device code for sm_90 certified on a fake GPU by its twin {name}: 1 comparisons; host code is not covered"
+    sentence = (
+        f"device code for sm_90 certified on a fake GPU by its twin {name}, which has the same device code: "
+        "1 comparison; host code is not covered"
+    )
     assert capsys.readouterr().out.strip().endswith(f"thing-1.0-cp313-cp313-linux_aarch64.whl: {sentence}")
     (kept,) = (farm.settings.home / "certificates").iterdir()
     assert kept.stem == given["device_digests"]["90"]
