@@ -54,7 +54,7 @@ class GracefarmError(Exception):
 
 
 class UsageError(GracefarmError):
-    """The command line names something that does not exist, or combines options that exclude each other."""
+    """The command line names something that does not exist, or combines options that cannot be used together."""
 
     exit_code = ExitCode.USAGE
 

@@ -162,7 +162,7 @@ def _farm(address: str | None, aim: Aim, console: Console) -> Iterator[Cluster |
     if not aim.on.type.pinned:
         raise UsageError("--farm supports only the sandbox toolchain", remedy=f"omit --toolchain {aim.on.kind} or --farm")
     if aim.on.from_source:
-        raise UsageError("--farm and --llvm source exclude each other", remedy="omit --llvm source or --farm")
+        raise UsageError("--farm and --llvm source cannot be used together", remedy="omit --llvm source or --farm")
     console.step("farm", f"connecting to {address}")
     with connected(address) as cluster:
         yield cluster
@@ -266,7 +266,7 @@ def _cells(names: Sequence[str], selector: str | None, part: Part, aim: Aim, set
     for option, value in given.items():
         if value is not None:
             raise UsageError(
-                f"{option} and --matrix exclude each other",
+                f"{option} and --matrix cannot be used together",
                 remedy=f"omit {option}, and add the axis {option[2:]} to the selector",
             )
     return cells_of(matrix.named(selector, settings.project), names, settings, part)

@@ -58,7 +58,7 @@ def certify_command(
     if accepted is not None:
         if wheel is not None or report is not None:
             raise UsageError(
-                "--accept excludes WHEEL and --report",
+                "--accept cannot be used with WHEEL or --report",
                 remedy="omit WHEEL and --report; --accept compares the report with the wheels of the farm",
             )
         _accept(accepted, url, settings, console)

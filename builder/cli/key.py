@@ -64,7 +64,7 @@ def show_command() -> None:
 @click.argument("names", nargs=-1, required=True)
 @json_option
 def sign_command(names: tuple[str, ...]) -> None:
-    """Sign the provenance of each NAME's last build again, for wheels that were built before the key existed.
+    """Sign the provenance of each NAME's last build. Use it for wheels that were built before the key existed.
 
     \b
     builder sign causal_conv1d

@@ -30,7 +30,7 @@ NAMES: Mapping[str, Callable[[Settings], list[str]]] = {
 
 
 @click.command("lock")
-@click.argument("name", metavar="RECIPE|STACK|SET")
+@click.argument("name", metavar="RECIPE|STACK|SET|INTERPRETER")
 @click.option("--python", metavar="NAME", help="With a stack: lock only the wheels for this interpreter.")
 @click.option("--digests", is_flag=True, help="With a stack: fill in its unknown digests instead of resolving it.")
 @click.option(
@@ -53,6 +53,8 @@ def lock_command(name: str, python: str | None, digests: bool, stack_name: str |
     - STACK: resolve the wheels and Debian packages of the stack.
     - SET: resolve the runtime requirements of the set. Files that were uploaded
       after the set's date (`resolved_before`) are ignored.
+    - INTERPRETER: resolve the Debian packages of the interpreter, if it is from
+      Debian.
 
     \b
     builder lock triton

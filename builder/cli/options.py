@@ -45,7 +45,7 @@ _STACK_AND_TARGET = (
         type=click.Choice([arch.value for arch in Arch]),
         default=Arch.AARCH64.value,
         show_default=True,
-        help="Architecture of the wheel; with the host toolchain, the default is that of this machine.",
+        help="Architecture of the wheel. With the host toolchain, the default is this machine's architecture.",
     ),
 )
 _TOOLS = (
@@ -221,7 +221,7 @@ def wanted(toolchain: ToolchainKind, own: Path | None, python: str | None, cuda:
     """The toolchain of a command line.
 
     Raises:
-        UsageError: options exclude each other.
+        UsageError: options cannot be used together.
     """
     native = KINDS[toolchain].native
     here = Path(python) if python is not None and native else None
@@ -236,7 +236,7 @@ def wanted(toolchain: ToolchainKind, own: Path | None, python: str | None, cuda:
         if value is not None and not choice.type.native:
             raise UsageError(f"{name} requires --toolchain host", remedy=f"use --toolchain host {name} {value}")
     if own is not None and python is not None:
-        raise UsageError("--environment and --python exclude each other", remedy="omit --python")
+        raise UsageError("--environment and --python cannot be used together", remedy="omit --python")
     return choice
 
 
@@ -260,7 +260,7 @@ def as_built(built: Record, own: Path | None, python: str | None, cuda: Path | N
     """The toolchain of an earlier build.
 
     Raises:
-        UsageError: it used an environment of the user, whose path is not recorded, or options exclude each other.
+        UsageError: it used an environment of the user, whose path is not recorded, or options cannot be used together.
     """
     toolchain = kinds.of_inputs(built.inputs)
     if own is None and toolchain.used_environment(built.inputs):

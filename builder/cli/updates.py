@@ -28,8 +28,8 @@ from gracefarm.errors import FetchError
 def updates_command(age: str) -> None:
     """List newer upstream releases of recipes, torch and Pythons, as changes to review.
 
-    The command changes no file. It looks for newer recipes and torch on the Python index and in git tags, and for newer
-    Pythons in the list of the installed uv.
+    The command changes no file. It looks for newer releases of torch and of the recipes' packages on the Python index
+    and in git tags, and for newer Pythons in the list of the installed uv.
 
     \b
     builder updates

@@ -130,7 +130,7 @@ def schemas() -> dict[str, str]:
 @click.option("--write", type=click.Path(file_okay=False, path_type=Path), help="Write the schemas as files into this folder.")
 @json_option
 def schema_command(write: Path | None) -> None:
-    """Print the JSON schemas of recipe.toml, stack.toml, interpreter.toml, matrix.toml and record.json, for editors.
+    """Print the JSON schemas of the files that users write, such as recipe.toml, and of the records, for editors.
 
     \b
     builder schema --write docs/schema

@@ -38,7 +38,7 @@ def verify_command(what: str, key_file: Path | None, envelope: Path | None, agai
     """Check a wheel, or the last build of NAME, against its RECORD, build id, SBOM and signed provenance.
 
     With --rebuild, build the wheel again and compare. The result is `identical`, `device code only` (only device code
-    differs), or the file and section that differ. The exit code is 32 if a check fails or cannot be made.
+    differs), or the file and section that differ. The exit code is 32 if a check fails or cannot be run.
 
     \b
     builder verify causal_conv1d

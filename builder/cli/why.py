@@ -48,7 +48,7 @@ def why_command(
     builder why --all
     """
     if every and ids:
-        raise UsageError("--all excludes build ids", remedy="omit the build ids")
+        raise UsageError("--all and build ids cannot be used together", remedy="omit the build ids")
     if name is None and not every:
         raise UsageError("give a recipe or --all", remedy="run `builder why NAME` or `builder why --all`")
     if len(ids) not in (0, 2):

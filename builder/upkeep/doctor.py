@@ -297,7 +297,8 @@ def register(target: Arch, settings: Settings) -> None:
     place = next((folder for folder in roots if folder.is_dir()), None)
     if place is None:
         raise HostError(
-            f"there is no root for {target} yet", remedy=f"run `builder build NAME --target {target}`, then repeat the command"
+            f"the root file system for {target} was not assembled yet",
+            remedy=f"run `builder build NAME --target {target}`, then repeat the command",
         )
     if not (FOLDER / "register").exists():
         _as_root(["mount", "-t", "binfmt_misc", "binfmt_misc", str(FOLDER)])

@@ -47,7 +47,7 @@ def create(
     """
     if (set_name is not None) + nightly + cache > 1 or (cache and project):
         raise UsageError(
-            "--nightly, --cache and --set exclude each other, and --cache excludes --project",
+            "--nightly, --cache and --set cannot be used together, and --cache cannot be used with --project",
             remedy="give only one of --nightly, --cache and --set; omit --project with --cache",
         )
     secret = auth.create(

@@ -110,7 +110,7 @@ def _check(entry: bytes) -> None:
     known = isinstance(header, dict) and all(isinstance(header.get(name), str) for name in ("sha256", "keyid", "sig"))
     if not known or not isinstance(header, dict) or not _SHA256.match(header["sha256"]):
         raise RefusedError(
-            "a cache entry begins with a line of JSON with sha256, keyid and sig", remedy="write it with `builder build`"
+            "a cache entry must begin with a line of JSON with sha256, keyid and sig", remedy="write it with `builder build`"
         )
     if hashlib.sha256(body).hexdigest() != header["sha256"]:
-        raise RefusedError("the sha256 of the cache entry is not that of its bytes", remedy="send it again")
+        raise RefusedError("the sha256 of the cache entry does not match its bytes", remedy="send it again")

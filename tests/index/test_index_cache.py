@@ -42,10 +42,10 @@ def test_an_entry_comes_back_as_it_was_written(server: Server) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"object", "begins with a line of JSON"),
-        (b'{"sha256": 1}\nobject', "begins with a line of JSON"),
-        (b"[" * 3000 + b"\nobject", "begins with a line of JSON"),
-        (entry(b"object", sha256="0" * 64), "the sha256 of the cache entry is not that of its bytes"),
+        (b"object", "must begin with a line of JSON"),
+        (b'{"sha256": 1}\nobject', "must begin with a line of JSON"),
+        (b"[" * 3000 + b"\nobject", "must begin with a line of JSON"),
+        (entry(b"object", sha256="0" * 64), "the sha256 of the cache entry does not match its bytes"),
     ],
 )
 def test_what_is_not_an_entry_is_refused(server: Server, content: bytes, words: str) -> None:

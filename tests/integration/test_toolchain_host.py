@@ -254,7 +254,7 @@ def test_where_the_network_cannot_be_cut_the_record_says_so(farm: Farm, own: Pat
         (("--cuda", "{old}"), {}, 4, "stack bare requires CUDA 13.0, but {old} has 12.4"),
         ((), {"CC": "no-such-gcc"}, 4, "no-such-gcc is not on PATH"),
         (("--target", OTHER), {}, 2, f"the host toolchain builds for {NATIVE}, not for {OTHER}"),
-        (("--python", "{old}/bin/python3"), {}, 2, "--environment and --python exclude each other"),
+        (("--python", "{old}/bin/python3"), {}, 2, "--environment and --python cannot be used together"),
     ],
 )
 def test_what_is_missing_is_said_before_anything_is_built(
