@@ -66,7 +66,7 @@ def collect(of: LoadedSet, own: Sequence[Path], settings: Settings) -> list[Lock
             filename = own_index.fetch_wheel(wheel, settings)[1]
         if not filename:
             raise ConfigError(
-                f"{of.runtime.requirements_lock} does not have the file name of {wheel.name} {wheel.version}",
+                f"{of.runtime.requirements_lock} has no comment with the file name of {wheel.name} {wheel.version}",
                 remedy="write the lock again",
                 repeat=of.runtime.lock_command,
             )

@@ -78,7 +78,7 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
     type=click.FloatRange(min=1),
     default=120.0,
     show_default=True,
-    help="With the own client: stop a request if no text arrives for this many seconds.",
+    help="With the client `own`: stop a request if no text arrives for this many seconds.",
 )
 @click.option(
     "--url",

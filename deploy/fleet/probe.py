@@ -72,8 +72,9 @@ def private_address(node: Node, answer: Mapping[str, object]) -> tuple[str, str,
         for address, name, prefix in addresses:
             if node.private in (None, address) and node.nic in (None, name):
                 return address, name, _network(address, prefix)
+        wanted = (f"address {node.private}" if node.private else "", f"interface {node.nic}" if node.nic else "")
         raise NodeError(
-            f"{node}: this node has no {' on '.join(word for word in (node.private, node.nic) if word)}",
+            f"{node}: this node has no {' on '.join(filter(None, wanted))}",
             remedy=f"correct `private` or `nic` of this node in deploy.toml; its interfaces and addresses are: {known}",
         )
     if _loopback(node.address):  # a node on this machine
