@@ -124,7 +124,7 @@ def _fill(
         filled = fill.fill([*missing, *KINDS[toolchain].gaps(base)], base, settings, tick)
     for kind in KINDS.values():
         for gap in kind.gaps(base) if kind.kind != toolchain else ():
-            console.step("lock", f"left for --toolchain {kind.kind}: {gap.what}")
+            console.step("lock", f"not read: {gap.what}, which only --toolchain {kind.kind} requires")
     rows = [{"file": str(gap.file), "what": gap.what, "url": gap.url, "sha256": sha256} for gap, sha256 in filled.digests]
     lines = [f"{row['sha256']}  {row['what']}  {row['url']}" for row in rows]
     if rows or not filled.failed:

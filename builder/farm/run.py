@@ -107,7 +107,7 @@ class _FarmRun:
     def leave(self) -> None:
         """Wait for nothing more, whatever was the end."""
         if self.waiting:
-            self.console.step("farm", "ending what no other run waits for")
+            self.console.step("farm", "ending the builds that no other run waits for")
             left, self.waiting = list(self.waiting), {}
             try:
                 self.cluster.call("leave", self.driver, left)

@@ -20,7 +20,10 @@ INDEXES = ("registry+https://github.com/rust-lang/crates.io-index", "sparse+http
 
 
 class Crate(Table):
-    """One crate of crates.io. Name and version are validated, because the name of a folder is composed of them."""
+    """One crate of crates.io.
+
+    Name and version are validated, because the name of a folder is composed of them.
+    """
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
     "Name on crates.io"
