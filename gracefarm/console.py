@@ -34,6 +34,11 @@ def silent(_text: str) -> None:
     """A Say that shows nothing."""
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun, as 1 file or 2 files."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 class Console:
     """The output of a command line. Messages go to stderr and results to stdout, so that a pipe receives only results."""
 

@@ -21,6 +21,7 @@ from builder.planning.settings import Settings
 from builder.proof import record, signing
 from builder.proof.record import Record
 from builder.smoke import ComparedResult, GpuResult
+from gracefarm.console import counted
 from gracefarm.errors import ConfigError, VerifyError
 from gracefarm.files import atomic_write, sha256_file
 from gracefarm.tables import Sha256, Table
@@ -196,8 +197,7 @@ def sentence(certificate: Certificate, build: Record) -> str:
     """The certificate in words, for `builder show` and the provenance."""
     own = build.wheel is not None and certificate.wheel.sha256 == build.wheel.sha256
     by = "this wheel" if own else f"its twin {certificate.wheel.filename}, which has the same device code"
-    count = len(certificate.comparisons)
     return (
         f"device code for sm_{certificate.sm} certified on {certificate.gpu} by {by}: "
-        f"{count} comparison{'' if count == 1 else 's'}; host code is not covered"
+        f"{counted(len(certificate.comparisons), 'comparison')}; host code is not covered"
     )

@@ -19,7 +19,7 @@ from builder.sets import locks, set_record, staging, together
 from builder.sets.locks import SetAddress
 from builder.sets.plan import SetPlan
 from builder.sets.set_record import Locked, SetRecord
-from gracefarm.console import Console
+from gracefarm.console import Console, counted
 from gracefarm.errors import GracefarmError, PublishError, SeveralError
 from gracefarm.files import atomic_write, lock, remove_tree, sha256_file
 
@@ -55,7 +55,10 @@ def build_set(plan: SetPlan, jobs: int | None, settings: Settings, console: Cons
         ConfigError, FetchError, ...: see `locks.collect` and `environment.ensure`.
     """
     name, place = plan.set.data.name, set_record.folder(settings, plan.set_id)
-    console.step("set", f"{name}: set id {plan.set_id[:16]}, {len(plan.builds)} own wheels, {len(plan.wheels)} others")
+    console.step(
+        "set",
+        f"{name}: set id {plan.set_id[:16]}, {counted(len(plan.builds), 'own wheel')}, {counted(len(plan.wheels), 'other')}",
+    )
     if set_record.read(settings, plan.set_id) is None:
         # Checked before hours of compiling.
         together.require_others(plan, _ground(plan, settings, console)[1])
@@ -228,7 +231,7 @@ def _incomplete(built: BuiltSet, at: SetAddress, missing: Sequence[str]) -> Inco
     name = built.plan.set.data.name
     shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
     return IncompleteError(
-        f"{at.name} is staged at {at.base}, but not published: {len(missing)} wheels are missing ({shown})",
+        f"{at.name} is staged at {at.base}, but not published: it lacks {counted(len(missing), 'wheel')} ({shown})",
         remedy=f"run these commands on the machine of the index: {'; '.join(commands)}; then repeat the command to publish it",
         repeat=f"builder set build {name} --stage {at.base}" + (f" --as {at.name}" if at.name != name else ""),
     )

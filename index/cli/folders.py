@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from gracefarm.console import counted
 from gracefarm.errors import SeveralError
 from index.cli.common import IndexContext, in_context
 from index.intake.folder import import_folder
@@ -47,5 +48,5 @@ def import_(context: IndexContext, folder: Path, variants: bool) -> None:
     context.console.result(asdict(imported), "\n".join([counts, *imported.refused]))
     if imported.refused:
         raise SeveralError(
-            f"{len(imported.refused)} files were refused", remedy="correct or remove these files, then repeat the import"
+            f"{counted(len(imported.refused), 'file')} refused", remedy="correct or remove these files, then repeat the import"
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from gracefarm import pins, settings
+from gracefarm.console import counted
 from index.cli.common import IndexContext, in_context
 from index.sets import machines, mirroring, staged
 
@@ -54,7 +55,7 @@ def mirror(
         )
     state = staged.find(catalogue, set_name).state
     hint = "" if state == "published" else f"; publish the set with `index stage publish {set_name}`"
-    context.console.result([asdict(item) for item in mirrored], f"{set_name}: {len(mirrored)} files{hint}")
+    context.console.result([asdict(item) for item in mirrored], f"{set_name}: {counted(len(mirrored), 'file')}{hint}")
 
 
 @click.command("withdraw")

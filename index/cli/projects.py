@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from gracefarm.console import counted
 from index.cli.common import IndexContext, in_context
 from index.names import normalise
 from index.store import projects
@@ -88,4 +89,6 @@ def delete(context: IndexContext, name: str, version: str, yes: bool) -> None:
 
 
 def _show(context: IndexContext, name: str, version: str, count: int, what: str) -> None:
-    context.console.result({"name": name, "version": version, "files": count}, f"{name} {version}: {count} files {what}")
+    context.console.result(
+        {"name": name, "version": version, "files": count}, f"{name} {version}: {counted(count, 'file')} {what}"
+    )

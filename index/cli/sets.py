@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from gracefarm.cli import CommandGroup
+from gracefarm.console import counted
 from index.cli.common import IndexContext, in_context
 from index.sets import pylock, staged
 
@@ -78,7 +79,7 @@ def list_(context: IndexContext) -> None:
     sets = staged.all_sets(context.catalogue())
     lines = []
     for item in sets:
-        lines.append(f"{item.name:<24} {item.state:<10} {len(item.files)} files, {len(item.missing)} missing")
+        lines.append(f"{item.name:<24} {item.state:<10} {counted(len(item.files), 'file')}, {len(item.missing)} missing")
         if item.state == "staged":
             lines.append(f"    preview /preview/{item.preview}/simple/")
         lines += [f"    lacks {missing}" for missing in item.missing]

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import click
 
+from gracefarm.console import counted
 from index.cli.common import IndexContext, in_context
 from index.errors import DamagedError
 from index.store import upkeep
@@ -25,7 +26,7 @@ def fsck(context: IndexContext, set_aside: bool) -> None:
         inspection = upkeep.fsck(context.store, context.catalogue(), tick, set_aside=context.actor if set_aside else None)
     context.console.result(
         asdict(inspection),
-        f"{inspection.files} files, {inspection.bytes} bytes, {len(inspection.damaged)} damaged,"
+        f"{counted(inspection.files, 'file')}, {inspection.bytes} bytes, {len(inspection.damaged)} damaged,"
         f" {inspection.unnamed} unreferenced",
     )
     if inspection.damaged:
@@ -44,7 +45,7 @@ def gc(context: IndexContext) -> None:
     index gc
     """
     count, size = upkeep.gc(context.store, context.catalogue(), context.actor)
-    context.console.result({"files": count, "bytes": size}, f"{count} files removed, {size} bytes")
+    context.console.result({"files": count, "bytes": size}, f"{counted(count, 'file')} removed, {size} bytes")
 
 
 @click.command("prune")

@@ -129,7 +129,7 @@ def test_a_set_from_recipes_to_what_pip_and_uv_install(farm: Farm, third_party: 
         assert staged.code == 40, staged.said
         assert "already built" in staged.said
         assert "is staged at" in staged.said
-        assert "2 wheels are missing (third-dep==1.5, third-lib==3.0)" in staged.said
+        assert "it lacks 2 wheels (third-dep==1.5, third-lib==3.0)" in staged.said
         assert httpx.get(f"{url}/tiny/simple/").status_code == 404, "nothing of it is seen before all of it is there"
         assert httpx.get(f"{url}/simple/tiny-c/").status_code == 404
 
