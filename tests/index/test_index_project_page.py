@@ -170,7 +170,7 @@ def test_a_project_of_variants_or_sources_alone_has_no_line_that_fails(site: Ser
     assert '<span class="sub">3.0</span>' in text
     assert "choose.py" not in text
     assert "Commands for" not in text
-    assert "Install</h2>" not in text, "there is no command, and one file is no choice"
+    assert "Install</h2>" not in text, "there is no command, and one file leaves nothing to choose"
 
 
 def chosen(filename: str, requires_python: str | None = None) -> WheelChoice:
