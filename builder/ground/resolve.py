@@ -93,7 +93,11 @@ def resolution(texts: Sequence[str], stack: LoadedStack, arch: Arch, settings: S
             )
             command.append(f"--override={overrides}")
         uv.run(
-            command, settings, lambda message: ConfigError(f"no resolution for {arch}: {message}", remedy="correct stack.toml")
+            command,
+            settings,
+            lambda message: ConfigError(
+                f"the requirements cannot be resolved for {arch}: {message}", remedy="correct stack.toml"
+            ),
         )
         resolved = tomllib.loads(answer.read_text())["packages"]
     for package in resolved:

@@ -50,7 +50,7 @@ def status(context: DeployContext, canary: float) -> None:
     deploy status
 
     \b
-    exit code  0  READY, BUSY (the engine generates tokens for others)
+    exit code  0  READY, BUSY (the engine answers other requests)
               65  PLANNED, LOADING, STOPPED: not serving, without a fault
               63  DEGRADED, WEDGED, DEAD(node), DEAD(engine), FAILED(phase)
               60  UNREACHABLE: no ssh connection to the head
