@@ -276,7 +276,7 @@ def _as_root(command: Sequence[str], text: str | None = None) -> None:
     except FileNotFoundError as error:
         raise HostError(f"the program {error.filename} is not installed", remedy=by_hand) from error
     if process.returncode:
-        raise HostError(f"{' '.join(line)} failed with {process.returncode}", remedy=by_hand)
+        raise HostError(f"{' '.join(line)} failed with exit code {process.returncode}", remedy=by_hand)
 
 
 def _allow_namespaces(problem: str) -> None:

@@ -230,7 +230,7 @@ def test_fix_uses_sudo_for_everybody_else(recorded: Path, monkeypatch: pytest.Mo
 def test_fix_that_fails_says_the_command(recorded: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     (tmp_path / "fails").touch()
-    with pytest.raises(HostError, match="apt-get update --quiet failed with 1") as caught:
+    with pytest.raises(HostError, match="apt-get update --quiet failed with exit code 1") as caught:
         doctor.fix([MISSING], load())
     assert "as root: apt-get update" in caught.value.remedy
 
