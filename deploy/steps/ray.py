@@ -333,7 +333,7 @@ async def verify(by_name: Mapping[str, RemoteNode], spec: ClusterSpec, *, idle: 
     """Wait until exactly the plan's nodes are alive, with exactly its GPUs.
 
     If `idle`, no engine runs: also wait up to `RELEASE` seconds until Ray has released all GPUs. A placement group that is
-    removed while a lost node comes back can keep a GPU for ever (seen with Ray 2.60).
+    removed while a lost node comes back can keep a GPU forever (seen with Ray 2.60).
 
     Returns:
         The answer of `cluster.nodes`.

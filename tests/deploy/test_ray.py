@@ -167,7 +167,7 @@ import sys, ray
 ray.init(address=sys.argv[1], _node_ip_address=sys.argv[2], log_to_driver=False)
 assert ray.util.placement_group([{"GPU": 1}], lifetime="detached").wait(60)
 """
-"Reserves a GPU for ever, as a placement group does that Ray removed while one of its nodes came back."
+"Reserves a GPU forever, as a placement group does that Ray removed while one of its nodes came back."
 
 
 @pytest.mark.slow
