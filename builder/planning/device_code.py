@@ -102,7 +102,7 @@ def require(recipe: LoadedRecipe, stack: LoadedStack, ptx: str | None) -> None:
         if value not in supported:
             raise ConfigError(
                 f"{recipe.key} does not support sm_{value}: its recipe lists {', '.join(supported)}",
-                remedy="choose one of these architectures with --sm; if the source supports sm_{value}, add it to "
+                remedy=f"choose one of these architectures with --sm; if the source supports sm_{value}, add it to "
                 "sm_supported of [wheel] in the recipe",
             )
 

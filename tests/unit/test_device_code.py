@@ -103,7 +103,11 @@ def test_ptx_is_the_command_lines_or_the_recipes_or_the_stacks(
         ({"sm": "100+100f"}, "sm_100 and sm_100f cannot be in one wheel", "sm_100f"),
         ({"ptx": "91"}, "does not compile for sm_91", ""),
         ({"sm_extra": {"*.cu": ("90f",)}}, "does not compile for sm_90f", ""),
-        ({"sm": "75", "sm_supported": ("80", "90")}, "causal_conv1d does not support sm_75: its recipe lists 80, 90", "--sm"),
+        (
+            {"sm": "75", "sm_supported": ("80", "90")},
+            "causal_conv1d does not support sm_75: its recipe lists 80, 90",
+            "if the source supports sm_75, add it",
+        ),
     ],
 )
 def test_an_architecture_that_cuda_torch_or_the_recipe_does_not_know_is_refused(
