@@ -41,7 +41,7 @@ def planned(project: Settings, name: str) -> plan.SetPlan:
     return plan.plan_set(definition.load(name, project), Arch.X86_64)
 
 
-@pytest.mark.parametrize("name", ["gh200-cu124", "gh200-cu130"])
+@pytest.mark.parametrize("name", ["gh200-cu124", "gh200-cu130", "gh200-cu130-torch2.14"])
 def test_every_digest_of_the_committed_sets_is_there_or_named_as_a_gap(project: Settings, name: str) -> None:
     made = planned(project, name)
     missing = [wheel for wheel in made.wheels if not re.fullmatch(r"[0-9a-f]{64}", wheel.sha256)]
@@ -55,11 +55,17 @@ def test_every_digest_of_the_committed_sets_is_there_or_named_as_a_gap(project: 
     assert len(named) == (2 if name == "gh200-cu124" else 0)
 
 
-def test_the_lock_of_cu130_has_the_versions_that_were_asked_for_and_no_address(project: Settings) -> None:
-    made = planned(project, "gh200-cu130")
-    versions = {wheel.name: wheel.version for wheel in made.wheels}
-    assert (versions["torch"], versions["triton"], versions["vllm"]) == ("2.11.0", "3.6.0", "0.26.0")
-    assert "://" not in (REPOSITORY / "sets" / "gh200-cu130" / "requirements.lock").read_text()
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("gh200-cu130", ("2.11.0", "3.6.0", "0.26.0")), ("gh200-cu130-torch2.14", ("2.14.0", "3.8.0", "0.33.0"))],
+)
+def test_a_lock_has_the_versions_that_were_asked_for_and_no_address(
+    project: Settings, name: str, wanted: tuple[str, ...]
+) -> None:
+    versions = {wheel.name: wheel.version for wheel in planned(project, name).wheels}
+    assert (versions["torch"], versions["triton"], versions["vllm"]) == wanted
+    assert versions["cuda-python"].startswith("13.")  # 12.6 has the files of cuda-bindings, older ones
+    assert "://" not in (REPOSITORY / "sets" / name / "requirements.lock").read_text()
 
 
 def test_what_another_wheel_requires_is_built_first(project: Settings) -> None:
