@@ -2,7 +2,7 @@
 
     pip download --no-deps --platform manylinux1_x86_64 --python-version 3.8 aphrodite-engine==0.6.4.post1
     python tools/engine_options.py aphrodite_engine-*.whl > deploy/data/aphrodite-0.6.4.post1-options.json
-    python tools/engine_options.py vllm-*.whl > deploy/data/vllm-0.26.0-options.json       # the wheel of set gh200-cu130
+    python tools/engine_options.py vllm-0.26.0-*.whl > deploy/data/vllm-0.26.0-options.json    # the wheel of set gh200-cu130
 
 The wheel's Python is read as syntax (ast) and never run: names, types, defaults and choices, no help text and no code.
 
@@ -171,10 +171,12 @@ def _aphrodite_choices(node: ast.expr, names: Mapping[str, OptionValue]) -> Iter
 
 # vllm
 
-SERVER, ENGINE, CONFIG = "vllm/entrypoints/openai/cli_args.py", "vllm/engine/arg_utils.py", "vllm/config/"
+SERVERS = ("vllm/entrypoints/common/cli_args.py", "vllm/entrypoints/openai/cli_args.py")
+"Where the server's options are: in 0.33, and before."
+ENGINE, CONFIG, PARSER = "vllm/engine/arg_utils.py", "vllm/config/", "vllm/utils/argparse_utils.py"
 HUMAN_INTEGERS = (
-    *("max_model_len", "max_num_batched_tokens", "max_num_scheduled_tokens", "kv_cache_memory_bytes"),
-    "safetensors_prefetch_block_size",
+    *("max_model_len", "max_num_batched_tokens", "max_num_scheduled_tokens", "max_num_queued_tokens"),
+    *("kv_cache_memory_bytes", "safetensors_prefetch_block_size"),
 )
 "Integers that may be written as 8k or 2G."
 
@@ -290,16 +292,29 @@ class Scope:
 
 
 def vllm_options(wheel: zipfile.ZipFile) -> Iterator[Option]:
-    """The options of `vllm serve`."""
-    names = [
-        name for name in wheel.namelist() if name in (SERVER, ENGINE) or (name.startswith(CONFIG) and name.endswith(".py"))
-    ]
+    """The options of `vllm serve`. Since 0.33, its parser pairs --enable-x with --disable-x."""
+    paired = "class EnableDisableAction(" in wheel.read(PARSER).decode()
+    for option in _vllm_options(wheel):
+        yield option.model_copy(update={"flags": (*option.flags, *_inverses(option))}) if paired else option
+
+
+def _inverses(option: Option) -> Iterator[str]:
+    """--disable-x of a switch --enable-x, and the reverse."""
+    pairs = (("--enable-", "--disable-"), ("--disable-", "--enable-"))
+    for flag in option.flags if option.action == "switch" else ():
+        yield from (inverse + flag.removeprefix(prefix) for prefix, inverse in pairs if flag.startswith(prefix))
+
+
+def _vllm_options(wheel: zipfile.ZipFile) -> Iterator[Option]:
+    members = wheel.namelist()
+    server = next(name for name in SERVERS if name in members)
+    names = [name for name in members if name in (server, ENGINE) or (name.startswith(CONFIG) and name.endswith(".py"))]
     trees = {name: ast.parse(wheel.read(name)) for name in names}
     code = Code(
         classes={node.name: node for tree in trees.values() for node in tree.body if isinstance(node, ast.ClassDef)},
         aliases={name: value for tree in trees.values() for name, value in _aliases(tree)},
     )
-    yield from _vllm_calls(_function(trees[SERVER].body, "make_arg_parser"), code, Scope())
+    yield from _vllm_calls(_function(trees[server].body, "make_arg_parser"), code, Scope())
     frontend = Scope()
     for name in ("BaseFrontendArgs", "FrontendArgs"):
         for node in ast.walk(code.classes[name]):
@@ -342,13 +357,13 @@ def _vllm_calls(function: ast.FunctionDef, code: Code, scope: Scope) -> Iterator
             spread = next(value for key, value in zip(spread.keys, spread.values, strict=True) if key is None)
         place = scope.place(spread) if spread is not None else None
         if place is None:
-            yield _vllm_explicit(flags, words)
+            yield _vllm_explicit(flags, words, code)
         else:
             annotation, default = code.fields(place[0])[place[1]]
             yield _vllm_field(flags, place[1], annotation, default, code, scope.changes.get(place, {}))
 
 
-def _vllm_explicit(flags: tuple[str, ...], words: Mapping[str, ast.expr]) -> Option:
+def _vllm_explicit(flags: tuple[str, ...], words: Mapping[str, ast.expr], code: Code) -> Option:
     action = ast.unparse(words["action"]).strip("'\"").rpartition(".")[2] if "action" in words else "store"
     if action == "BooleanOptionalAction":
         return _switch(flags, _plain_default(words.get("default")))
@@ -356,10 +371,21 @@ def _vllm_explicit(flags: tuple[str, ...], words: Mapping[str, ast.expr]) -> Opt
         flags=flags,
         kind="bool" if action == "store_true" else _vllm_kind(ast.unparse(words["type"])) if "type" in words else "str",
         default=False if action == "store_true" else _plain_default(words.get("default")),
-        choices=tuple(ast.literal_eval(words["choices"])) if "choices" in words else None,
+        choices=_vllm_choices(words["choices"], code) if "choices" in words else None,
         nargs=ast.literal_eval(words["nargs"]) if "nargs" in words else None,
         action="store_true" if action == "store_true" else "store",
     )
+
+
+def _vllm_choices(node: ast.expr, code: Code) -> tuple[Any, ...] | None:
+    """A list of literals, or `get_args(ALIAS)`. None: computed, as from the platform."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "get_args":
+        (literal,) = code.hints(node.args[0])
+        return code.values(literal)
+    try:
+        return tuple(ast.literal_eval(node))
+    except ValueError:
+        return None
 
 
 def _vllm_field(
