@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import Any
 
+from packaging.version import Version
 from pydantic import BaseModel, ConfigDict, Field
 
+from deploy.nodes import setlock
+from deploy.nodes.deployment import Deployment
 from deploy.planning import options
 from deploy.planning.architectures import ARCHITECTURES, DENSE
 from deploy.planning.quantization import least_sm
@@ -20,7 +24,7 @@ GivenValue = str | int | float | bool | list[str]
 
 
 class Engine(BaseModel):
-    """An engine in the version that the farm builds (deploy/data/engines.toml)."""
+    """An engine in a version that a set has (deploy/data/engines.toml)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,30 +55,73 @@ class Engine(BaseModel):
     timeout_variable: str
     "Variable for the timeout of a step in seconds. Offloaded weights make steps long."
     key_variable: str
-    table: str
-    "Name of the table of its options in deploy/data."
+    note: str = ""
+    "A note in each of its plans."
     swap_share: float | None = None
     "The engine checks that tp times the swap space is at most this share of the head's memory; None: no check."
     env: Mapping[str, str] = Field(default_factory=dict)
     refused: Mapping[str, str]
     "Options that deploy.toml must not set, with the reason."
 
+    @property
+    def table(self) -> str:
+        """Name of the table of its options in deploy/data."""
+        return f"{self.name}-{self.version}"
+
 
 @cache
-def _engines() -> dict[str, Engine]:
+def _engines() -> dict[str, tuple[Engine, ...]]:
+    """The versions of each engine. The first is the default."""
     table = tomllib.loads((resources.files("deploy") / "data" / "engines.toml").read_text())
     refused = table.pop("refused")
-    return {
-        name: Engine.model_validate({**entry, "name": name, "refused": {**refused, **entry["refused"]}})
-        for name, entry in table.items()
-    }
+    return {name: tuple(_versions(name, entry, refused)) for name, entry in table.items()}
 
 
-def engine(name: str) -> Engine:
-    """Find an engine by name. Raises ConfigError."""
+def _versions(name: str, entry: Mapping[str, Any], refused: Mapping[str, str]) -> Iterator[Engine]:
+    """The engine, then its other versions, which have the same values if their table does not change them."""
+    base = {**entry, "name": name, "refused": {**refused, **entry["refused"]}}
+    others = base.pop("versions", {})
+    yield Engine.model_validate(base)
+    for version, changes in others.items():
+        yield Engine.model_validate({**base, **changes, "version": version})
+
+
+def engine(name: str, version: str | None = None) -> Engine:
+    """Find an engine by name, in the newest known version up to `version`, else in the oldest. None: the default version.
+
+    Raises:
+        ConfigError: there is no engine of this name.
+    """
     if name not in _engines():
         raise ConfigError(f"unknown engine {name!r}", remedy="use aphrodite or vllm")
-    return _engines()[name]
+    known = _engines()[name]
+    if version is None:
+        return known[0]
+    known = tuple(sorted(known, key=lambda engine_: Version(engine_.version)))
+    return next((engine_ for engine_ in reversed(known) if Version(engine_.version) <= Version(version)), known[0])
+
+
+def versions(name: str) -> tuple[str, ...]:
+    """The known versions of an engine. The first is the default."""
+    return tuple(engine_.version for engine_ in _engines()[name])
+
+
+def planned_for(deployment: Deployment) -> tuple[Engine, list[str]]:
+    """The engine of a deployment in the version of its set's lock, with notes for the plan.
+
+    Raises:
+        ConfigError: there is no engine of this name.
+    """
+    data = deployment.data
+    version = setlock.version_of(deployment, options.table(engine(data.engine).table).distribution)
+    planned = engine(data.engine, version)
+    notes = [planned.note] if planned.note else []
+    if version is not None and Version(version) != Version(planned.version):
+        notes.append(
+            f"the lock of the set {data.set} has {planned.name} {version}, which gracefarm does not know: options and "
+            f"environment are those of {planned.version}"
+        )
+    return planned, notes
 
 
 @dataclass(frozen=True, kw_only=True)

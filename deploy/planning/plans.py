@@ -237,7 +237,7 @@ def _list(deployment: Deployment) -> str:
 def _question(deployment: Deployment, facts: Facts, model: Model) -> tuple[Question, list[str]]:
     """The input of the planner, and notes about the nodes for the user."""
     data = deployment.data
-    engine = engines.engine(data.engine)
+    engine, doubts = engines.planned_for(deployment)
     known = {node.name: facts.node(node.name) for node in deployment.nodes}
     engines.check(engine, data.engine_options, known[deployment.head.name].arch)
     machines, notes = _machines(deployment, known)
@@ -252,7 +252,7 @@ def _question(deployment: Deployment, facts: Facts, model: Model) -> tuple[Quest
         link=links.link(serving),
         cache_bytes=1 if cache.startswith("fp8") else BYTES,
     )
-    return question, [*notes, *links.notes(serving)]
+    return question, [*doubts, *notes, *links.notes(serving)]
 
 
 def _prices(own: float | None, machines: Sequence[Machine]) -> Mapping[str, float] | None:
@@ -279,7 +279,7 @@ def trusted(deployment: Deployment, facts: Facts, repo: str, revision: str) -> S
             "[layout] trust requires tensor_parallel and pipeline_parallel, since the planner does not know the model",
             remedy="set both keys in [layout]; their product is the number of GPUs",
         )
-    engine = engines.engine(data.engine)
+    engine, doubts = engines.planned_for(deployment)
     known = {node.name: facts.node(node.name) for node in deployment.nodes}
     engines.check(engine, data.engine_options, known[deployment.head.name].arch)
     machines, notes = _machines(deployment, known)
@@ -307,14 +307,14 @@ def trusted(deployment: Deployment, facts: Facts, repo: str, revision: str) -> S
     plan = _executed(deployment, facts, layout, [slot.machine.name for slot in slots], repo, revision)
     unused = [machine.name for machine in machines if machine.name not in {node.name for node in plan.nodes}]
     doubt = f"the planner does not know {repo}: it is served without a prediction of memory and speed ([layout] trust)"
-    return identified(plan.model_copy(update={"spares": tuple(unused), "notes": (*notes, doubt)}))
+    return identified(plan.model_copy(update={"spares": tuple(unused), "notes": (*doubts, *notes, doubt)}))
 
 
 def _executed(
     deployment: Deployment, facts: Facts, layout: Layout, places: Sequence[str], repo: str, revision: str
 ) -> ServePlan:
     """The executed part of the plan. `places` has the node's name for each GPU, in the engine's rank order."""
-    engine, head = engines.engine(deployment.data.engine), facts.node(deployment.head.name)
+    (engine, _), head = engines.planned_for(deployment), facts.node(deployment.head.name)
     nodes = tuple(_node(deployment, engine, layout, facts.node(name), count, head) for name, count in Counter(places).items())
     serve = commands.serve(deployment, engine, layout, repo, revision)
     if deployment.data.launcher == "native":

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import httpx
 
+from deploy.nodes import setlock
 from deploy.nodes.deployment import Deployment
 from deploy.nodes.facts import Facts
-from deploy.steps import setlock
 
 HUB = "https://huggingface.co"
 SECONDS = 10.0
@@ -44,7 +44,7 @@ def _gpus(deployment: Deployment, facts: Facts) -> Sequence[str]:
 
 def _lock(deployment: Deployment, facts: Facts) -> Sequence[str]:
     name = deployment.data.set
-    text = setlock.lock_at_hand(deployment)
+    text = setlock.at_hand(deployment)
     if text is None:
         if deployment.data.index is not None:
             return ()  # it is fetched from there

@@ -6,13 +6,12 @@ The locks in gracefarm contain only wheels from PyPI. They are for deployments w
 from __future__ import annotations
 
 import netrc
-from contextlib import suppress
-from importlib import resources
 from pathlib import Path
 
 import httpx
 
 from deploy.nodes.deployment import Deployment
+from deploy.nodes.setlock import place, shipped
 from deploy.planning import engines, options
 from gracefarm import pins
 from gracefarm.console import Console
@@ -28,7 +27,7 @@ def lock_text(deployment: Deployment, console: Console) -> str:
         FetchError: the index has no lock of the set, or cannot be reached.
     """
     data = deployment.data
-    path = _place(deployment)
+    path = place(deployment)
     try:
         return path.read_text()
     except FileNotFoundError as error:
@@ -46,28 +45,6 @@ def lock_text(deployment: Deployment, console: Console) -> str:
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: the lock cannot be read: {error}", remedy="replace the file") from error
-
-
-def _place(deployment: Deployment) -> Path:
-    return deployment.path.parent / Path(deployment.data.lock or f"{deployment.data.set}.lock").expanduser()
-
-
-def shipped(name: str) -> Path | None:
-    """sets/NAME/requirements.lock of the checkout, or of the installed package (below builder/); None if there is none."""
-    base = Path(str(resources.files("deploy"))).parent
-    places = (base / "sets" / name, base / "builder" / "project" / "sets" / name)
-    return next((place / "requirements.lock" for place in places if (place / "requirements.lock").is_file()), None)
-
-
-def lock_at_hand(deployment: Deployment) -> str | None:
-    """The text of the lock, without using the network; None if there is none yet."""
-    data, path = deployment.data, _place(deployment)
-    own = shipped(data.set) if data.lock is None and data.index is None else None
-    for place in (path, own):
-        with suppress(OSError, UnicodeDecodeError):
-            if place is not None:
-                return place.read_text()
-    return None
 
 
 def _fetch_lock(index: str, name: str, path: Path, console: Console) -> str:

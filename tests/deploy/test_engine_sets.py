@@ -14,12 +14,16 @@ from packaging.utils import canonicalize_name
 
 from builder.planning import pins, settings
 from builder.sets import definition
+from deploy.nodes import setlock
+from deploy.nodes.config import Config
+from deploy.nodes.deployment import Deployment
 from deploy.planning import engines
 from deploy.remote.environment import matrix
 from deploy.steps import environment
 from tests.conftest import REPOSITORY
 
-SETS = {"aphrodite": "gh200-cu124", "vllm": "gh200-cu130"}
+SETS = (("aphrodite", "gh200-cu124"), ("vllm", "gh200-cu130"), ("vllm", "gh200-cu130-torch2.14"))
+"Engine and set."
 DISTRIBUTION = {"aphrodite": "aphrodite-engine", "vllm": "vllm"}
 DASHBOARD = {
     "aiohttp",
@@ -57,18 +61,41 @@ def versions(name: str) -> dict[str, str]:
     return locked | {canonicalize_name(own_recipe.data.name): own_recipe.data.version for own_recipe in found.recipes}
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_the_sets_lock_has_everything_that_its_import_matrix_asks_for(name: str) -> None:
+@pytest.mark.parametrize(("name", "set_"), SETS)
+def test_the_sets_lock_has_everything_that_its_import_matrix_asks_for(name: str, set_: str) -> None:
     wanted = environment.matrix(name)
     rows = [*(row.module for row in wanted.modules), *(" ".join(command[:2]) for command in wanted.commands)]
     assert {"ray", "ray.dashboard.optional_deps"} <= set(rows)  # the plan says --include-dashboard true
-    have = versions(SETS[name])
+    have = versions(set_)
     assert {row: NEEDS[row] - set(have) for row in rows if NEEDS[row] - set(have)} == {}
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_the_engine_is_planned_for_at_the_version_that_its_set_has(name: str) -> None:
-    assert versions(SETS[name])[DISTRIBUTION[name]] == engines.engine(name).version
+@pytest.mark.parametrize(("name", "set_"), SETS)
+def test_the_engine_is_planned_for_at_the_version_that_its_set_has(name: str, set_: str) -> None:
+    version = versions(set_)[DISTRIBUTION[name]]
+    assert version in engines.versions(name)
+    if set_ != "gh200-cu124":  # which has no lock yet
+        data = Config.model_validate({"engine": name, "set": set_})
+        engine, _ = engines.planned_for(Deployment(path=Path("/nowhere/deploy.toml"), data=data, nodes=()))
+        assert engine.version == version
+
+
+def test_the_version_is_that_of_the_lock_that_will_be_used_as_far_as_it_is_known(tmp_path: Path) -> None:
+    def version(**data: object) -> str | None:
+        config = Config.model_validate({"set": "gh200-cu130-torch2.14", **data})
+        return setlock.version_of(Deployment(path=tmp_path / "deploy.toml", data=config, nodes=()), "vllm")
+
+    fetched = tmp_path / "gh200-cu130-torch2.14.lock"
+    index = "http://127.0.0.1:9/gh200-cu130-torch2.14/simple/"
+    assert version() == version(index=index) == "0.33.0"  # the lock in gracefarm, until that of the index is there
+    fetched.write_text(f"vllm==0.34.1 --hash=sha256:{'0' * 64}\n")
+    assert version() == version(index=index) == "0.34.1"
+    assert version(lock="none.lock") is None
+    assert version(set="own") is None
+    fetched.write_text("not a lock\n")
+    assert version(lock=fetched.name) is None
+    assert engines.engine("vllm", "0.34.1").version == "0.33.0"
+    assert engines.engine("vllm", "0.9.1").version == "0.26.0"
 
 
 def test_a_minimal_ray_fails_its_row_of_the_matrix(tmp_path: Path) -> None:
@@ -93,7 +120,7 @@ def test_a_minimal_ray_fails_its_row_of_the_matrix(tmp_path: Path) -> None:
     not (shutil.which("cc") and Path(sysconfig.get_path("include"), "Python.h").is_file()),
     reason="no C compiler or no Python.h",
 )
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", DISTRIBUTION)
 def test_extensions_are_imported_as_they_are_linked_by_name_with_libraries_that_torch_has_loaded(
     name: str, tmp_path: Path
 ) -> None:

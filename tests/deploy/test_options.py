@@ -65,10 +65,13 @@ def test_the_table_knows_what_the_plan_rests_on() -> None:
 
 
 VLLM = "vllm-0.26.0"
+VLLM_SETS = {VLLM: "gh200-cu130", "vllm-0.33.0": "gh200-cu130-torch2.14"}
+"A table to the set that has its wheel."
 
 
-def test_real_command_lines_of_vllm_pass() -> None:
-    options.table(VLLM).check(
+@pytest.mark.parametrize("name", VLLM_SETS)
+def test_real_command_lines_of_vllm_pass(name: str) -> None:
+    options.table(name).check(
         [
             *("--tensor-parallel-size", "4", "-pp", "2", "--enable-chunked-prefill", "--no-enable-prefix-caching"),
             *("--max_model_len", "8k", "--seed", "1", "--cpu-offload-gb", "3.5", "--distributed-executor-backend", "ray"),
@@ -89,6 +92,7 @@ def test_real_command_lines_of_vllm_pass() -> None:
         (["--port", "x"], "not an integer"),
         (["--max-num-seqs", "None"], "not an integer"),
         (["--kv-cache-dtype", "fp9"], "the value is not allowed"),
+        (["--disable-expert-parallel"], "has no option"),
         (["--override-generation-config", "{"], "not JSON"),
         (["--seed"], "requires a value"),
     ],
@@ -98,37 +102,65 @@ def test_what_vllm_would_refuse_is_refused(arguments: list[str], words: str) -> 
         options.table(VLLM).check(arguments)
 
 
-def test_all_options_of_vllms_engine_are_in_its_table() -> None:
-    """Where vllm itself ran (docs/reference/sets.md), its engine's parser had 270 long names, --help among them."""
-    made = options.table(VLLM).options
+def test_a_switch_of_the_newer_vllm_has_an_opposite_and_its_old_spelling() -> None:
+    table = options.table("vllm-0.33.0")
+    table.check(["--disable-prefix-caching", "--no-enable-prefix-caching", "--enable-custom-all-reduce"])
+    assert table.find("--disable-expert-parallel") is table.find("--enable-expert-parallel")
+    assert table.find("--device-memory-utilization") is table.find("--gpu-memory-utilization")
+
+
+def test_choices_of_the_newer_vllm_are_known_unless_they_are_computed() -> None:
+    table = options.table("vllm-0.33.0")
+    with pytest.raises(ConfigError) as error:
+        table.check(["--log-level", "loud"])
+    assert "use one of CRITICAL" in error.value.remedy
+    table.check(["--mm-processor-device", "cuda", "--max-num-queued-tokens", "8k"])  # the device is that of the platform
+
+
+@pytest.mark.parametrize(("name", "count"), [(VLLM, 269), ("vllm-0.33.0", 356)])
+def test_all_options_of_vllms_engine_are_in_its_table(name: str, count: int) -> None:
+    """Where vllm itself ran (docs/reference/sets.md), its engine's parser had one long name more, --help."""
+    made = options.table(name).options
     at = next(index for index, option in enumerate(made) if option.name == "model")
     names = [flag for option in made[at:] for flag in option.flags if flag.startswith("--")]
-    assert len(names) == len(set(names)) == 269
+    assert len(names) == len(set(names)) == count
 
 
-@pytest.mark.parametrize(("engine", "absent"), [(engines.engine("aphrodite"), ["config"]), (engines.engine("vllm"), [])])
+@pytest.mark.parametrize(
+    ("engine", "absent"),
+    [
+        (engines.engine("aphrodite"), ["config"]),
+        *((engines.engine("vllm", version), []) for version in engines.versions("vllm")),
+    ],
+)
 def test_every_option_that_is_refused_is_one_of_the_engine(engine: engines.Engine, absent: list[str]) -> None:
     table = options.table(engine.table)
     assert [name for name in engine.refused if table.find(f"--{name}") is None] == absent
 
 
-def test_vllms_table_is_of_the_wheel_that_its_set_has() -> None:
-    lock = (REPOSITORY / "sets/gh200-cu130/requirements.lock").read_text()
-    table = options.table(VLLM)
+@pytest.mark.parametrize(("name", "set_"), VLLM_SETS.items())
+def test_vllms_table_is_of_the_wheel_that_its_set_has(name: str, set_: str) -> None:
+    lock = (REPOSITORY / "sets" / set_ / "requirements.lock").read_text()
+    table = options.table(name)
     assert f"vllm=={table.version} --hash=sha256:{table.sha256}" in lock
     assert f"# {table.wheel}\n" in lock
 
 
-@pytest.fixture(scope="module")
-def vllm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """300 MB from the Python index: the wheel of set gh200-cu130."""
-    return fetched(VLLM, "manylinux_2_28_aarch64", "3.11", tmp_path_factory.mktemp("vllm"))
+@pytest.fixture(scope="module", params=VLLM_SETS)
+def vllm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 MB from the Python index: the wheel of a set."""
+    return fetched(request.param, "manylinux_2_28_aarch64", "3.11", tmp_path_factory.mktemp("vllm"))
 
 
 @pytest.mark.slow
 def test_vllms_committed_table_is_what_the_wheel_has(vllm: Path) -> None:
-    committed = (resources.files("deploy") / "data" / f"{VLLM}-options.json").read_text()
-    assert engine_options.render(engine_options.read_wheel(vllm)) == committed
+    made = engine_options.read_wheel(vllm)
+    committed = (resources.files("deploy") / "data" / f"vllm-{made.version}-options.json").read_text()
+    assert engine_options.render(made) == committed
+
+
+def engine_of(vllm: Path) -> engines.Engine:
+    return engines.engine("vllm", engine_options.read_wheel(vllm).version)
 
 
 @pytest.mark.slow
@@ -141,11 +173,56 @@ def test_vllms_wheel_has_the_modules_and_variables_that_deploy_names(vllm: Path)
     assert len(wanted) == 2
     for module in wanted:
         assert any(member.startswith(module.replace(".", "/") + ".") for member in members), module
-    one = engines.engine("vllm")
+    one = engine_of(vllm)
     names = (one.host_variable, one.partition_variable, one.port_variable, one.timeout_variable, one.key_variable)
-    for name in filter(None, names):
+    for name in (*filter(None, names), *one.offload_env, "VLLM_RAY_DP_PACK_STRATEGY"):
         assert f'"{name}"' in text, name
     assert f"DEFAULT_VOCAB_PADDING_SIZE = {one.vocab_multiple}\n" in padding
+
+
+@pytest.mark.slow
+def test_vllms_wheel_offloads_weights_with_the_environment_of_the_plan(vllm: Path) -> None:
+    """A model runner that calls no set_offloader ignores --cpu-offload-gb."""
+    with zipfile.ZipFile(vllm) as opened:
+        first, second = (
+            "set_offloader(create_offloader(" in opened.read(f"vllm/v1/worker/{name}.py").decode()
+            for name in ("gpu_model_runner", "gpu/model_runner")
+        )
+    assert first
+    assert second is (engine_of(vllm).offload_env == {})
+
+
+@pytest.mark.slow
+def test_vllms_wheel_has_the_metrics_the_paths_and_the_measurement_that_deploy_uses(vllm: Path) -> None:
+    with zipfile.ZipFile(vllm) as opened:
+
+        def text(*folders: str) -> str:
+            names = [name for name in opened.namelist() if name.startswith(folders) and name.endswith(".py")]
+            return "\n".join(opened.read(name).decode() for name in names)
+
+        metrics_, server, bench = text("vllm/v1/metrics/"), text("vllm/entrypoints/"), text("vllm/benchmarks/")
+        log = text("vllm/v1/core/", "vllm/v1/worker/", "vllm/model_executor/model_loader/")
+    of_metrics = ("generation_tokens", "prompt_tokens", "num_requests_running", "num_requests_waiting", "num_preemptions")
+    for name in (*of_metrics, "kv_cache_usage_perc", "time_to_first_token_seconds"):
+        assert f'"vllm:{name}"' in metrics_, name
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/models", "/metrics"):
+        assert f'"{path}"' in server, path
+    for line in ("Loading safetensors checkpoint", "Model loading took", "KV cache size: %s tokens", "Capturing CUDA graph"):
+        assert line in log, line
+    for option in OPTIONS_OF_BENCH:
+        assert f'"--{option}"' in bench, option
+    for key in ("completed", "duration", "total_input_tokens", "total_output_tokens", "output_throughput"):
+        assert f'"{key}"' in bench, key
+    assert "p{p_word}_{metric_attribute_name}_ms" in bench
+    assert 'environ.get("OPENAI_API_KEY")' in bench
+
+
+OPTIONS_OF_BENCH = (
+    *("backend", "endpoint", "base-url", "model", "tokenizer", "tokenizer-mode", "trust-remote-code", "dataset-name", "seed"),
+    *("random-input-len", "random-output-len", "num-prompts", "max-concurrency", "ignore-eos", "temperature"),
+    *("percentile-metrics", "metric-percentiles", "save-result", "disable-tqdm", "result-dir", "result-filename"),
+)
+"What deploy/measure/vllm_bench.py gives."
 
 
 def fetched(name: str, platform: str, python: str, folder: Path) -> Path:

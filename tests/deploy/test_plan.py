@@ -187,6 +187,27 @@ def test_an_option_that_vllm_does_not_have_or_must_not_be_given_is_refused(optio
         made(8, engine="vllm", engine_options=option)
 
 
+def test_options_are_those_of_the_version_in_the_lock_of_the_set() -> None:
+    newer: dict[str, object] = {"engine": "vllm", "set": "gh200-cu130-torch2.14"}
+    own = {"log-level": "WARNING"}
+    assert made(8, **newer, engine_options=own).serve[-2:] == ("--log-level", "WARNING")
+    with pytest.raises(ConfigError, match=r"vllm 0\.26\.0 has no option --log-level"):
+        made(8, engine="vllm", set="gh200-cu130", engine_options=own)
+    with pytest.raises(ConfigError, match=r"vllm 0\.33\.0 has no option --calculate-kv-scales"):
+        made(8, **newer, engine_options={"calculate-kv-scales": True})
+    for name in ("disable-expert-parallel", "device-memory-utilization"):
+        with pytest.raises(ConfigError, match=rf"\[engine_options\] {name} is not allowed: set \w+ in"):
+            made(8, **newer, engine_options={name: 1})
+
+
+def test_every_option_that_is_emitted_exists_in_the_newer_vllm_and_the_plan_is_the_same() -> None:
+    for launcher in ("ray", "native"):
+        data = {**NATIVE, "launcher": launcher}
+        older, newer = (made(10, **data, set=name) for name in ("gh200-cu130", "gh200-cu130-torch2.14"))
+        options.table("vllm-0.33.0").check(newer.serve[3:])
+        assert newer.id == older.id
+
+
 def test_a_switch_of_vllm_is_said_both_ways() -> None:
     serve = made(8, engine="vllm", engine_options={"enforce-eager": True, "enable-prefix-caching": False}).serve
     assert serve[-2:] == ("--enforce-eager", "--no-enable-prefix-caching")

@@ -298,6 +298,20 @@ def test_weights_in_host_memory_are_not_ignored() -> None:
     assert planned(1, env={"VLLM_USE_V2_MODEL_RUNNER": "1"}).head.env["VLLM_USE_V2_MODEL_RUNNER"] == "1"
 
 
+def test_the_version_in_the_lock_of_the_set_decides_what_weights_in_host_memory_need(tmp_path: Path) -> None:
+    """Both model runners of vLLM 0.33.0 apply --cpu-offload-gb. An unknown version has what the version before it needs."""
+    repo, newer = "meta-llama/Llama-3.1-70B", "gh200-cu130-torch2.14"
+    found = planned(1, repo=repo, set=newer, env={"VLLM_USE_V2_MODEL_RUNNER": "1"})
+    assert found.layout.offload_gib > 40
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in planned(1, repo=repo, set=newer).serve_env
+    assert any("0.33.0 has not been run on a GPU" in note for note in found.notes)
+    lock = tmp_path / "own.lock"
+    lock.write_text(f"vllm==0.30.0 --hash=sha256:{'0' * 64}\n")
+    between = planned(1, repo=repo, lock=str(lock))
+    assert between.serve_env["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    assert "has vllm 0.30.0, which gracefarm does not know: options and environment are those of 0.26.0" in str(between.notes)
+
+
 def test_where_host_and_gpu_share_a_memory_nothing_is_moved() -> None:
     with pytest.raises(LayoutError, match=r"131\.4 GiB of weights and requires 3 GiB"):
         planned(1, "gb10", "meta-llama/Llama-3.1-70B")
