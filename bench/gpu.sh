@@ -1,15 +1,17 @@
 #!/bin/sh
 # Builds with --toolchain host on a machine that has a GPU, CUDA, torch and no network, and tries the wheels on that GPU.
 # docs/howto/gpu.md says how. usage: bench/gpu.sh prepare [RECIPE...] | setup | start RECIPE... | wait SECONDS | smoke RECIPE... | certify RECIPE... |
-# collect FOLDER
+# collect FOLDER; and for the engine: prepare-engine | engine-model | engine-setup | engine [RUN...]
 #
 #   CARRIED  what `prepare` fetched where there is a network        default: .gpu beside the recipes
 #   WORK     everything that is made on the machine with the GPU    default: /tmp/gracefarm-gpu
 #   PYTHON   the machine's Python that has torch                    default: python3
 #   STACK    whose torch and CUDA that machine has                  default: cu130
+#   SET      whose lock has the engine's other packages             default: gh200-cu130-aphrodite
 set -eu
 top=$(cd "$(dirname "$0")/.." && pwd)
 carried=${CARRIED:-$top/.gpu} work=${WORK:-/tmp/gracefarm-gpu} python=${PYTHON:-python3} stack=${STACK:-cu130}
+lock=$top/sets/${SET:-gh200-cu130-aphrodite}/requirements.lock
 export UV_CACHE_DIR="$work/uv-cache" UV_PYTHON_DOWNLOADS=never
 export GRACEFARM_PROJECT="${GRACEFARM_PROJECT:-$top}" PYTHONPATH="$top" PYTHONDONTWRITEBYTECODE=1
 
@@ -22,7 +24,9 @@ project = tomllib.load(open(sys.argv[1], "rb"))["project"]
 print(*(line.replace(" ", "") for line in project["dependencies"] + project["optional-dependencies"]["builder"]))
 END
 )
-own="build setuptools<82 wheel ninja packaging einops nvidia-cuda-cuobjdump>=13.2"
+# These belong to torch, which the machine has.
+torch='torch|triton|cuda-[a-z]+|nvidia-[cn][a-z0-9-]+'
+own="build setuptools<82 wheel ninja packaging einops cmake>=3.26,<4 jinja2 nvidia-cuda-cuobjdump>=13.2"
 
 builder() {
     GRACEFARM_HOME="$work/home" PATH="$work/builder/bin:$PATH" "$work/builder/bin/python" -m builder "$@"
@@ -107,9 +111,77 @@ certify) # the reports that the farm signs: builder certify --accept REPORT
             --toolchain host --environment "$work/own/bin/python"
     done
     ;;
+prepare-engine) # with a network: the other wheels of the engine's set, for Python 3.12 on x86_64; 360 MB
+    # shellcheck disable=SC2046 # a list on purpose
+    sed -n 's/^\([a-z0-9.-]*==[^ ]*\) --hash.*/\1/p' "$lock" | grep -vE "^($torch)==" |
+        "$top/.venv/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --implementation cp \
+            --python-version "${PYTHON_VERSION:-3.12}" --platform manylinux2014_x86_64 --platform manylinux1_x86_64 \
+            $(for number in 39 35 34 31 28 27 26 25 24 17 12 5; do echo "--platform manylinux_2_${number}_x86_64"; done) \
+            --dest "$carried/engine" --requirement /dev/stdin
+    du -sh "$carried/engine"
+    ;;
+engine-model) # a small model with random weights, the same with two shards exchanged, and what transformers computes
+    mkdir -p "$work/engine/results"
+    cd "$top"
+    rm -rf "$work/engine/model" "$work/engine/exchanged"
+    "$python" -m bench._serving.model make "$work/engine/model" "${SHAPE:-small}"
+    "$python" -m bench._serving.model exchange "$work/engine/model" "$work/engine/exchanged"
+    "$python" -m bench._serving.model reference "$work/engine/model" "$work/engine/results/reference.json"
+    "$python" -m bench._serving.model greedy "$work/engine/model" "$work/engine/results/greedy.json"
+    ;;
+engine-setup) # an environment with the packages of the set's lock: the machine's torch, and the wheels that were brought
+    uv=$(echo "$work"/uv/uv-*.data/scripts/uv)
+    "$uv" venv --quiet --clear --no-config --offline --python "$(command -v "$python")" "$work/engine/environment"
+    "$uv" pip install --quiet --no-config --offline --no-index --no-deps --python "$work/engine/environment/bin/python" "$carried"/engine/*.whl
+    # shellcheck disable=SC2046
+    (cd / && "$python" - "$(echo "$work"/engine/environment/lib/python*/site-packages)" \
+        $(sed -n 's/^\([a-z0-9.-]*==[^ ]*\) --hash.*/\1/p' "$lock" | grep -E "^($torch)==") <<'END'
+import importlib.metadata, pathlib, sys
+site = pathlib.Path(sys.argv[1])
+for name, locked in (pin.split("==") for pin in sys.argv[2:]):
+    try:
+        found = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        print(f"{name} is not installed here")
+        continue
+    if found.version != locked:
+        print(f"{name} is {found.version} here, {locked} in the lock")
+    root = pathlib.Path(found.locate_file(""))
+    for top in {file.parts[0] for file in found.files} - {"..", "__pycache__"}:
+        if not (site / top).exists():
+            (site / top).symlink_to(root / top)
+END
+    )
+    "$uv" pip check --no-config --offline --python "$work/engine/environment/bin/python" || true
+    ;;
+engine) # the wheels of flash_attn and aphrodite: the engine beside transformers, once for each RUN
+    shift
+    [ $# -gt 0 ] || set -- eager graphs float16 exchanged
+    uv=$(echo "$work"/uv/uv-*.data/scripts/uv)
+    if [ "${INSTALL-yes}" = yes ]; then
+        "$uv" pip install --quiet --no-config --offline --no-index --no-deps --reinstall --python "$work/engine/environment/bin/python" \
+            "$work"/home/builds/*/dist/aphrodite_*.whl
+    fi
+    cd "$top"
+    for run in "$@"; do
+        model=model options=
+        case $run in
+        eager) options=enforce_eager=true ;;
+        float16) options='dtype="float16"' ;;
+        tp2) options=tensor_parallel_size=2 ;;
+        exchanged) model=exchanged ;;
+        esac
+        # shellcheck disable=SC2086
+        HF_HUB_OFFLINE=1 timeout "${LIMIT:-300}" "$work/engine/environment/bin/python" -m bench._serving.engine ask "$work/engine/$model" \
+            "$work/engine/results/$run.json" $options >"$work/engine/results/$run.log" 2>&1 || tail -n 30 "$work/engine/results/$run.log"
+    done
+    # shellcheck disable=SC2046
+    "$python" -m bench._serving.engine compare "$work/engine/results" $(echo "$@" | sed 's/exchanged/--refused exchanged/')
+    ;;
 collect) # records, logs and wheels of what was built
     mkdir -p "$2"
     cp "$work"/*.log "$work"/*.rc "$work"/*.gpu.json "$2/" 2>/dev/null || true
+    [ ! -d "$work/engine/results" ] || cp -r "$work/engine/results" "$2/engine"
     for record in "$work"/home/builds/*/record.json; do
         [ -f "$record" ] || continue
         name=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["recipe"])' "$record")
@@ -120,7 +192,7 @@ collect) # records, logs and wheels of what was built
     ls -lR "$2"
     ;;
 *)
-    sed -n '2,5p' "$0" >&2
+    sed -n '2,4p' "$0" >&2
     exit 2
     ;;
 esac

@@ -2,8 +2,10 @@
 
     python -m bench._serving.model make FOLDER llama-8b         weights, tokenizer, config.json; a GPU makes the numbers
     python -m bench._serving.model shape FOLDER llama-405b 16   config.json with so many layers and the tokenizer: no weights
+    python -m bench._serving.model exchange FOLDER OTHER        the same model with two shards of one matrix exchanged
     python -m bench._serving.model reference FOLDER OUT.json    log-probabilities of the prompts, in 32 and in 16 bit, and
                                                                 with two shards of one matrix of one layer exchanged
+    python -m bench._serving.model greedy FOLDER OUT.json       the likeliest tokens after each prompt, one after the other
 
 Run by the machine's own Python, which has torch and transformers.
 """
@@ -12,21 +14,35 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
+import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 PROMPTS, TOP, KEPT = 32, 20, 400
 "Fixed prompts; log-probabilities that count of each; how many are kept, for an engine's first ones to be among them."
+STEPS = 32
+"Greedy tokens after each prompt."
+TIMES = 3.0
+"The bound for log-probabilities: so many times what transformers itself differs between 16 and 32 bit."
 VOCABULARY = 128256
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, float]] = {
     "llama-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "llama-405b": {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128},
+    "small": {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "initializer_range": 0.04,
+    },
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 16},
 }
-"Llama 3.1's geometries; tiny: for a rehearsal without a GPU."
+"Llama 3.1's geometries; small: with their kernels, made in seconds; tiny: for a rehearsal without a GPU."
 SHARDS = 8
 SWAPPED = ("mlp.down_proj", 2)
 "What is exchanged for the negative control: the halves that two ranks of tensor parallelism hold, in the middle layer."
@@ -45,10 +61,11 @@ def config(shape: str, layers: int | None = None) -> dict[str, Any]:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "torch_dtype": "bfloat16",
+        "initializer_range": 0.02,
         **numbers,
         **({"num_hidden_layers": layers} if layers else {}),
         "num_key_value_heads": 8,
-        "head_dim": numbers["hidden_size"] // numbers["num_attention_heads"],
+        "head_dim": int(numbers["hidden_size"] // numbers["num_attention_heads"]),
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-5,
@@ -63,7 +80,6 @@ def config(shape: str, layers: int | None = None) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "initializer_range": 0.02,
         "tie_word_embeddings": False,
         "bos_token_id": VOCABULARY - 256,
         "eos_token_id": VOCABULARY - 255,
@@ -122,7 +138,7 @@ def make(folder: Path, shape: str) -> None:
     }
 
     def numbers(*size: int) -> Any:
-        return (torch.randn(size, device=device, dtype=torch.float32) * 0.02).to(torch.bfloat16).cpu()
+        return (torch.randn(size, device=device, dtype=torch.float32) * about["initializer_range"]).to(torch.bfloat16).cpu()
 
     parts: list[dict[str, Any]] = [{} for _ in range(SHARDS)]
     parts[0]["model.embed_tokens.weight"] = numbers(VOCABULARY, hidden)
@@ -141,17 +157,39 @@ def make(folder: Path, shape: str) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
+def exchange(folder: Path, other: Path) -> None:
+    """A copy of the model in which the halves of SWAPPED are exchanged: what an engine computes with it must be refused."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, other)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    name, ranks = SWAPPED
+    middle = json.loads((folder / "config.json").read_text())["num_hidden_layers"] // 2
+    tensor = f"model.layers.{middle}.{name}.weight"
+    part = load_file(folder / index[tensor])
+    part[tensor] = part[tensor].roll(part[tensor].shape[1] // ranks, 1)
+    save_file(part, other / index[tensor], metadata={"format": "pt"})
+
+
 def computed(model: Any) -> list[Any]:
-    """Log-probabilities of every token after each prompt."""
+    """Log-probabilities of every token after each token of each prompt: (tokens, vocabulary)."""
     import torch
 
     with torch.inference_mode():
         inputs = [torch.tensor([prompt], device=model.device) for prompt in prompts()]
-        return [model(given).logits[0, -1].float().log_softmax(-1) for given in inputs]
+        return [model(given).logits[0].float().log_softmax(-1) for given in inputs]
+
+
+def inside(values: Any, prompt: list[int]) -> Any:
+    """Of what `computed` returns: those of the prompt's own tokens, from the second one on."""
+    return values[range(len(prompt) - 1), prompt[1:]]
 
 
 def reference(folder: Path, out: Path) -> None:
-    """See the module. `kept`: token to log-probability in 32 bit, of each prompt; differences are over the first TOP."""
+    """See the module. `kept`: token to log-probability in 32 bit after each prompt; differences are over the first TOP.
+
+    `inside`: log-probabilities in 32 bit of each prompt's own tokens; `inside_mean` and `inside_max` are differences of these.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -170,18 +208,58 @@ def reference(folder: Path, out: Path) -> None:
         weight.copy_(torch.cat([second.clone(), first.clone()], dim=1))
     whole = computed(model.float())
 
-    def apart(others: list[Any]) -> dict[str, float]:
-        tops = [values.topk(TOP).indices for values in whole]
-        gaps = torch.stack([(a[top] - b[top]).abs() for a, b, top in zip(others, whole, tops, strict=True)])
-        return {"mean": round(float(gaps.mean()), 5), "max": round(float(gaps.max()), 5)}
+    known = [inside(values, prompt) for values, prompt in zip(whole, prompts(), strict=True)]
 
-    kept = []
-    for values in whole:
-        best = values.topk(KEPT)
-        kept.append(dict(zip(map(str, best.indices.tolist()), best.values.tolist(), strict=True)))
-    document = {"kept": kept, "half": apart(half), "swapped": apart(swapped), "transformers": _version()}
+    def apart(others: list[Any]) -> dict[str, float]:
+        tops = [values[-1].topk(TOP).indices for values in whole]
+        gaps = torch.stack([(a[-1, top] - b[-1, top]).abs() for a, b, top in zip(others, whole, tops, strict=True)])
+        theirs = [inside(values, prompt) for values, prompt in zip(others, prompts(), strict=True)]
+        within = torch.cat([(a - b).abs() for a, b in zip(theirs, known, strict=True)])
+        figures = {"mean": gaps.mean(), "max": gaps.max(), "inside_mean": within.mean(), "inside_max": within.max()}
+        return {name: round(float(value), 5) for name, value in figures.items()}
+
+    document = {
+        "kept": [_best(values[-1], KEPT) for values in whole],
+        "inside": [values.tolist() for values in known],
+        "half": apart(half),
+        "swapped": apart(swapped),
+        "transformers": _version(),
+    }
     out.write_text(json.dumps(document))
     sys.stdout.write(f"transformers in 16 bit: {document['half']}, with exchanged shards: {document['swapped']}\n")
+
+
+def _best(values: Any, count: int) -> dict[str, float]:
+    best = values.topk(count)
+    return dict(zip(map(str, best.indices.tolist()), best.values.tolist(), strict=True))
+
+
+def greedy(folder: Path, out: Path) -> None:
+    """After each prompt, STEPS times: the likeliest TOP tokens in 32 bit, of which the first one is appended."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    document = []
+    with torch.inference_mode():
+        for prompt in prompts():
+            tokens, steps = list(prompt), []
+            for _ in range(STEPS):
+                steps.append(_best(model(torch.tensor([tokens], device=device)).logits[0, -1].log_softmax(-1), TOP))
+                tokens.append(int(next(iter(steps[-1]))))
+            document.append(steps)
+    out.write_text(json.dumps(document))
+
+
+def differences(ours: Sequence[Mapping[str, float]], others: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of log-probabilities of the same tokens. Few common tokens would hide a difference: their share is told."""
+    pairs = list(zip(ours, others, strict=True))
+    gaps = [abs(value - other[token]) for mine, other in pairs for token, value in mine.items() if token in other]
+    asked = sum(len(mine) for mine in ours)
+    if not gaps:
+        return {"mean": math.inf, "max": math.inf, "common": 0.0}
+    return {"mean": round(sum(gaps) / len(gaps), 5), "max": round(max(gaps), 5), "common": round(len(gaps) / asked, 3)}
 
 
 def _version() -> str:
@@ -198,7 +276,7 @@ def main() -> None:
     elif verb == "shape":
         write_small(Path(folder), config(more[0], int(more[1])))
     else:
-        reference(Path(folder), Path(more[0]))
+        {"exchange": exchange, "reference": reference, "greedy": greedy}[verb](Path(folder), Path(more[0]))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench._serving import model
+from bench._serving.model import TIMES, differences
 from deploy.rehearsal.hub import COMMIT
 from deploy.rehearsal.rig import GATEWAY, MOUNT, UID, USER, NodeSpec, Rig, open_rig
 from deploy.rehearsal.source import listening
@@ -33,8 +34,6 @@ DOUBLE = "random/Llama-3.1-405B-32-layers"
 MODELS = {SMALL: "llama-8b", LARGE: "llama-405b-16", HALF: "llama-405b-8", DOUBLE: "llama-405b-32"}
 INDEX_PORT, HUB_PORT = 8090, 8091
 LEVELS = "1,4,16,64,256"
-TIMES = 3.0
-"The bound for log-probabilities: so many times what transformers itself differs between 16 and 32 bit."
 QUIET = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 "NVLink's multicast is off where a machine's GPUs are others' too; NCCL, torch and NVSHMEM have a switch each."
 ENV = {
@@ -251,14 +250,6 @@ class Stage:
         titles = [" ".join(process["argv"])[:100] for process in chosen]
         self.say(f"kill {signal} on {node}: {titles}")
         return titles
-
-
-def differences(ours: Sequence[Mapping[str, float]], others: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Of log-probabilities of the same tokens. Few common tokens would hide a difference: their share is told."""
-    pairs = list(zip(ours, others, strict=True))
-    gaps = [abs(value - other[token]) for mine, other in pairs for token, value in mine.items() if token in other]
-    asked = sum(len(mine) for mine in ours)
-    return {"mean": round(sum(gaps) / len(gaps), 5), "max": round(max(gaps), 5), "common": round(len(gaps) / asked, 3)}
 
 
 @contextmanager

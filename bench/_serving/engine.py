@@ -1,0 +1,119 @@
+"""The engine that a wheel contains, on a GPU, beside transformers: log-probabilities and greedy tokens of the same prompts.
+
+    python -m bench._serving.engine ask MODEL OUT.json [NAME=VALUE…]        by a Python that has the engine; NAME: its argument
+    python -m bench._serving.engine compare FOLDER NAME… [--refused NAME…]  by any Python
+
+FOLDER has reference.json and greedy.json of bench/_serving/model.py, and NAME.json of each `ask`. `compare` ends with 1 unless
+each NAME agrees with transformers in 32 bit and each refused NAME does not. It agrees if
+
+- the mean difference of log-probabilities is at most TIMES that of transformers between 16 and 32 bit: of the first TOP tokens
+  after each prompt, and of each prompt's own tokens; and
+- greedy tokens are the same up to the first near tie: a step where the log-probabilities of the engine's token and of the
+  likeliest one differ by at most twice the largest difference between 16 and 32 bit, in 32 bit.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench._serving.model import STEPS, TIMES, TOP, differences, prompts
+
+
+def ask(model: str, out: Path, options: dict[str, Any]) -> None:
+    """All prompts at once: log-probabilities of each prompt and of the TOP first tokens after it, and greedy tokens."""
+    import torch
+    from aphrodite import LLM, SamplingParams
+
+    begun = time.monotonic()
+    engine = LLM(model=model, max_model_len=1024, max_logprobs=TOP, **options)
+    ready = time.monotonic()
+    wanted = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True, logprobs=TOP, prompt_logprobs=1)
+    answers = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts()], wanted)
+    ended = time.monotonic()
+    document = {
+        "options": options,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(),
+        "load_s": round(ready - begun, 1),
+        "generate_s": round(ended - ready, 1),
+        "next": [],
+        "inside": [],
+        "greedy": [],
+    }
+    for prompt, answer in zip(prompts(), answers, strict=True):
+        (text,) = answer.outputs
+        first = sorted(text.logprobs[0].items(), key=lambda item: -item[1].logprob)[:TOP]
+        document["next"].append({str(token): value.logprob for token, value in first})
+        pairs = zip(prompt[1:], answer.prompt_logprobs[1:], strict=True)
+        document["inside"].append([values[token].logprob for token, values in pairs])
+        document["greedy"].append(list(text.token_ids))
+    out.write_text(json.dumps(document))
+
+
+def greedy_apart(ours: list[list[int]], theirs: list[list[dict[str, float]]], near: float) -> dict[str, Any]:
+    """How many tokens are the same, and where they first differ: how far apart the two tokens are for transformers."""
+    same, ties, wrong = 0, [], []
+    for mine, steps in zip(ours, theirs, strict=True):
+        best = [int(next(iter(step))) for step in steps]
+        place = next((place for place, pair in enumerate(zip(mine, best, strict=True)) if pair[0] != pair[1]), len(best))
+        same += place
+        if place < len(best):
+            step = steps[place]
+            gap = step[str(best[place])] - step.get(str(mine[place]), float("-inf"))
+            (ties if gap <= near else wrong).append(round(gap, 5))
+    return {"same": same, "of": sum(map(len, theirs)), "ties": ties, "wrong": wrong, "near": round(near, 5)}
+
+
+def agrees(
+    ours: dict[str, Any], reference: dict[str, Any], greedy: list[list[dict[str, float]]]
+) -> tuple[bool, dict[str, Any]]:
+    """See the module."""
+    half = reference["half"]
+    after = differences(ours["next"], reference["kept"])
+    numbered = [{str(place): value for place, value in enumerate(row)} for row in ours["inside"]]
+    within = differences(numbered, [{str(place): value for place, value in enumerate(row)} for row in reference["inside"]])
+    tokens = greedy_apart(ours["greedy"], greedy, 2 * max(half["max"], half["inside_max"]))
+    bounds = {"next": round(TIMES * half["mean"], 5), "inside": round(TIMES * half["inside_mean"], 5)}
+    holds = after["common"] == 1 and after["mean"] <= bounds["next"] and within["mean"] <= bounds["inside"]
+    figures = {"next": after, "inside": within, "bounds": bounds, "greedy": tokens}
+    return holds and not tokens["wrong"], figures
+
+
+def compare(folder: Path, names: list[str], refused: list[str]) -> bool:
+    """Print the figures of each run; whether all are as expected."""
+    reference = json.loads((folder / "reference.json").read_text())
+    greedy = json.loads((folder / "greedy.json").read_text())
+    print(f"transformers {reference['transformers']}: 16 bit {reference['half']}, exchanged shards {reference['swapped']}")
+    good = True
+    for name in [*names, *refused]:
+        ours = json.loads((folder / f"{name}.json").read_text())
+        holds, figures = agrees(ours, reference, greedy)
+        (folder / f"{name}.figures.json").write_text(json.dumps(figures, indent=1))
+        expected = holds == (name not in refused)
+        good &= expected
+        verdict = "agrees" if holds else "refused"
+        print(f"{name}: {verdict}{'' if expected else ', WHICH IS WRONG'}; {ours['device']}, torch {ours['torch']}")
+        print(f"    loaded in {ours['load_s']} s, {len(ours['greedy'])} prompts in {ours['generate_s']} s, {ours['options']}")
+        for what, value in figures.items():
+            print(f"    {what}: {value}")
+    return good
+
+
+def main() -> None:
+    """See the module."""
+    verb, first, *more = sys.argv[1:]
+    if verb == "ask":
+        out, *pairs = more
+        options = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in pairs)}
+        ask(first, Path(out), options)
+    else:
+        cut = more.index("--refused") if "--refused" in more else len(more)
+        sys.exit(not compare(Path(first), more[:cut], more[cut + 1 :]))
+
+
+if __name__ == "__main__":
+    main()
