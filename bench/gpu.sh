@@ -152,7 +152,6 @@ for name, locked in (pin.split("==") for pin in sys.argv[2:]):
             (site / top).symlink_to(root / top)
 END
     )
-    "$uv" pip check --no-config --offline --python "$work/engine/environment/bin/python" || true
     ;;
 engine) # the wheels of flash_attn and aphrodite: the engine beside transformers, once for each RUN
     shift
