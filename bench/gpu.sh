@@ -170,6 +170,7 @@ engine) # the wheels of flash_attn and aphrodite: the engine beside transformers
         tp2) options=tensor_parallel_size=2 ;;
         exchanged) model=exchanged ;;
         esac
+        rm -f "$work/engine/results/$run.json"
         # shellcheck disable=SC2086
         HF_HUB_OFFLINE=1 timeout "${LIMIT:-300}" "$work/engine/environment/bin/python" -m bench._serving.engine ask "$work/engine/$model" \
             "$work/engine/results/$run.json" $options >"$work/engine/results/$run.log" 2>&1 || tail -n 30 "$work/engine/results/$run.log"

@@ -90,7 +90,12 @@ def compare(folder: Path, names: list[str], refused: list[str]) -> bool:
     print(f"transformers {reference['transformers']}: 16 bit {reference['half']}, exchanged shards {reference['swapped']}")
     good = True
     for name in [*names, *refused]:
-        ours = json.loads((folder / f"{name}.json").read_text())
+        answers = folder / f"{name}.json"
+        if not answers.exists():
+            print(f"{name}: no answers, see {name}.log")
+            good = False
+            continue
+        ours = json.loads(answers.read_text())
         holds, figures = agrees(ours, reference, greedy)
         (folder / f"{name}.figures.json").write_text(json.dumps(figures, indent=1))
         expected = holds == (name not in refused)
