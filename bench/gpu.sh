@@ -163,16 +163,17 @@ engine) # the wheels of flash_attn and aphrodite: the engine beside transformers
     fi
     cd "$top"
     for run in "$@"; do
-        model=model options=
+        model=model options= verb=ask
         case $run in
         eager) options=enforce_eager=true ;;
         float16) options='dtype="float16"' ;;
         tp2) options=tensor_parallel_size=2 ;;
+        served) verb=serve ;;
         exchanged) model=exchanged ;;
         esac
         rm -f "$work/engine/results/$run.json"
         # shellcheck disable=SC2086
-        HF_HUB_OFFLINE=1 timeout "${LIMIT:-300}" "$work/engine/environment/bin/python" -m bench._serving.engine ask "$work/engine/$model" \
+        HF_HUB_OFFLINE=1 timeout "${LIMIT:-300}" "$work/engine/environment/bin/python" -m bench._serving.engine $verb "$work/engine/$model" \
             "$work/engine/results/$run.json" $options >"$work/engine/results/$run.log" 2>&1 || tail -n 30 "$work/engine/results/$run.log"
     done
     # shellcheck disable=SC2046
