@@ -43,7 +43,7 @@ def tunnel(context: DeployContext, port: int | None, dashboard_port: int | None,
     deploy tunnel
     deploy tunnel --background
 
-    If a port is in use, the command uses a free port instead. It restores a lost connection automatically.
+    If a local port is not available, the command uses a free port instead. It restores a lost connection automatically.
     """
     deployment = context.deployment
     if end:
@@ -67,7 +67,7 @@ def tunnel(context: DeployContext, port: int | None, dashboard_port: int | None,
         assert task
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         async with open_fleet(deployment) as fleet, tunnels.opened(fleet, deployment.head, wanted) as forwards:
-            _tell(context, {forward.name: asdict(forward) for forward in forwards})
+            _tell(context, {forward.name: asdict(forward) | {"moved": forward.moved} for forward in forwards})
             await tunnels.attend(fleet, deployment.head, changed)
 
     with tunnels.registered(deployment.folder), suppress(KeyboardInterrupt, asyncio.CancelledError):
@@ -80,7 +80,7 @@ def _tell(context: DeployContext, forwards: Mapping[str, dict[str, Any]]) -> Non
     lines = []
     for name, forward in rows.items():
         path = "/v1" if name == "engine" else ""
-        moved = f"   (local port {forward['remote']} is in use)" if forward["moved"] else ""
+        moved = f"   (local port {forward['requested']} is not available)" if forward["moved"] else ""
         lines.append(f"{name:<10} {forward['url']}{path}{moved}")
     key = context.deployment.folder.api_key
     lines.append(f"key        {key}" if key.exists() else "key        none yet; `deploy serve` creates it")

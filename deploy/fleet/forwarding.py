@@ -49,7 +49,7 @@ async def forward_local(fleet: Fleet, node: Node, local_port: int, remote_port: 
 
     Raises:
         ForwardingError: the node's sshd forbids it.
-        SshError: the local port is in use, or the node cannot be reached.
+        SshError: the local port is not available, or the node cannot be reached.
     """
     await fleet.connection(node)
     await require_forwarding(fleet, node, remote_port)
@@ -75,10 +75,7 @@ async def forward_local(fleet: Fleet, node: Node, local_port: int, remote_port: 
     try:
         server = await asyncio.start_server(serve, "127.0.0.1", local_port)
     except OSError as error:
-        raise SshError(
-            f"port {local_port} of this machine: {error.strerror}",
-            remedy="give a different port with --port or --dashboard-port; 0 selects a free port",
-        ) from error
+        raise SshError(f"port {local_port} of this machine: {error.strerror}") from error
     try:
         yield int(server.sockets[0].getsockname()[1])
     finally:

@@ -40,8 +40,13 @@ class Forward:
     name: str
     remote: int
     local: int
-    moved: bool
-    "True if the requested local port was in use."
+    requested: int
+    "The local port that was requested; 0: any free port."
+
+    @property
+    def moved(self) -> bool:
+        """Whether the requested local port was not available."""
+        return self.requested not in (0, self.local)
 
 
 def ports(deployment: Deployment, *, engine: int | None = None, dashboard: int | None = None) -> tuple[WantedPort, ...]:
@@ -66,10 +71,9 @@ async def opened(fleet: Fleet, node: Node, wanted: Sequence[WantedPort]) -> Asyn
         for port in wanted:
             try:
                 local = await stack.enter_async_context(forward_local(fleet, node, port.local, port.remote))
-            except SshError:  # the node was reached above, so the port is in use
+            except SshError:  # the node was reached above, so this machine refuses the port
                 local = await stack.enter_async_context(forward_local(fleet, node, 0, port.remote))
-            moved = port.local not in (0, local)
-            forwards.append(Forward(name=port.name, remote=port.remote, local=local, moved=moved))
+            forwards.append(Forward(name=port.name, remote=port.remote, local=local, requested=port.local))
         yield tuple(forwards)
 
 

@@ -47,6 +47,7 @@ def test_two_ports_lead_there_and_a_taken_one_is_replaced(tmp_path: Path) -> Non
             wanted = [WantedPort(name="engine", remote=there, local=0), WantedPort(name="dashboard", remote=there, local=here)]
             async with tunnels.opened(fleet, machine.node, wanted) as (one, two):
                 assert (one.moved, two.moved) == (False, True)
+                assert two.requested == here
                 assert two.local != here
                 assert [await models(each.local) for each in (one, two)] == ["org/tiny", "org/tiny"]
             with pytest.raises(httpx.ConnectError):
