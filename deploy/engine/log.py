@@ -185,7 +185,7 @@ def no_cause(lines: Sequence[str]) -> Cause:
     line = f"the last line of its log: {last[:300]}" if last else "its log is empty"
     return Cause(
         kind="none",
-        text=f"no cause found; the engine was {progress.phase}; {line}",
+        text=f"no cause found; the engine was in phase `{progress.phase}`; {line}",
         remedy="see the whole log with `deploy logs`; collect the logs of all nodes, and the stacks of their processes, "
         "with `deploy collect`",
         line=last,

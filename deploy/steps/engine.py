@@ -330,8 +330,8 @@ def _slow(progress: Progress, spec: EngineSpec) -> str:
     line = f"; the last line of its log: {last[:200]}" if last else ""
     usual = progress.usual(spec.last) or 0.0
     return (
-        f"the engine has been {progress.phase} for {progress.elapsed():.0f} s, usually {usual:.0f} s{line}. It may hang: "
-        "`deploy preflight` checks the nodes and their network, `deploy collect` collects the stack of each rank"
+        f"the engine has been in phase `{progress.phase}` for {progress.elapsed():.0f} s, usually {usual:.0f} s{line}. "
+        "It may hang: `deploy preflight` checks the nodes and their network, `deploy collect` collects the stack of each rank"
     )
 
 
@@ -343,12 +343,13 @@ def _text(progress: Progress, spec: EngineSpec) -> str:
 async def _give_up(fleet: Fleet, place: Node, spec: EngineSpec, progress: Progress) -> None:
     if progress.phase == PHASES[-1]:  # the engine is ready but not reachable, so it is not stopped
         raise EngineError(
-            f"no completion after {spec.load:g} s, but the engine's log says that it listens; it is still running",
+            f"the engine answered no request within {spec.load:g} s, but its log says that it listens; it is still running",
             remedy="find the reason with `deploy status`, and read the engine's log with `deploy logs`",
         )
     await stop_job(fleet, place, paths.ENGINE_JOB)
     raise EngineError(
-        f"no completion after {spec.load:g} s; the engine was {progress.phase} for {progress.elapsed():.0f} s and was stopped",
+        f"the engine answered no request within {spec.load:g} s and was stopped; its last phase was `{progress.phase}`, "
+        f"for {progress.elapsed():.0f} s",
         remedy="read the engine's log with `deploy logs`; if the engine only needs more time, increase load_timeout in "
         "[options] of deploy.toml",
     )
@@ -360,7 +361,7 @@ async def _lost(fleet: Fleet, place: Node, spec: EngineSpec, nodes: Nodes, progr
         cause = await _cause_there(fleet, spec, dead)
         await stop_job(fleet, place, paths.ENGINE_JOB)
         raise EngineError(
-            f"{spec.plan.lost(dead)} while the engine was {progress.phase}; the engine was stopped{cause}",
+            f"{spec.plan.lost(dead)} while the engine was in phase `{progress.phase}`; the engine was stopped{cause}",
             remedy="check the node with `deploy preflight`, then restart with `deploy serve`",
         )
 
@@ -385,14 +386,14 @@ async def _ended(spec: EngineSpec, status: JobStatus, progress: Progress) -> Eng
     )
     if status.state != "exited" and cause.kind in ("unknown", "none"):
         return EngineError(
-            f"the engine {how} while {progress.phase}",
+            f"the engine {how} in phase `{progress.phase}`",
             remedy="read the engine's log with `deploy logs`, then repeat the command",
         )
     if cause.kind == "none":
         return EngineError(f"the engine {how}: {cause.text}", remedy=cause.remedy)
     dead = await _dead(spec) if cause.consequence else []
     lost = f"{spec.plan.lost(dead)}; " if dead else ""
-    return EngineError(f"the engine {how} while {progress.phase}: {lost}{cause.text}", remedy=cause.remedy)
+    return EngineError(f"the engine {how} in phase `{progress.phase}`: {lost}{cause.text}", remedy=cause.remedy)
 
 
 async def _dead(spec: EngineSpec) -> list[str]:

@@ -191,8 +191,11 @@ def test_what_no_rule_knows_is_the_first_error_not_the_last() -> None:
 def test_a_log_without_a_cause_says_so_with_its_phase_and_its_last_line() -> None:
     found = first_cause([*LOG[:4], "INFO: waiting for the others", ""], NAMES, returncode=1)
     assert found.kind == "none"
-    assert found.text == "no cause found; the engine was placing; the last line of its log: INFO: waiting for the others"
-    assert first_cause([], NAMES).text == "no cause found; the engine was starting; its log is empty"
+    assert (
+        found.text
+        == "no cause found; the engine was in phase `placing`; the last line of its log: INFO: waiting for the others"
+    )
+    assert first_cause([], NAMES).text == "no cause found; the engine was in phase `starting`; its log is empty"
 
 
 def test_a_phase_that_takes_ten_times_as_long_as_usual_is_overdue() -> None:

@@ -263,7 +263,7 @@ def test_a_death_while_loading_is_told_by_its_first_cause(tmp_path: Path) -> Non
 
     async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         plan = a_plan(free_port(), "--die", "1", "--say", str(words))
-        with pytest.raises(EngineError, match="exited with code 1 while loading: GPU memory ran out") as error:
+        with pytest.raises(EngineError, match="exited with code 1 in phase `loading`: GPU memory ran out") as error:
             await engine.start_or_attach(fleet, head, spec(plan), Console())
         assert "deploy plan" in error.value.remedy
         verdict = diagnose(await probe(fleet, head, spec(plan)))
@@ -282,7 +282,7 @@ def test_a_worker_that_died_is_told_with_the_node_that_ray_lost(tmp_path: Path) 
 
     async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         plan = a_plan(free_port(), "--die", "1", "--say", str(words))
-        with pytest.raises(EngineError, match="while loading: Ray lost k1; a worker died"):
+        with pytest.raises(EngineError, match="in phase `loading`: Ray lost k1; a worker died"):
             await engine.start_or_attach(fleet, head, spec(plan, nodes=lost), Console())
 
     on_a_node(tmp_path, work)
@@ -294,7 +294,7 @@ def test_a_node_that_ray_loses_while_loading_ends_it(tmp_path: Path) -> None:
 
     async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         plan = a_plan(free_port(), "--load", "60")
-        with pytest.raises(EngineError, match="Ray lost k1 while the engine was loading"):
+        with pytest.raises(EngineError, match="Ray lost k1 while the engine was in phase `loading`"):
             await engine.start_or_attach(fleet, head, spec(plan, nodes=lost, check=0.5), Console())
         assert (await job_status(fleet, made[0].node, "engine")).state == "stopped"
 
@@ -303,7 +303,7 @@ def test_a_node_that_ray_loses_while_loading_ends_it(tmp_path: Path) -> None:
 
 def test_too_long_a_load_is_stopped(tmp_path: Path) -> None:
     async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
-        with pytest.raises(EngineError, match="no completion after 2 s; the engine was loading"):
+        with pytest.raises(EngineError, match="answered no request within 2 s and was stopped; its last phase was `loading`"):
             await engine.start_or_attach(fleet, head, spec(a_plan(free_port(), "--load", "60"), load=2.0), Console())
         assert (await job_status(fleet, made[0].node, "engine")).state == "stopped"
 
@@ -316,7 +316,7 @@ def test_an_engine_that_listens_but_does_not_answer_in_time_is_not_stopped(tmp_p
 
     async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         plan = a_plan(free_port(), "--wedge", str(wedge))
-        with pytest.raises(EngineError, match="no completion after 3 s, but the engine's log says that it listens") as error:
+        with pytest.raises(EngineError, match="answered no request within 3 s, but its log says that it listens") as error:
             await engine.start_or_attach(fleet, head, spec(plan, load=3.0, canary=0.5), Console())
         assert "`deploy status`" in error.value.remedy
         assert (await job_status(fleet, made[0].node, "engine")).state == "running"
@@ -359,9 +359,9 @@ def test_a_phase_that_hangs_is_told_once_and_the_engine_is_left_alone(
 
     on_a_node(tmp_path, work)
     said = capsys.readouterr().err
-    assert said.count("the engine has been loading for ") == 1
+    assert said.count("the engine has been in phase `loading` for ") == 1
     assert "It may hang: `deploy preflight`" in said
-    assert "about 0 s left" not in said.split("loading for")[1]
+    assert "about 0 s left" not in said.split("`loading` for")[1]
 
 
 def test_a_port_that_somebody_holds_is_refused_by_name(tmp_path: Path) -> None:
