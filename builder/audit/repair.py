@@ -24,11 +24,11 @@ EPOCH = 315532800
 "1980-01-01, the earliest time of a zip archive."
 
 
-def repair(wheel: Path, policy: Policy, into: Path, epoch: int = EPOCH) -> Path:
+def repair(wheel: Path, policy: Policy, into: Path, epoch: int = EPOCH, *, stack: str = "NAME") -> Path:
     """The wheel with its measured tag, in the folder `into`; an unchanged copy if it has no ELF objects for the target.
 
     The result is reproducible: `epoch` is the time of its files. Objects are not stripped, because strip after patchelf
-    corrupts them (pypa/auditwheel#716).
+    corrupts them (pypa/auditwheel#716). `stack` is the stack's name, for the remedy.
 
     Raises:
         WheelError: the file is not a wheel, or auditwheel did not leave exactly one wheel.
@@ -46,7 +46,11 @@ def repair(wheel: Path, policy: Policy, into: Path, epoch: int = EPOCH) -> Path:
     with TemporaryDirectory(prefix="gracefarm-repair-") as folder:
         clean = _clean(wheel, dirty, Path(folder) / "clean", epoch) if dirty else wheel
         out = Path(folder) / "out"
-        _auditwheel(clean, policy, out, epoch)
+        if reason := _auditwheel(clean, policy, out, epoch):
+            raise AuditError(
+                f"auditwheel cannot repair {wheel.name}: {reason}",
+                remedy=f"run `builder audit {wheel} --stack {stack}`; this command shows the result of every gate",
+            )
         repaired = only_wheel(out)
         return Path(shutil.move(repaired, into / repaired.name))
 
@@ -85,7 +89,8 @@ def _patchelf(arguments: list[str], path: Path) -> None:
         raise AuditError(f"patchelf refuses {path.name}: {error.stderr.strip()}") from error
 
 
-def _auditwheel(wheel: Path, policy: Policy, out: Path, epoch: int) -> None:
+def _auditwheel(wheel: Path, policy: Policy, out: Path, epoch: int) -> str:
+    """Repair the wheel into `out`. Return why auditwheel refuses, or an empty text."""
     arguments = [
         "repair",
         "--plat=auto",
@@ -96,9 +101,4 @@ def _auditwheel(wheel: Path, policy: Policy, out: Path, epoch: int) -> None:
         folders = [str(policy.root / folder) for folder in system_folders(policy.target)]
         arguments += ["--ldpaths", ":".join(folders)]
     process = platform_tag.auditwheel([*arguments, str(wheel)], {"SOURCE_DATE_EPOCH": str(epoch)})
-    if process.returncode:
-        reason = last_line(process.stderr)
-        raise AuditError(
-            f"auditwheel cannot repair {wheel.name}: {reason}",
-            remedy="run `builder audit` on the wheel in the build folder, which shows every gate",
-        )
+    return last_line(process.stderr, f"exit code {process.returncode}") if process.returncode else ""

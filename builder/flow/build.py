@@ -189,7 +189,8 @@ def _audited(attempt: Attempt, raw: Path, ground: Ground, epoch: int) -> Path:
     )
     remove_tree(attempt.folder / "repaired")
     if not expected.objects_only:
-        wheel = audit.repair(wheel, expected, attempt.folder / "repaired", epoch)
+        stack = attempt.plan.stack.data.name
+        wheel = audit.repair(wheel, expected, attempt.folder / "repaired", epoch, stack=stack)
     if attempt.plan.stack.asked_variant:
         wheel = embed.label(wheel, expected, epoch, attempt.folder / "labelled")
     judge.pass_gates(attempt, wheel, expected)

@@ -127,7 +127,10 @@ def load(name: str, settings: Settings) -> LoadedSet:
         )
     base = stack.load(settings.project / "stacks", data.stack)
     if data.target not in base.data.glibc:
-        raise ConfigError(f"stack {data.stack} has no target {data.target.value}", remedy="correct `target` in set.toml")
+        raise ConfigError(
+            f"stack {data.stack} has no target {data.target.value}",
+            remedy=f"set `target` in set.toml to {' or '.join(sorted(arch.value for arch in base.data.glibc))}",
+        )
     own = [recipe.load(settings.project / "recipes", key).against(base) for key in data.recipes]
     return LoadedSet(folder=place, data=data, stack=base, recipes=tuple(_in_order(own, name)))
 

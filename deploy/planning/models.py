@@ -87,6 +87,8 @@ def from_file(path: Path, *, repo: str, revision: str) -> Model:
         raise ConfigError(
             f"{place}: no such file", remedy="set config in [model] of deploy.toml to the path of a config.json"
         ) from error
+    except OSError as error:
+        raise _unreadable(place, error) from error
     except ValueError as error:
         raise ConfigError(f"{place}: not JSON: {error}", remedy=WHOLE) from error
     model = from_config(config, repo=repo, revision=revision, source=str(path))
@@ -100,7 +102,14 @@ def from_file(path: Path, *, repo: str, revision: str) -> Model:
     except WorkerError as error:
         raise ConfigError(error.cause, remedy=error.remedy) from error
     except OSError as error:
-        raise ConfigError(f"{path}: {error}", remedy="make the files readable for your user") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> ConfigError:
+    place = error.filename or path
+    if isinstance(error, PermissionError):
+        return ConfigError(f"{place}: no permission to read it", remedy="give your user permission to read the model's files")
+    return ConfigError(f"{place} cannot be read: {error.strerror}", remedy="check the path and its file system")
 
 
 def _named(model: Model, index: Mapping[str, str]) -> Model:

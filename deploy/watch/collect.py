@@ -350,9 +350,11 @@ def _kernel(content: bytes, node: str, file: str, begun: float) -> list[Finding]
             continue
         xid, killed = _XID.search(line), _KILLED.search(line)
         what = f"GPU error Xid {xid[2]} ({xid[1]})" if xid else "the kernel"
-        remedy = "reboot or replace the node; NVIDIA's list of Xid errors shows which is necessary"
+        remedy = "reboot the node; if the error returns, replace the node"
         if killed:
             remedy = "reduce cpu_offload_gib in [layout], or stop other processes on that node: its host memory was full"
+        elif xid:
+            remedy = "reboot or replace the node; NVIDIA's list of Xid errors shows which is necessary"
         stranger = killed is not None and not killed[1].lower().startswith(OURS)
         text = f"{node}: {what}: {line.strip()[:300]}"
         seen.append(Finding(rank=7 if stranger else 1, where=node, text=text, remedy=remedy, file=file))

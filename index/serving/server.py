@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import signal
 import socket
@@ -103,11 +104,11 @@ def _bind(listen: Listen) -> socket.socket:
         listener.bind((listen.host, listen.port))
     except OSError as error:
         listener.close()
-        raise HostError(
-            f"cannot listen on {listen.host} port {listen.port}: {error.strerror}",
-            remedy="stop the program that listens there, or give a different address with --host and --port (port 0 "
-            "selects a free port)",
-        ) from error
+        remedy = "give a different address with --host and --port (port 0 selects a free port)"
+        if error.errno == errno.EADDRINUSE:
+            remedy = f"stop the program that listens there, or {remedy}"
+        cause = f"cannot listen on {listen.host} port {listen.port}: {error.strerror}"
+        raise HostError(cause, remedy=remedy) from error
     return listener
 
 

@@ -25,8 +25,13 @@ def read(path: Path) -> dict[str, str]:
     """
     try:
         lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}", remedy="give a file written by `htpasswd -B`") from error
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror}",
+            remedy="check that the path is a file and that you have read permission",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a text file", remedy="give a file written by `htpasswd -B`") from error
     users: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):

@@ -240,6 +240,16 @@ def test_the_first_cause_and_not_the_last_word(texts: dict[str, bytes], more: di
     assert words in found[0].text, found
 
 
+def test_a_kernel_message_has_the_remedy_of_its_kind() -> None:
+    def remedy(messages: bytes) -> str:
+        return first({"k0/jobs/engine/log": DIED, "k1/dmesg-gpu.txt": messages})[0].remedy
+
+    assert "list of Xid errors" in remedy(kernel(0))
+    assert "host memory was full" in remedy(killed("ray::RayWorker"))
+    check = kernel(0).split()[0] + b" mce: [Hardware Error]: Machine check events logged\n"
+    assert remedy(check) == "reboot the node; if the error returns, replace the node"
+
+
 def test_without_ray_a_part_that_has_ended_comes_before_the_silence_of_the_engine_that_waits_for_it() -> None:
     """On two H200 the head's log ended with a request that was answered: vLLM's own start of several nodes misses no part."""
     before = a_plan(1)
@@ -272,7 +282,7 @@ def test_an_engine_that_hangs_is_told_by_its_phase_its_last_words_and_its_stacks
     found = first(texts, word=word, silence=300.0)
     (hangs,) = [finding for finding in found if finding.where == "engine" and finding.file]
     assert hangs.text.startswith(
-        "no cause found; the engine was placing; the last line of its log: INFO: waiting for the others"
+        "no cause found; the engine was in phase `placing`; the last line of its log: INFO: waiting for the others"
     )
     assert "no output for 300 s" in hangs.text
     assert "k1: all_reduce (torch/distributed/distributed_c10d.py:2800) in process 71" in hangs.text
