@@ -25,7 +25,7 @@ from builder.sets.build import BuiltSet
 from builder.sets.locks import SetAddress
 from builder.sets.plan import SetPlan
 from builder.sets.set_record import Locked, Tested
-from gracefarm.console import Console
+from gracefarm.console import Console, counted
 from gracefarm.errors import InstallError, PublishError
 from gracefarm.files import lock, remove_tree
 from gracefarm.process import first_line
@@ -62,7 +62,8 @@ def run_set(plan: SetPlan, jobs: int | None, settings: Settings, console: Consol
         named, mirror_s = _published(built, at, settings, console)
         pylock = build.render(built, at, named)
         files, size = _holds(at)
-        console.step("mirror", f"{files} files, {size / 1e9:.2f} GB, in {mirror_s:.0f} s")
+        others = counted(sum(not wheel.own for wheel in built.record.wheels), "other wheel")
+        console.step("mirror", f"{others} in {mirror_s:.0f} s; the set has {counted(files, 'file')}, {size / 1e9:.2f} GB")
         start = time.monotonic()
         with _scratch(built, settings) as home:
             clean, base = _installed(built, _only(at, home, settings), console)
