@@ -33,6 +33,10 @@ Mode = Literal["off", "read", "write"]
 MODES: tuple[Mode, ...] = ("off", "read", "write")
 KIND = "application/vnd.gracefarm.cache-entry"
 "Type of the signed content in DSSE."
+_OTHERS = (
+    "run `builder key show` on the machine that writes to the cache, and name a file with its output in shared_cache_keys"
+)
+"How to get a key of shared_cache_keys."
 TOKEN = "GRACEFARM_CACHE_TOKEN"  # noqa: S105 - the name of a variable
 "Variable with the token for writing to the index."
 FAILURES = 3
@@ -203,7 +207,7 @@ def opened(settings: Settings, recipe: str, mode: Mode) -> SharedCache | None:
     if mode == "off" or settings.shared_cache is None:
         return None
     own, token = signing.private(), os.environ.get(TOKEN, "")
-    keys = [signing.public(place) for place in settings.shared_cache_keys]
+    keys = [signing.public(place, _OTHERS) for place in settings.shared_cache_keys]
     keys += [own.public_key()] if own is not None else []
     return SharedCache(
         url=settings.shared_cache.rstrip("/"),
@@ -225,7 +229,7 @@ def check(settings: Settings, mode: Mode) -> None:
         return
     for there, what, remedy in (
         (settings.shared_cache, "the URL of an index", "set GRACEFARM_SHARED_CACHE to it"),
-        (signing.private(), "the farm's key, which signs the entries", "create it: builder key create"),
+        (signing.private(), "this machine's signing key, which signs the entries", "create it: builder key create"),
         (
             os.environ.get(TOKEN),
             f"a token of the index in {TOKEN}",

@@ -1,4 +1,6 @@
-"""The farm's ed25519 key, in a file that only its owner can read, or in a variable; and DSSE envelopes signed with it.
+"""The ed25519 key of the machine that builds wheels, and DSSE envelopes signed with it.
+
+The key is in a file that only its owner can read, or in a variable.
 
 https://github.com/secure-systems-lab/dsse
 """
@@ -24,6 +26,8 @@ from gracefarm.settings import config_path
 
 VARIABLE = "GRACEFARM_SIGNING_KEY"
 "Variable with the private key (PEM), for machines that get secrets as variables; else a file next to settings.toml."
+OF_A_WHEEL = "run `builder key show > builder.pub` on the machine that built the wheel, and give this file with --key"
+"How to get the public key that verifies a wheel."
 
 
 def place() -> Path:
@@ -32,7 +36,7 @@ def place() -> Path:
 
 
 def create() -> Ed25519PublicKey:
-    """Create the farm's key.
+    """Create this machine's key.
 
     Raises:
         UsageError: a key exists; replacing it would make its signatures unverifiable.
@@ -56,7 +60,7 @@ def create() -> Ed25519PublicKey:
 
 
 def private() -> Ed25519PrivateKey | None:
-    """The farm's key; None: the farm has no key.
+    """This machine's key; None: it has no key.
 
     Raises:
         ConfigError: others can read its file, or it is not an ed25519 key.
@@ -87,20 +91,22 @@ def _parse(text: bytes, where: str) -> Ed25519PrivateKey:
     return key
 
 
-def public(path: Path) -> Ed25519PublicKey:
-    """A public key from a PEM file.
+def public(path: Path, remedy: str = OF_A_WHEEL) -> Ed25519PublicKey:
+    """A public key from a PEM file; `remedy` says how to get this file.
 
     Raises:
-        ConfigError: the file is not an ed25519 public key.
+        ConfigError: the file cannot be read, or is not an ed25519 public key.
     """
     try:
-        key = serialization.load_pem_public_key(path.read_bytes())
-    except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        raise ConfigError(
-            f"{path} is not a public key in PEM: {error}", remedy="`builder key show` prints the farm's key"
-        ) from error
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"the public key {path} cannot be read: {error.strerror}", remedy=remedy) from error
+    try:
+        key = serialization.load_pem_public_key(content)
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"{path} is not a public key in PEM: {error}", remedy=remedy) from error
     if not isinstance(key, Ed25519PublicKey):
-        raise ConfigError(f"{path} is not an ed25519 key", remedy="`builder key show` prints the farm's key")
+        raise ConfigError(f"{path} is not an ed25519 key", remedy=remedy)
     return key
 
 

@@ -33,6 +33,8 @@ class WheelCheck(Table):
     unchecked: bool = False
     "What the check needs is missing, so the wheel may be right."
     summary: str
+    remedy: str = ""
+    "What to do if the check was not possible."
 
 
 class UncheckedError(VerifyError):
@@ -81,8 +83,7 @@ def require(wheel: Path, checks: list[WheelCheck], *, repeat: str) -> None:
     if unchecked:
         raise VerifyError(
             f"the {unchecked[0].name} of {wheel.name} was not checked: {unchecked[0].summary}",
-            remedy="give the farm's public key with --key PUB, and the provenance with --provenance FILE if it is not next to"
-            " the wheel",
+            remedy=unchecked[0].remedy,
         )
 
 
@@ -90,7 +91,8 @@ def _check(name: str, judge: Callable[[], str]) -> WheelCheck:
     try:
         return WheelCheck(name=name, ok=True, summary=judge())
     except VerifyError as error:
-        return WheelCheck(name=name, ok=False, unchecked=isinstance(error, UncheckedError), summary=error.cause)
+        unchecked = isinstance(error, UncheckedError)
+        return WheelCheck(name=name, ok=False, unchecked=unchecked, summary=error.cause, remedy=error.remedy or "")
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON from elsewhere
         return WheelCheck(name=name, ok=False, summary=f"it cannot be read: {error!r}")
 
@@ -161,11 +163,19 @@ def _sbom(inside: Inside) -> str:
 
 def _provenance(wheel: Path, inside: Inside, place: Path, key: Ed25519PublicKey | None) -> str:
     if key is None:
-        raise UncheckedError("no public key was given, and this machine has no farm's key")
+        raise UncheckedError("no public key was given, and this machine has no signing key", remedy=signing.OF_A_WHEEL)
     try:
         envelope = json.loads(place.read_text())
+    except FileNotFoundError as error:
+        raise UncheckedError(
+            f"there is no provenance at {place}",
+            remedy="sign the build with `builder sign NAME` on the machine that built the wheel, or give the provenance with"
+            " --provenance FILE",
+        ) from error
     except OSError as error:
-        raise UncheckedError(f"there is no provenance at {place}: {error.strerror}") from error
+        raise UncheckedError(
+            f"the provenance {place} cannot be read: {error.strerror}", remedy="give a readable file with --provenance FILE"
+        ) from error
     except ValueError as error:
         raise VerifyError(f"{place} is not JSON: {error}") from error
     if isinstance(envelope, dict) and isinstance(envelope.get("provenance"), dict):
