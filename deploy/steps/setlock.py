@@ -1,6 +1,6 @@
 """Finds the lock of the set: in deploy.toml, in the file beside it, on the index of the set, or in gracefarm.
 
-The locks in gracefarm contain only wheels from PyPI. They are for deployments without an index of the farm.
+The locks in gracefarm contain only wheels from PyPI. They are for deployments that do not set `index`.
 """
 
 from __future__ import annotations
@@ -43,8 +43,16 @@ def lock_text(deployment: Deployment, console: Console) -> str:
             remedy=f"in deploy.toml, set index to the address of the set (http://HOST:8080/{data.set}/simple/) or lock to the"
             f" path of a lock; or build the set with `builder set build {data.set}`",
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: the lock cannot be read: {error}", remedy="replace the file") from error
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: the lock cannot be read: {error.strerror}",
+            remedy="check that the path is a file and that you have read permission",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: the lock cannot be read: it is not UTF-8",
+            remedy="replace the file with the lock that `builder set build` wrote",
+        ) from error
 
 
 def _fetch_lock(index: str, name: str, path: Path, console: Console) -> str:
