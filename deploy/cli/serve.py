@@ -27,12 +27,15 @@ from gracefarm.errors import UsageError
 @no_wait_option
 @reporting
 def up(context: DeployContext, start: str | None, skip: tuple[str, ...], no_wait: bool) -> None:
-    """Prepare the nodes: preflight, NFS cache, environment, weights, proof. Finished steps are not repeated.
+    """Prepare the nodes. Finished steps are not repeated.
 
     \b
     deploy up
     deploy up --from weights
     deploy up --skip cache
+
+    The steps are preflight, cache (a local cache of a shared folder on NFS), environment, weights, and proof (preflight
+    again, with the environment). environment and weights run at the same time.
 
     After Ctrl-C or kill -9, the same command continues where it stopped.
     """
