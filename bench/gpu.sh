@@ -103,7 +103,7 @@ smoke) # once more on the GPU, apart from the builds
             --toolchain host --environment "$work/own/bin/python"
     done
     ;;
-certify) # the reports that the farm signs: builder certify --accept REPORT
+certify) # the reports for builder certify --accept REPORT, on the machine that signs
     shift
     for recipe in "$@"; do
         wheel=$(builder show "$recipe" --json | "$python" -c 'import json, sys; print(json.load(sys.stdin)["wheel"]["filename"])')

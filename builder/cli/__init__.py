@@ -33,7 +33,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "set": ("builder.cli.sets:set_command", "Build, test and publish wheels together."),
         "lock": ("builder.cli.lock:lock_command", "Write the locks of a recipe, stack or set."),
         "stack": ("builder.cli.stack:stack_command", "Create stacks."),
-        "key": ("builder.cli.key:key_command", "Create and show the farm's signing key."),
+        "key": ("builder.cli.key:key_command", "Create and show this machine's signing key."),
         "sign": ("builder.cli.key:sign_command", "Sign the provenance of the last builds again."),
         "updates": ("builder.cli.updates:updates_command", "List newer upstream releases, as changes to review."),
         "doctor": ("builder.cli.upkeep:doctor_command", "Check what this machine lacks for building, and fix it."),

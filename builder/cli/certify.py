@@ -29,7 +29,13 @@ from gracefarm.files import atomic_write, remove_tree
     "--stack", "stack_name", metavar="NAME", help="Test the wheel in the environment of this stack; default: the recipe's."
 )
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="File to write; default: WHEEL.gpu.json.")
-@click.option("--accept", "accepted", type=FILE, metavar="REPORT", help="On the farm: check a report and sign it.")
+@click.option(
+    "--accept",
+    "accepted",
+    type=FILE,
+    metavar="REPORT",
+    help="On the machine that built the wheel: check a report, and sign a certificate.",
+)
 @click.option("--publish", "url", metavar="URL", help="With --accept: upload the certificates to this index.")
 @cuda_option
 @tried
@@ -46,9 +52,10 @@ def certify_command(
     """Test a wheel on a GPU, and write a signed certificate.
 
     On the machine with the GPU, smoke_gpu.py compares the wheel's results with a reference and writes a report with the
-    digest of the device code. On the farm, --accept compares this digest with the farm's wheels and signs a
-    certificate. The certificate applies to each wheel with the same device code, even if the wheel is for a different
-    architecture or Python. The exit code is 31 if results are wrong, and 32 if no wheel of the farm matches.
+    digest of the device code. On the machine that built the wheel, --accept compares this digest with the wheels that
+    this machine built, and signs a certificate. The certificate applies to each wheel with the same device code, even
+    if the wheel is for a different architecture or Python. The exit code is 31 if results are wrong, and 32 if no
+    wheel of this machine has the device code of the report.
 
     \b
     builder certify dist/thing-1.0.whl --recipe thing --toolchain host
@@ -59,7 +66,7 @@ def certify_command(
         if wheel is not None or report is not None:
             raise UsageError(
                 "--accept cannot be used with WHEEL or --report",
-                remedy="omit WHEEL and --report; --accept compares the report with the wheels of the farm",
+                remedy="omit WHEEL and --report; --accept compares the report with the wheels that this machine built",
             )
         _accept(accepted, url, settings, console)
         return
@@ -90,7 +97,7 @@ def certify_command(
     lines = [
         f"{len(written.comparisons)} comparisons passed on {written.gpu}; negative control: {written.negative_control}",
         f"device code {codes}",
-        f"report  {place}; on the farm: builder certify --accept {place.name}",
+        f"report  {place}; on the machine that built the wheel: builder certify --accept {place.name}",
     ]
     console.result(written.model_dump(mode="json"), "\n".join(lines))
 
@@ -102,7 +109,7 @@ def _accept(accepted: Path, url: str | None, settings: Settings, console: Consol
         publish.refuse_credentials(url)
     key = signing.private()
     if key is None:
-        raise ConfigError("this farm has no signing key", remedy="create a key", repeat="builder key create")
+        raise ConfigError("this machine has no signing key", remedy="create a key", repeat="builder key create")
     builds = [build for build in record.all_of(settings) if build.wheel is not None and build.device_digests]
     wheels = {build.wheel.sha256: build.device_digests for build in builds if build.wheel is not None}
     signed = certificates.accept(given, wheels, key, settings)

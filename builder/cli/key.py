@@ -1,4 +1,4 @@
-"""`builder key` and `builder sign`: the farm's signing key."""
+"""`builder key` and `builder sign`: the signing key of the machine that builds wheels."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from gracefarm.errors import ConfigError
 
 @click.group("key", cls=CommandGroup)
 def key_command() -> None:
-    """Create and show the farm's ed25519 key, which signs provenance (docs/explanation/provenance.md).
+    """Create and show this machine's ed25519 key, which signs provenance (docs/explanation/provenance.md).
 
     \b
     builder key create
-    builder key show > farm.pub
+    builder key show > builder.pub
     """
 
 
@@ -25,11 +25,11 @@ def _private() -> Ed25519PrivateKey:
     """The private key.
 
     Raises:
-        ConfigError: the farm has no key.
+        ConfigError: this machine has no key.
     """
     key = signing.private()
     if key is None:
-        raise ConfigError("this farm has no signing key", remedy="create a key", repeat="builder key create")
+        raise ConfigError("this machine has no signing key", remedy="create a key", repeat="builder key create")
     return key
 
 
@@ -53,7 +53,7 @@ def show_command() -> None:
     """Print the public key, for `builder verify --key`.
 
     \b
-    builder key show > farm.pub
+    builder key show > builder.pub
     """
     _, console = start()
     public = _private().public_key()

@@ -28,7 +28,7 @@ from gracefarm.errors import ConfigError, UsageError, VerifyError
 @click.command("verify")
 @click.argument("what", metavar="NAME|FILE.whl")
 @click.option("--key", "key_file", metavar="PUB", type=FILE,
-              help="Public key of the signature. Default: this farm's key.")  # fmt: skip
+              help="Public key of the signature. Default: this machine's key.")  # fmt: skip
 @click.option("--provenance", "envelope", type=click.Path(dir_okay=False, path_type=Path),
               help="DSSE envelope of the provenance, or record that contains it. Default: FILE.whl.intoto.jsonl.")  # fmt: skip
 @click.option("--rebuild", "again", is_flag=True, help="Build the wheel again in a different folder, and compare both wheels.")
@@ -42,7 +42,7 @@ def verify_command(what: str, key_file: Path | None, envelope: Path | None, agai
 
     \b
     builder verify causal_conv1d
-    builder verify dist/causal_conv1d-1.7.0+cu130.torch2.11.whl --key farm.pub
+    builder verify dist/causal_conv1d-1.7.0+cu130.torch2.11.whl --key builder.pub
     builder verify causal_conv1d --rebuild
     """
     settings, console = start()

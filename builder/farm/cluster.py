@@ -78,7 +78,7 @@ class Cluster:
             there = ", ".join(sorted({worker.arch.value for worker in self.workers}))
             why = f"its workers are {there}" if there else "none of its workers names its architecture"
             raise FarmError(
-                f"no worker of the farm can build for {plan.target.value}: {why}",
+                f"no worker of the Ray cluster can build for {plan.target.value}: {why}",
                 remedy=f"start such a worker: ray start --address HEAD:6379 --resources '{{\"{plan.host.value}\": 1}}'",
             )
         cpus = min(worker.cpus for worker in fit)
@@ -125,7 +125,7 @@ def _ended(address: str) -> Iterator[None]:
                 f"the local Ray cluster {reason}", remedy="repeat the command: finished builds are kept"
             ) from error
         raise FarmError(
-            f"the farm at {address} {reason}", remedy=f"start the head and the workers of the farm again, {_REPEAT}"
+            f"the Ray cluster at {address} {reason}", remedy=f"start its head and its workers again, {_REPEAT}"
         ) from error
 
 

@@ -195,7 +195,7 @@ class Foreman:
                 import ray
 
                 ray.cancel(cell.task, force=True)
-                return lost(f"{cell.job['title']}: no worker for {cell.job['host']} is left on the farm")
+                return lost(f"{cell.job['title']}: no worker for {cell.job['host']} is left in the Ray cluster")
         try:
             answer: dict[str, Any] = future.result()
         except exceptions.RayError as error:
@@ -243,7 +243,9 @@ def build_cell(job: dict[str, Any], project: bytes, foreman: Any) -> tuple[dict[
     if answer is None:
         absent = "No module named 'builder" in words
         cause = (
-            f"{machine} has no gracefarm, or one without a farm" if absent else f"the build on {machine} broke off: {words}"
+            f"{machine} has no gracefarm, or an old one without --farm"
+            if absent
+            else f"the build on {machine} broke off: {words}"
         )
         remedy = f"install the same there: pip install 'gracefarm[farm]=={job['gracefarm'].split()[0]}'"
         answer = {**lost(cause), "unfit": absent}

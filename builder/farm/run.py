@@ -91,7 +91,7 @@ class _FarmRun:
             for build_id, plan in tuple(self.waiting.items()):
                 if build_id not in news:
                     raise FarmError(
-                        f"the farm at {self.cluster.address} has lost {job.title(plan)}, because its head was restarted",
+                        f"the Ray cluster at {self.cluster.address} was restarted and has lost {job.title(plan)}",
                         remedy="repeat the command: finished builds are kept",
                     )
                 self._print(plan, news[build_id]["lines"])
@@ -167,7 +167,7 @@ def _keep(plan: Plan, files: Mapping[str, bytes], settings: Settings) -> Record 
                 wheel = files.get(f"dist/{sent.wheel.filename}", b"")
                 if hashlib.sha256(wheel).hexdigest() != sent.wheel.sha256 or sent.build_id != plan.build_id:
                     raise VerifyError(
-                        f"{sent.wheel.filename} came back from the farm with different bytes than its record lists"
+                        f"{sent.wheel.filename} came back from the Ray cluster with different bytes than its record lists"
                     )
             for name, content in files.items():
                 if name == "log.txt" or name == f"dist/{Path(name).name}":

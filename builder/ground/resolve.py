@@ -43,7 +43,7 @@ def requirements_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_ti
     title = (
         f"# Every wheel of stack {stack.data.name}: the target's environment and the CUDA compiler of the host."
         if stack.kind == "stack"
-        else f"# What set {stack.data.name} runs with, beside the farm's own wheels."
+        else f"# The wheels of set {stack.data.name} that its recipes do not build."
     )
     lines = [title, f"# Written by `{stack.lock_command}`, not by hand. pip and uv read it with --require-hashes."]
     for wheel in stack.data.environment.wheels:

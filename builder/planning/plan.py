@@ -86,7 +86,7 @@ class Toolchain(Protocol):
     has_rust: ClassVar[bool] = False
     "Builds recipes that require Rust."
     pinned: ClassVar[bool] = False
-    "Whether every tool is pinned, so that all machines build the same. Trees, matrices and farms require this."
+    "Whether every tool is pinned, so that all machines build the same. Trees, matrices and `--farm` require this."
     closed: ClassVar[str | None] = None
     "Why `builder shell` cannot open a finished build; None: it can."
     unsealed: ClassVar[str | None] = None

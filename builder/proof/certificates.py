@@ -1,8 +1,8 @@
 """Certificates: signed statements that device code computed correct results on a GPU.
 
-A machine with a GPU writes an unsigned report. The farm compares the report with its own wheels and signs a certificate for
-each device digest. A wheel with the same digest has the same device code, so the certificate is valid for it too, even if it
-is for another host architecture or Python. Host code is not covered.
+A machine with a GPU writes an unsigned report. The machine that built the wheels compares the report with these wheels, and
+signs a certificate for each device digest. A wheel with the same digest has the same device code, so the certificate is valid
+for it too, even if it is for another host architecture or Python. Host code is not covered.
 """
 
 from __future__ import annotations
@@ -118,12 +118,12 @@ def read_report(path: Path) -> GpuReport:
 def accept(
     given: GpuReport, wheels: Mapping[str, Mapping[str, str]], key: Ed25519PrivateKey, settings: Settings
 ) -> list[Certificate]:
-    """Sign and keep a certificate for each device digest of the report that a wheel of this farm has.
+    """Sign and keep a certificate for each device digest of the report that a wheel of this machine has.
 
-    `wheels`: for each wheel of the farm by sha256, its device digests by sm, as the farm measured them.
+    `wheels`: for each wheel that this machine built, by sha256, its measured device digests by sm.
 
     Raises:
-        VerifyError: no wheel of the farm has the device code of the report; names both digests.
+        VerifyError: no wheel of this machine has the device code of the report; names both digests.
     """
     certificates = [
         Certificate(device_digest=digest, sm=sm, certified=given.finished, **given.model_dump(include=_REPORTED))
@@ -138,7 +138,7 @@ def accept(
 
 
 def _confirmed(given: GpuReport, wheels: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """The report's digests, by sm, that the GPU ran and that a wheel of the farm has."""
+    """The report's digests, by sm, that the GPU ran and that a wheel of this machine has."""
     own = wheels.get(given.wheel.sha256)
     ran = _loaded(given.device_digests, given.sm)
     if own is not None and any(own.get(sm) != digest for sm, digest in ran.items()):
@@ -180,7 +180,7 @@ def of_record(build: Record, settings: Settings) -> Iterator[Certificate]:
 
 
 def _read(place: Path) -> Certificate | None:
-    """A certificate of this farm, or None. Its signature is checked if the farm still has the key."""
+    """A certificate that this machine signed, or None. None also without the key, which the check of the signature needs."""
     key = signing.private()
     try:
         document: Any = json.loads(place.read_bytes())

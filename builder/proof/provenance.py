@@ -63,7 +63,7 @@ def _dependencies(inputs: Any, crates: Sequence[Crate]) -> list[dict[str, Any]]:
 def _device_code(sm: str, digest: str, of: Record, certified: Sequence[Certificate]) -> dict[str, Any]:
     """The device code of one sm, and whether it was tested on a GPU."""
     known = [certificates.sentence(certificate, of) for certificate in certified if certificate.device_digest == digest]
-    ran = known[0] if known else "not run on a GPU by a wheel that this farm knows of"
+    ran = known[0] if known else "the machine that signed this has no certificate for this device code"
     return {"name": f"device code for sm_{sm}", "digest": {"sha256": digest}, "annotations": {"certificate": ran}}
 
 
@@ -73,10 +73,10 @@ def path(wheel: Path) -> Path:
 
 
 def signed(of: Record, settings: Settings) -> Record:
-    """The record with its signed provenance, which is also written next to the wheel; unchanged if the farm has no key.
+    """The record with its signed provenance, which is also written next to the wheel; unchanged without a key.
 
     Raises:
-        ConfigError: the farm's key cannot be used.
+        ConfigError: this machine's key cannot be used.
     """
     key = signing.private()
     if key is None or of.wheel is None:

@@ -24,9 +24,9 @@ class Locked(Table):
     sha256: str
     "sha256 of the wheel"
     own: bool = False
-    "Whether this farm built the wheel"
+    "Whether a recipe of the set built the wheel"
     index: str = ""
-    "URL of the index that the wheel comes from. Empty: the farm's index, or the Python index"
+    "URL of the index that the wheel comes from. Empty: the index that serves the set, or the Python index"
 
 
 class Command(Table):

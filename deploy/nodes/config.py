@@ -241,7 +241,7 @@ class Config(Table):
     set: Name = "gh200-cu124"
     "Name of the set of wheels. `deploy init` writes gh200-cu130."
     index: Index | None = None
-    "URL of the simple API of the farm's index. Default: PyPI. The configuration of pip and uv on a node is ignored."
+    "URL of the set's simple API on your index. Default: PyPI. The configuration of pip and uv on a node is ignored."
     lock: str | None = None
     (
         "Path of a requirements.lock to use instead of SET.lock, relative to deploy.toml. Without this key, a missing "

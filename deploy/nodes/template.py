@@ -18,7 +18,7 @@ ENGINE: Final = "vllm"
 "The engine that can be served today."
 SET: Final = "gh200-cu130"
 "Its newest set of wheels."
-NO_INDEX = f'# index = "http://HOST:8080/{SET}/simple/"    # the farm\'s index; default: PyPI'
+NO_INDEX = f'# index = "http://HOST:8080/{SET}/simple/"    # your index (`index serve`); default: PyPI'
 NO_SHARE = '# share = "/path"        # shared folder, at the same path on all nodes'
 
 

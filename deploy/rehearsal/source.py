@@ -1,4 +1,4 @@
-"""The source of the nodes' environments: an index of the farm, with Ray from PyPI and the simulated engine.
+"""The source of the nodes' environments: an index (`index serve`), with Ray from PyPI and the simulated engine.
 
 The index is a separate program and is run as one. Mirrored wheels stay in the user's cache, so a second rehearsal downloads
 nothing. The set is named by its content, since a published set never changes.

@@ -49,7 +49,7 @@ def _lock(deployment: Deployment, facts: Facts) -> Sequence[str]:
         if deployment.data.index is not None:
             return ()  # it is fetched from there
         return (
-            f"a lock of the set {name}: set index in {deployment.path.name} to that of the farm, http://HOST:8080/{name}/simple/",
+            f"a lock of the set {name}: set index in {deployment.path.name} to the address of the set on your index, http://HOST:8080/{name}/simple/",
         )
     machines = set(_MACHINES.findall(text))
     strange: dict[str, list[str]] = {}

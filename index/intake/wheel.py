@@ -22,7 +22,7 @@ from index.intake.metadata import Metadata
 from index.names import Distribution, same_version
 
 RECORD_NAME = "gracefarm.json"
-"The farm's record of build inputs inside .dist-info (docs/reference/index-records.md)."
+"The builder's record of build inputs inside .dist-info (docs/reference/index-records.md)."
 
 MAX_VARIANT = 1 << 16
 "Maximum bytes of a variant.json. A page combines those of all wheels of a release."
@@ -32,7 +32,7 @@ _HASHES = ("sha256", "sha384", "sha512")
 
 
 def inspect(path: Path, defects: Defects, *, locked: bool = False) -> tuple[Metadata, bytes | None, str | None]:
-    """Check the whole wheel at `path`; return its metadata, and the farm's record and variant.json if it contains them.
+    """Check the whole wheel at `path`; return its metadata, and the builder's record and variant.json if it contains them.
 
     Reads every byte, which takes seconds for gigabytes: do not call it on the event loop. The bytes of a `locked` wheel are
     those that a lock names, so they are not compared with RECORD.

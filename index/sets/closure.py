@@ -77,8 +77,8 @@ def unmet(
 ) -> list[str]:
     """Requirements of the set's wheels that the set lacks, one line each; projects in `without` are ignored.
 
-    `pythons` (3.11) and `arches` are those of the set's matrix. If it names none, those of the wheels built by the farm count.
-    If these name none either, it is sufficient that one machine finds everything.
+    `pythons` (3.11) and `arches` are those of the set's matrix. If it names none, those of the uploaded wheels count, but not
+    those of mirrored wheels. If these name none either, it is sufficient that one machine finds everything.
     """
     own = {tag for file in files if file.own and file.filename.endswith(".whl") for tag in wheel_tags(file.filename)}
     known_pythons = set(pythons) or {python for tag in own if (python := python_of_tag(tag))}

@@ -47,7 +47,7 @@ class View:
         """Whether the view contains a file of its CUDA (or without CUDA), considering only torch."""
         if self.kind != "cuda":
             return True
-        if known.cuda is None:  # a farm's wheel without device code; a wheel with only a pin is built for CPUs
+        if known.cuda is None:  # the builder's wheel without device code; a wheel with only a pin is built for CPUs
             return facts.torch_of_local(version) == self.torch
         return facts.built_for(version, known) in (None, self.torch)
 

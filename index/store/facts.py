@@ -154,7 +154,7 @@ def _glibc(distribution: Distribution) -> str | None:
 
 
 def from_record(record: Mapping[str, object]) -> CudaFacts:
-    """Facts from a farm's record, regardless of where the document has the stack and the measured wheel.
+    """Facts from the builder's record, regardless of where the document has the stack and the measured wheel.
 
     The first `cuda`, `torch` and `sm` under `facts`, `outputs`, `wheel`, `stack`, `inputs` count: one index serves records of
     several versions, and missing facts are allowed. `glibc` is read only from `facts`, because the stack's glibc is an upper

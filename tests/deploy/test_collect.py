@@ -37,7 +37,7 @@ FORMS = (
     "github_pat_" + "aB3x" * 6,
     *("xoxb-123456789012-" + "abcdef1234" * 2, "sk_live_" + "aB3x" * 6),
 )
-"Tokens of services, which detect-secrets knows by their form; the farm's own first."
+"Tokens of services, which detect-secrets knows by their form; gracefarm's own first."
 PRIVATE = "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n-----END OPENSSH PRIVATE KEY-----\n"
 
 

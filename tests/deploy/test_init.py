@@ -118,7 +118,7 @@ def test_what_is_written_is_ten_lines_that_can_be_served_today(tmp_path: Path, n
     assert all(f"| `{key}` |" in (ROOT / page).read_text() for key in type(data).model_fields)
     lock = setlock.lock_text(deployment, Console())
     setlock.require_engine(deployment, lock)
-    assert not [pin.text for pin in pins.parse(lock, "the lock") if "+" in pin.version]  # none of the farm's own builds
+    assert not [pin.text for pin in pins.parse(lock, "the lock") if "+" in pin.version]  # no wheel that the builder built
     assert (tmp_path / "gh200-cu130.lock").read_text() == lock
 
 

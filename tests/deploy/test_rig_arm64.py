@@ -1,4 +1,4 @@
-"""A node of another architecture: the farm's own aarch64 wheel, from its index by hash, onto an arm64 userland over SSH."""
+"""A node of another architecture: an aarch64 wheel of the builder, from the index by hash, onto an arm64 userland over SSH."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def prepared(farm: Farm, own: Path, tmp_path: Path, toolkit: Path, patch: pytest
 
 
 def built(farm: Farm, wheel: Path, toolkit: Path, filename: str) -> None:
-    """A record of this farm about a wheel with the device code of `wheel`."""
+    """A record of this machine about a wheel with the device code of `wheel`."""
     planned = plan_of("thing", None, "aarch64", farm.settings)
     kept = Record(
         build_id=filename.encode().hex().ljust(64, "0")[:64],
@@ -158,7 +158,7 @@ def test_a_report_certifies_the_twin_with_the_same_device_code_and_no_other(
 
     monkeypatch.setenv("GRACEFARM_SETTINGS", str(tmp_path / "settings.toml"))
     accept = ("certify", "--accept", f"{name}.gpu.json")
-    assert called(farm, monkeypatch, *accept) == (3, "this farm has no signing key")
+    assert called(farm, monkeypatch, *accept) == (3, "this machine has no signing key")
     assert called(farm, monkeypatch, "key", "create") == (0, "")
     changed = wheel_of(tmp_path / "changed", toolkit, KERNELS.replace("? 2 : 3", "? 2 : 4"))
     built(farm, changed, toolkit, "thing-1.0-cp311-cp311-linux_aarch64.whl")

@@ -229,7 +229,7 @@ def test_a_cell_for_which_no_worker_is_there_is_refused_by_name(cluster: Cluster
     wait_for_workers(cluster, 1)
     ended = cluster.laptop.run(*cluster.command("both", target="x86_64"))
     assert ended.code == 51, ended.said
-    assert "no worker of the farm can build for x86_64: its workers are aarch64" in ended.said
+    assert "no worker of the Ray cluster can build for x86_64: its workers are aarch64" in ended.said
     assert "--resources '{\"x86_64\": 1}'" in ended.said
 
 
@@ -249,5 +249,5 @@ def test_a_head_that_starts_again_ends_the_run_and_the_same_command_goes_on(clus
     head.power_off()
     assert running.wait(180) == 51, cluster.laptop.output(number)
     text = " ".join(cluster.laptop.output(number).split())
-    assert f"the farm at {address} has ended or does not answer" in text
+    assert f"the Ray cluster at {address} has ended or does not answer" in text
     assert "finished builds are kept" in text

@@ -91,7 +91,7 @@ TOOLS = ("ptxas", "cuobjdump", "nvdisasm")
 
 
 def triton_recipe(farm: Farm, mirror: Path) -> tuple[tomlkit.TOMLDocument, str]:
-    """The recipe of triton in the farm, with files and a repository in the folder `mirror`; the recipe, and the mirrors."""
+    """The recipe of triton in a project, with files and a repository in the folder `mirror`; the recipe, and the mirrors."""
     document = tomlkit.parse((REPOSITORY / "recipes/triton/recipe.toml").read_text())
     llvm, include = (
         next(file["url"] for file in document["files"] if word in file.get("url", "")) for word in ("llvm", "json")

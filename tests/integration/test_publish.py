@@ -130,7 +130,7 @@ def test_a_rebuild_of_a_published_version_gets_the_next_build_tag_and_says_why(f
         subprocess.run([*pip, "--index-url", f"{url}/simple/", "tiny"], check=True, capture_output=True)
         assert [path.name for path in tmp_path.iterdir()] == ["tiny-1.0-2-py3-none-any.whl"]
 
-        # The bytes of the second one, published by a farm that does not know that they are there.
+        # The bytes of the second one, published by a machine that does not know that they are there.
         farm.recipe("tiny", projects.backend('return wheel(wheel_directory, files={"tiny/more.py": b"two"})'))
         place = record.path(farm.settings, json.loads(farm.run("plan", "tiny", "--target", NATIVE, "--json").out)["build_id"])
         place.write_text(json.dumps(json.loads(place.read_text()) | {"published": []}))

@@ -93,7 +93,7 @@ def closed_set(farm: Farm, third_party: str, **more: object) -> None:
 def installed(view: str, lock_file: Path, filename: str, folder: Path) -> list[Path]:
     """Folders into which pip and uv installed the set: from its view with its lock, and from pylock.toml beside the lock.
 
-    `filename`: the farm's wheel, whose tag names the platforms.
+    `filename`: the builder's wheel, whose tag names the platforms.
     """
     pylock = lock_file.with_name("pylock.toml")
     by_pip, by_uv, by_pylock, by_pip_pylock = (folder / name for name in ("pip", "uv", "pylock", "pip-pylock"))
@@ -176,7 +176,7 @@ def test_a_set_from_recipes_to_what_pip_and_uv_install(farm: Farm, third_party: 
 
 
 def test_the_whole_way_for_aarch64_by_one_command(farm: Farm, third_party: str) -> None:
-    """What `builder set run gh200-cu130` does with gigabytes, with a farm's wheel and a tiny one from elsewhere."""
+    """What `builder set run gh200-cu130` does with gigabytes, with a wheel of the builder and a tiny one from elsewhere."""
     closed_set(farm, third_party)
     text = (farm.settings.project / "sets" / "tiny" / "set.toml").read_text()
     (farm.settings.project / "sets" / "tiny" / "set.toml").write_text(

@@ -178,7 +178,7 @@ def test_who_has_no_token_writes_nothing(writer: Builder, server: Server) -> Non
     ("name", "words"),
     [
         ("GRACEFARM_SHARED_CACHE", "--shared-cache write requires the URL of an index"),
-        ("GRACEFARM_SIGNING_KEY", "--shared-cache write requires the farm's key, which signs the entries"),
+        ("GRACEFARM_SIGNING_KEY", "--shared-cache write requires this machine's signing key, which signs the entries"),
         ("GRACEFARM_CACHE_TOKEN", "--shared-cache write requires a token of the index in GRACEFARM_CACHE_TOKEN"),
     ],
 )

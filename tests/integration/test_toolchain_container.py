@@ -1,6 +1,6 @@
 """`--toolchain container`: cibuildwheel itself, a real engine, and an image that is laid out as manylinux is, made here.
 
-Slow: the image is the farm's own root as a container. Skipped without a podman that starts containers for this user; the tests
+Slow: the image is the builder's root as a container. Skipped without a podman that starts containers for this user; the tests
 bring their own configuration and storage and do not touch /etc and the user's images.
 """
 

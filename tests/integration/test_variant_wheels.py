@@ -83,7 +83,7 @@ def test_uv_chooses_among_variants_that_the_builder_made_and_pip_takes_the_plain
         assert said.properties == {"nvidia": {"cuda_version_lower_bound": ["13.0"], "sm_arch": ["90_real"]}}
         for wheel in (hopper, blackwell):
             checks = {check.name: check.ok for check in verify.verify(wheel, None, None)}
-            assert checks == {"record": True, "build-id": True, "sbom": True, "provenance": False}, "this farm has no key"
+            assert checks == {"record": True, "build-id": True, "sbom": True, "provenance": False}, "this machine has no key"
 
         ids = {wheel: json.loads(member(wheel, "tiny_cuda-1.0+cu130.dist-info/gracefarm.json"))["build_id"]
                for wheel in (plain, hopper, blackwell)}  # fmt: skip

@@ -76,7 +76,9 @@ def test_a_cell_takes_the_smallest_worker_whole_or_what_is_asked_for() -> None:
 
 def test_no_worker_of_that_architecture_is_one_sentence() -> None:
     made = plan(Arch.X86_64, {Arch.X86_64: Arch.X86_64})
-    with pytest.raises(FarmError, match="no worker of the farm can build for x86_64: its workers are aarch64") as caught:
+    with pytest.raises(
+        FarmError, match="no worker of the Ray cluster can build for x86_64: its workers are aarch64"
+    ) as caught:
         cluster(worker(Arch.AARCH64)).share(made, None)
     assert "'{\"x86_64\": 1}'" in caught.value.remedy
 
