@@ -387,7 +387,8 @@ def build_one(plan: Plan, options: BuildOptions, settings: Settings, console: Co
 @aimed_at_sandbox
 @json_option
 def run_command(name: str, stack_name: str | None, target: str) -> None:
-    """Build NAME, publish the wheel to an index on this machine, install it from there with pip, and import it.
+    """Build NAME (default: causal_conv1d), publish the wheel to an index on this machine, install it from there with pip,
+    and import it.
 
     \b
     builder run

@@ -38,16 +38,20 @@ toolchain_option = functools.partial(
     default="sandbox",
     show_default=True,
 )
-_STACK_AND_TARGET = (
-    click.option("--stack", "stack_name", metavar="NAME", help="Stack to build for. Default: the stack of the recipe."),
-    click.option(
-        "--target",
-        type=click.Choice([arch.value for arch in Arch]),
-        default=Arch.AARCH64.value,
-        show_default=True,
-        help="Architecture of the wheel. With the host toolchain, the default is this machine's architecture.",
-    ),
+_STACK = click.option("--stack", "stack_name", metavar="NAME", help="Stack to build for. Default: the stack of the recipe.")
+_target_option = functools.partial(
+    click.option,
+    "--target",
+    type=click.Choice([arch.value for arch in Arch]),
+    default=Arch.AARCH64.value,
+    show_default=True,
 )
+_TARGET_HELP = "Architecture of the wheel."
+_STACK_AND_TARGET = (
+    _STACK,
+    _target_option(help=f"{_TARGET_HELP} With the host toolchain, the default is this machine's architecture."),
+)
+_OF_SANDBOX = (_STACK, _target_option(help=_TARGET_HELP))
 _TOOLS = (
     click.option(
         "--environment",
@@ -187,7 +191,7 @@ def device_coded(function: Function, *, audits: bool = False) -> Function:
 
 def aimed_at_sandbox(function: Function) -> Function:
     """Add --stack and --target."""
-    return _with(function, *_STACK_AND_TARGET)
+    return _with(function, *_OF_SANDBOX)
 
 
 def toolchained(function: Function, *, builds: bool = True) -> Function:

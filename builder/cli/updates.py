@@ -29,7 +29,7 @@ def updates_command(age: str) -> None:
     """List newer upstream releases of recipes, torch and Pythons, as changes to review.
 
     The command changes no file. It looks for newer releases of torch and of the recipes' packages on the Python index
-    and in git tags, and for newer Pythons in the list of the installed uv.
+    and in git tags. It looks for newer Pythons in the list of Pythons that the installed uv can download.
 
     \b
     builder updates

@@ -63,7 +63,9 @@ def env_list(context: DeployContext) -> None:
 @env.command("matrix")
 @reporting
 def env_matrix(context: DeployContext) -> None:
-    """Import every module of the active environment on every node again.
+    """Repeat the import matrix on every node.
+
+    The command imports the engine's modules from the active environment, and runs its test commands.
 
     \b
     deploy env matrix
