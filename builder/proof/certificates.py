@@ -77,7 +77,8 @@ def report(wheel: Path, result: GpuResult, reader: Path) -> GpuReport:
     """
     if result.status != "passed" or result.sm is None:
         raise VerifyError(
-            f"{wheel.name} is not certified: {result.reason}", remedy="run the command on a machine with such a GPU"
+            f"{wheel.name} is not certified: {result.reason}",
+            remedy="run the command on a machine with a GPU that the wheel has code for, and with a torch that finds this GPU",
         )
     if not result.comparisons or not result.negative_control:
         raise VerifyError(

@@ -199,7 +199,7 @@ def _interpreter(base: LoadedStack, wanted: Wanted) -> HostPython:
         missing = [name for name in ("build", "setuptools") if name not in interpreter.distributions]
         if missing:
             raise HostError(
-                f"{' and '.join(missing)} are missing in the environment of {place}",
+                f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing in the environment of {place}",
                 remedy=f"{place} -m pip install {' '.join(missing)} wheel ninja packaging",
             )
     return interpreter

@@ -306,11 +306,15 @@ def _replicas(question: Question, world: int, dp: int, slots: Sequence[Slot]) ->
             f"dp {dp}: the planner does not know how {question.engine.name} distributes experts among replicas",
             remedy="remove data_parallel from [layout] of deploy.toml; tensor_parallel and expert parallelism use all GPUs",
         )
-    counts = {len(slot.machine.gpus) for slot in slots}
-    if len(counts) > 1 or (min(counts) % world and world % min(counts)):
-        have = " and ".join(map(str, sorted(counts)))
+    have = sorted({len(slot.machine.gpus) for slot in slots})
+    if len(have) > 1:
         raise LayoutError(
-            f"dp {dp}: a replica of {world} GPUs must fill whole nodes or a part of one, but the nodes have {have} GPUs",
+            f"dp {dp}: replicas require the same number of GPUs on every node, but nodes have {' and '.join(map(str, have))}",
+            remedy="use only nodes with the same number of GPUs, or remove data_parallel from [layout]",
+        )
+    if have[0] % world and world % have[0]:
+        raise LayoutError(
+            f"dp {dp}: a replica of {world} GPUs must fill whole nodes or a part of one, but the nodes have {have[0]} GPUs",
             remedy="set tensor_parallel and pipeline_parallel so that their product divides the number of GPUs of a "
             "node, or is a multiple of that number",
         )

@@ -233,7 +233,8 @@ def _get(client: httpx.Client, url: str, repo: str, revision: str) -> httpx.Resp
         )
     if answer.status_code == 404:
         raise FetchError(
-            f"the Hub has no {repo} at revision {revision}", remedy="correct repo and revision in [model] of deploy.toml"
+            f"the Hub has no {repo} at revision {revision}",
+            remedy="correct --model, or repo and revision in [model] of deploy.toml",
         )
     if answer.status_code != 200:
         raise FetchError(

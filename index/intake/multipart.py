@@ -218,7 +218,7 @@ class _Assembler:
             self._text = []
             return
         if self.form.files:
-            raise RefusedError("the form contains more than one file", remedy="upload one file at a time, without signatures")
+            raise RefusedError("the form contains more than one file", remedy="upload one file for each request")
         received = Received(filename=options[b"filename"].decode("utf-8", "replace"), path=self._store.new_staging())
         self.form.files[self._name] = received
         # Always sha256; the others only if the form names them. Clients send the fields before the file.

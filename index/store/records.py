@@ -81,7 +81,10 @@ def parse(raw: bytes) -> dict[str, object]:
         try:
             json.dumps(document, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise RefusedError("the record contains an unpaired surrogate", remedy="write the text as valid UTF-8") from None
+            raise RefusedError(
+                "the record contains an escape \\ud800 to \\udfff without its other half",
+                remedy="remove this escape from the record, or send the record that the builder wrote",
+            ) from None
     return document
 
 

@@ -283,6 +283,17 @@ def test_replicas_on_whole_nodes_and_on_several() -> None:
         planned(1, "h200", layout={"tensor_parallel": 4, "pipeline_parallel": 1, "data_parallel": 3})
 
 
+def test_replicas_require_equal_nodes() -> None:
+    wanted = {"layout": {"tensor_parallel": 1, "pipeline_parallel": 1, "data_parallel": 12}}
+    _, deployment, facts = supposed(2, "h200", **wanted)
+    cuda = facts.nodes[1].cuda.model_copy(update={"gpus": facts.nodes[1].cuda.gpus[:4]})
+    uneven = Facts(nodes=(facts.nodes[0], facts.nodes[1].model_copy(update={"cuda": cuda})))
+    model = models.built_in("meta-llama/Llama-3.1-8B", "0" * 40)
+    assert model
+    with pytest.raises(LayoutError, match="the same number of GPUs on every node, but nodes have 4 and 8"):
+        plans.make(deployment, uneven, model)
+
+
 # host memory
 
 
