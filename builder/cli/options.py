@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from builder.ground.interpreters import catalogue
-from builder.planning import device_code, recipe, stack
+from builder.planning import device_code, matrix, recipe, stack
 from builder.planning.plan import Plan, Wanted
 from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import PACKAGED, Settings, load
@@ -63,8 +63,8 @@ _TOOLS = (
     click.option(
         "--python",
         metavar="NAME",
-        help="Python of the target, by its name in interpreters/, such as 3.13. Default: the Python of the stack. With the "
-        "host toolchain: path of an interpreter on this machine.",
+        help=f"Python of the target, by its name in interpreters/, such as 3.13. Default: {matrix.ROOT}, the Python of the "
+        "stack. With the host toolchain: path of an interpreter on this machine.",
     ),
     click.option(
         "--cuda",
@@ -233,9 +233,8 @@ def wanted(toolchain: ToolchainKind, own: Path | None, python: str | None, cuda:
         raise UsageError(
             f"--python {python}: the file does not exist", remedy="give the path of a Python interpreter on this machine"
         )
-    choice = ToolchainChoice(
-        kind=toolchain, wanted=Wanted(environment=own, python=here, cuda=cuda), interpreter=None if native else python
-    )
+    interpreter = None if native or python == matrix.ROOT else python
+    choice = ToolchainChoice(kind=toolchain, wanted=Wanted(environment=own, python=here, cuda=cuda), interpreter=interpreter)
     for name, value in (("--environment", own), ("--cuda", cuda)):
         if value is not None and not choice.type.native:
             raise UsageError(f"{name} requires --toolchain host", remedy=f"use --toolchain host {name} {value}")

@@ -118,6 +118,13 @@ def test_an_archive_that_is_not_the_pinned_one_or_of_another_machine(farm: Farm,
     assert "Traceback" not in done.said
 
 
+def test_root_names_the_python_of_the_stack(farm: Farm) -> None:
+    write_recipe(farm, "aarch64")
+    done = farm.run("plan", "tiny_c", "--python", "root")
+    assert done.code == 0
+    assert done.said == farm.run("plan", "tiny_c").said
+
+
 def test_bad_names(farm: Farm) -> None:
     write_recipe(farm, "aarch64")
     done = farm.run("plan", "tiny_c", "--python", "3.31")
