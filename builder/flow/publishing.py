@@ -151,7 +151,8 @@ def upload_wheel(built: Record, wheel: Path, url: str, settings: Settings, login
         )
         return publication.model_copy(update={"filename": "" if filename == wheel.name else filename, "reason": reason})
     raise PublishError(
-        f"{url} has {wheel.name} with different bytes, and has also used each build tag up to {filename}",
+        f"{url} refused {wheel.name} under {MAX_TAGS} names, the last of which was {before}: each name belongs or belonged to "
+        "a file with different bytes",
         remedy="change the version in the recipe",
     )
 

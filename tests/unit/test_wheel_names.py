@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from packaging.tags import Tag
 from packaging.utils import parse_wheel_filename
 from packaging.version import Version
 
+from builder.flow import publishing
 from builder.planning import local_version
-from builder.proof import build_tag
+from builder.planning.settings import load
+from builder.proof import build_tag, publish, record
+from builder.proof.record import Publication, Record
+from gracefarm.errors import PublishError
 
 WHEEL = "thing-1.0+cu130.torch2.11-cp311-cp311-manylinux_2_34_aarch64.whl"
 
@@ -95,3 +101,32 @@ def test_the_tag_is_the_next_one_of_that_very_name() -> None:
 def test_bytes_that_are_there_keep_the_name_that_they_have() -> None:
     first = build_tag.tagged(WHEEL, 1)
     assert build_tag.choose(WHEEL, "a", {WHEEL: "b", first: "a", build_tag.tagged(WHEEL, 2): "c"}) == (first, None)
+
+
+def test_the_error_after_the_last_name_has_only_names_that_were_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index here is a fake: it shows no files and refuses every name, as if deleted files had all of them."""
+    tried: list[str] = []
+
+    def refuse(named: Path, url: str, _login: publish.Login | None) -> Publication:
+        tried.append(named.name)
+        raise publish.TakenError(f"{url} refused {named.name}: File already exists", remedy="")
+
+    monkeypatch.setattr(publish, "offered", lambda *_arguments: {})
+    monkeypatch.setattr(publish, "upload", refuse)
+    wheel = tmp_path / WHEEL
+    wheel.write_bytes(b"a wheel")
+    built = Record(
+        build_id="a",
+        recipe="thing",
+        name="thing",
+        version="1.0",
+        stack="bare",
+        inputs={},
+        outcome="built",
+        finished=record.now(),
+    )
+    with pytest.raises(PublishError) as error:
+        publishing.upload_wheel(built, wheel, "http://index.test/legacy/", load(), None)
+    assert tried == [build_tag.tagged(WHEEL, number) for number in range(publishing.MAX_TAGS)]
+    assert f"under {len(tried)} names, the last of which was {tried[-1]}: " in error.value.cause
+    assert build_tag.tagged(WHEEL, len(tried)) not in error.value.cause
