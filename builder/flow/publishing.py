@@ -82,8 +82,8 @@ def publish_matrix(content: Mapping[str, object], url: str) -> None:
     refused = publish.send_matrix(content, url, publish.credentials(url))
     if refused is not None:
         raise PublishError(
-            f"the index refused the matrix: {refused}",
-            remedy="check the URL and the token (TWINE_USERNAME=__token__, TWINE_PASSWORD)",
+            f"the matrix was not published: {refused}",
+            remedy="check that the index is running, the URL, and the token (TWINE_USERNAME=__token__, TWINE_PASSWORD)",
         )
 
 
@@ -106,7 +106,7 @@ def _send_certificates(
     known = {certificate.device_digest for build in builds for certificate in certificates.of_record(build, settings)}
     for digest in sorted(known):
         refused = publish.send_certificate(certificates.path(settings, digest), digest, url, login)
-        message = f"certificate {digest[:16]} to {url}" if refused is None else f"the index refused the certificate: {refused}"
+        message = f"certificate {digest[:16]} to {url}" if refused is None else f"the certificate was not published: {refused}"
         console.step("publish", message)
 
 
@@ -197,7 +197,7 @@ def send_record(build_id: str, url: str, settings: Settings, console: Console, l
     """Send record and log to an index that keeps them; for a build without a wheel, nothing else is sent."""
     folder = record.folder(settings, build_id)
     refused = publish.send_record(record.path(settings, build_id), folder / "log.txt", build_id, url, login)
-    console.step("publish", f"record and log to {url}" if refused is None else f"the index refused the record: {refused}")
+    console.step("publish", f"record and log to {url}" if refused is None else f"the record was not published: {refused}")
 
 
 def send_failure(build_id: str, url: str, settings: Settings, console: Console) -> None:
@@ -205,6 +205,6 @@ def send_failure(build_id: str, url: str, settings: Settings, console: Console) 
     try:
         login = publish.credentials(url)
     except PublishError as error:
-        console.step("publish", f"the index refused the record: {error.cause}")
+        console.step("publish", f"the record was not published: {error.cause}")
         return
     send_record(build_id, url, settings, console, login)

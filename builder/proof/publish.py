@@ -62,8 +62,9 @@ def upload(wheel: Path, url: str, login: Login | None) -> Publication:
     if process.returncode != 0 and offered(wheel.name, url, login).get(wheel.name) != sha256_file(wheel):
         words = _reason(process.stdout + process.stderr)
         raise (TakenError if "already exists" in words.lower() else PublishError)(
-            f"{url} refused {wheel.name}: {words}",
-            remedy="check the URL and the token (TWINE_USERNAME=__token__, TWINE_PASSWORD); the wheel is kept",
+            f"{wheel.name} was not uploaded to {url}: {words}",
+            remedy="check that the index is running, the URL, and the token (TWINE_USERNAME=__token__, TWINE_PASSWORD); the "
+            "wheel is kept",
             repeat=f"twine upload --repository-url {url} {wheel}",
         )
     return Publication(url=url, at=now())
@@ -123,7 +124,7 @@ MAX_LOG = 32 << 20
 
 
 def send_record(document: Path, log: Path, build_id: str, url: str, login: Login | None) -> str | None:
-    """PUT a build's record and log to the index with the upload URL `url`; return None, or why the index refused them.
+    """PUT a build's record and log to the index with the upload URL `url`; return None, or why it does not have them.
 
     Only this project's index accepts records, so a refusal is not an error. The record goes first, since the index accepts a
     log only for a known record.

@@ -43,7 +43,9 @@ def ask(at: SetAddress, method: str, action: str = "", **more: Any) -> dict[str,
             answer = client.request(method, url, **more)
         value = answer.json() if answer.is_success else {}
     except (httpx.HTTPError, ValueError) as error:
-        raise PublishError(f"{url}: {error or type(error).__name__}", remedy="check the URL") from error
+        raise PublishError(
+            f"{url}: {error or type(error).__name__}", remedy="check that the index is running, and the URL"
+        ) from error
     if not answer.is_success or not isinstance(value, dict) or "missing" not in value:
         words = first_line(answer.text, answer.reason_phrase)[:500]
         raise PublishError(

@@ -17,6 +17,7 @@ from gracefarm import pins
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, FetchError
 from gracefarm.files import atomic_write
+from gracefarm.process import first_line
 
 
 def lock_text(deployment: Deployment, console: Console) -> str:
@@ -64,17 +65,35 @@ def _fetch_lock(index: str, name: str, path: Path, console: Console) -> str:
             f"index in deploy.toml is not a URL: {error}", remedy="set index to http://HOST:PORT/SET/simple/"
         ) from error
     address = str(whole.copy_with(userinfo=b""))  # for messages, without a password
-    remedy = f"build the lock with `builder set build {name}`; copy it to {path}, or set lock in deploy.toml to its path"
+    by_hand = f"copy a lock of `builder set build {name}` to {path}"
     try:
         auth = httpx.NetRCAuth() if (Path.home() / ".netrc").is_file() else None
         answer = httpx.get(whole, timeout=30, follow_redirects=True, auth=auth)
     except (netrc.NetrcParseError, UnicodeDecodeError) as error:
         raise ConfigError(f"~/.netrc cannot be read: {error}", remedy="correct the file, then `chmod 600 ~/.netrc`") from error
     except httpx.HTTPError as error:
-        raise FetchError(f"no lock of the set {name}: {address}: {error or type(error).__name__}", remedy=remedy) from error
+        raise FetchError(
+            f"the lock of the set {name} cannot be fetched from {address}: {error or type(error).__name__}",
+            remedy=f"check that the index is running and that `index` in deploy.toml is its address; or {by_hand}",
+        ) from error
+    if answer.status_code in (401, 403):
+        raise FetchError(
+            f"the lock of the set {name} cannot be fetched: {address} answered HTTP {answer.status_code}",
+            remedy=f"add the user name and password of the index to ~/.netrc; or {by_hand}",
+        )
+    if answer.status_code == 404:
+        plain = answer.headers.get("content-type", "").startswith("text/plain")
+        reason = f" ({first_line(answer.text)[:300]})" if plain else ""
+        raise FetchError(
+            f"the index has no lock of the set {name}: {address} answered HTTP 404{reason}",
+            remedy=f"check that the set is published and that `index` in deploy.toml ends with /{name}/simple/; or {by_hand}",
+        )
     if answer.status_code != 200 or "--hash=sha256:" not in answer.text:
         what = f"answered HTTP {answer.status_code}" if answer.status_code != 200 else "is not a lock with sha256 hashes"
-        raise FetchError(f"no lock of the set {name}: {address} {what}", remedy=remedy)
+        raise FetchError(
+            f"the lock of the set {name} cannot be fetched: {address} {what}",
+            remedy=f"check the index, and its address in `index` of deploy.toml; or {by_hand}",
+        )
     atomic_write(path, answer.text)
     console.step("environment", f"{address} is stored as {path}, which is used from now on")
     return answer.text

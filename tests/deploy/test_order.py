@@ -301,6 +301,7 @@ def test_the_sets_lock_comes_from_its_index_once(tmp_path: Path) -> None:
         deployment = Deployment(path=tmp_path / "deploy.toml", data=data, nodes=())
         with pytest.raises(FetchError, match=r"/spring/requirements\.lock answered HTTP 404") as error:  # not published yet
             setlock.lock_text(deployment, Console())
+        assert "check that the set is published" in error.value.remedy
         assert not path.exists()
         made = standin.build(tmp_path / "wheels").path
         name, content = made.name, made.read_bytes()
@@ -314,8 +315,9 @@ def test_the_sets_lock_comes_from_its_index_once(tmp_path: Path) -> None:
         assert path.read_text() == text
     assert setlock.lock_text(deployment, Console()) == text  # the index is gone
     path.unlink()
-    with pytest.raises(FetchError, match=r"requirements\.lock: ") as error:
+    with pytest.raises(FetchError, match=r"the set spring cannot be fetched from \S+/requirements\.lock: ") as error:
         setlock.lock_text(deployment, Console())
+    assert error.value.remedy.startswith("check that the index is running")
     assert str(path) in error.value.remedy
     named = deployment.model_copy(update={"data": data.model_copy(update={"lock": "mine.lock"})})
     with pytest.raises(ConfigError, match=r"mine\.lock"):  # a lock that a person named is not replaced by another
@@ -341,8 +343,9 @@ def test_an_index_that_asks_who_it_is_is_told_by_netrc(tmp_path: Path, monkeypat
         data = Config(set="spring", index=f"http://127.0.0.1:{server.server_port}/spring/simple/")
         deployment = Deployment(path=tmp_path / "deploy.toml", data=data, nodes=())
         try:
-            with pytest.raises(FetchError, match="answered HTTP 401"):
+            with pytest.raises(FetchError, match="answered HTTP 401") as refused:
                 setlock.lock_text(deployment, Console())
+            assert "~/.netrc" in refused.value.remedy
             (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password s3cret\n")
             (tmp_path / ".netrc").chmod(0o644)
             with pytest.raises(ConfigError, match="too permissive"):

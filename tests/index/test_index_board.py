@@ -148,7 +148,7 @@ def test_the_board_shows_the_cells_that_the_builder_prints(site: Server) -> None
         command, capture_output=True, text=True, cwd=REPOSITORY, check=False, env={**environment, "TWINE_PASSWORD": "wrong"}
     )
     assert refused.returncode == 40
-    assert "the index refused the matrix" in refused.stderr + refused.stdout
+    assert "the matrix was not published" in refused.stderr + refused.stdout
     text = site.client.get("/board/").text.partition('id="matrix-builder"')[2].partition("</section>")[0]
     assert printed["cells"]
     for wanted in printed["cells"]:

@@ -381,7 +381,7 @@ def test_unreachable_index_keeps_the_wheel(farm: Farm) -> None:
 def test_an_address_without_a_path_does_not_hide_why_a_build_failed(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("raise RuntimeError('on purpose')"))
     done = build_tiny(farm, "--publish", "http://127.0.0.1:9", TWINE_USERNAME="a", TWINE_PASSWORD="b")
-    refused(done, ExitCode.COMPILE, "RuntimeError: on purpose", "the index refused the record: http://127.0.0.1:9: ")
+    refused(done, ExitCode.COMPILE, "RuntimeError: on purpose", "the record was not published: http://127.0.0.1:9: ")
 
 
 @pytest.mark.skipif(NATIVE == "aarch64", reason="an aarch64 host emulates nothing")
