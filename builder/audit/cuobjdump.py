@@ -59,7 +59,7 @@ def run(cuobjdump: Path, name: str, arguments: list[str | Path], folder: Path | 
         process = subprocess.run([cuobjdump, *arguments], capture_output=True, text=True, check=False, cwd=folder)
     except OSError as error:
         raise HostError(
-            f"{cuobjdump} does not run: {error}", remedy=f"run `{cuobjdump} --version` to see why, and correct that"
+            f"{cuobjdump} does not run: {error}", remedy=f"run `{cuobjdump} --version`, and fix the error that it prints"
         ) from error
     # The exit code is also 255 if the object has no code of the requested kind.
     if process.returncode and "does not contain device code" not in process.stdout + process.stderr:

@@ -349,7 +349,7 @@ def _tree(
     """
     program = shutil.which(line[0])
     if program is None:
-        raise HostError("bubblewrap (the program bwrap) is not installed", remedy="run `builder doctor`")
+        raise HostError("bubblewrap (the program bwrap) is not installed", remedy="run `builder doctor --fix`")
     bound = meter.open_meter(place.memory, memory_by)
     with contextlib.closing(bound):
         control_read, control_write = os.pipe()

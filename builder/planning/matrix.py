@@ -87,7 +87,7 @@ def named(text: str, project: Path) -> str:
     if text not in selectors:
         raise UsageError(
             f"{text!r} is neither a selector nor the name of a selector",
-            remedy=f"write AXIS=VALUE, or a name from {FILE}: {', '.join(sorted(selectors)) or 'it has no selectors'}",
+            remedy=f"write AXIS=VALUE, or a name from {FILE}: {', '.join(sorted(selectors)) or 'the file has no selectors'}",
         )
     return selectors[text]
 

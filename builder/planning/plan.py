@@ -356,7 +356,7 @@ class Plan:
             remedy=f"run `{lock}` on a machine that can reach {', '.join(prefixes)}; or run it here with mirrors in the "
             f"environment: GRACEFARM_MIRRORS='{' '.join(f'{prefix}=REPLACEMENT' for prefix in prefixes)}'"
             if prefixes
-            else f"run `{lock}`, which reads it from the Python index",
+            else f"run `{lock}`, which reads the digest from the Python index",
             repeat=lock,
         )
 

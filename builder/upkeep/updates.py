@@ -192,7 +192,9 @@ def _of_tags(url: str, settings: Settings) -> Callable[[], list[Release]]:
         try:
             process = subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT, env=environment)
         except FileNotFoundError as error:
-            raise HostError("git is not installed", remedy="run `builder doctor`") from error
+            raise HostError(
+                "git is not installed", remedy="install Debian's package git; `builder doctor` prints the command"
+            ) from error
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             raise FetchError(
                 f"the tags of {url} cannot be listed",

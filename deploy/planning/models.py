@@ -193,7 +193,7 @@ def from_hub(repo: str, revision: str, *, token: str | None = None) -> Model:
     """
     commit = resolve(repo, revision, token=token)
     config = _ask(f"{repo}/resolve/{commit}/config.json", repo, revision, token)
-    return from_config(config, repo=repo, revision=commit, source=endpoint())
+    return from_config(config, repo=repo, revision=commit, source=f"{repo} on {endpoint()}")
 
 
 def resolve(repo: str, revision: str, *, token: str | None = None) -> str:

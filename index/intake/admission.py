@@ -267,8 +267,8 @@ def _check_variant(change: Transaction, candidate: InspectedFile) -> None:
     except ValueError as error:
         raise RefusedError(
             f"{own.filename} contradicts the existing variant wheels of {own.version}: {error}",
-            remedy=f"build all variants of a release with the same priorities and providers in {variants.MEMBER}; only "
-            "the properties may differ",
+            remedy=f"build the wheel again: all variants of a release must have the same priorities and providers in "
+            f"{variants.MEMBER}, and wheels with the same label must also have the same properties",
         ) from None
 
 
@@ -297,7 +297,7 @@ def _check_release(catalogue: Catalogue, distribution: Distribution) -> None:
     if spellings and distribution.version not in spellings:
         raise RefusedError(
             f"{distribution.filename}: this index already has files of this release, with the version {min(spellings)}",
-            remedy=f"build it with the version {min(spellings)}; all files of a release must have the same spelling of it",
+            remedy=f"build it with the version {min(spellings)}; all files of a release must spell it in the same way",
         )
 
 

@@ -77,7 +77,8 @@ def _inspect_zip(path: Path, defects: Defects) -> Metadata:
         member = archive.NameToInfo.get(f"{top}/PKG-INFO")
         if member is None or member.file_size > metadata.MAX_METADATA:
             raise RefusedError(
-                f"{distribution.filename} lacks {top}/PKG-INFO, or it is too large", remedy="build it with a PEP 517 backend"
+                f"{distribution.filename} lacks {top}/PKG-INFO, or this file is too large",
+                remedy="build it with a PEP 517 backend",
             )
         _check_project(defects, lambda name: f"{top}/{name}" in archive.NameToInfo)
         return metadata.read(archive.read(member), defects, lambda name: f"{top}/{name}" in archive.NameToInfo)
