@@ -68,7 +68,7 @@ def new_command(name: str, version: str, like: str | None) -> None:
     locked = [python for python in pythons if python not in left_out]
     value = {"stack": name, "torch": release.version, "cuda": release.cuda, "pythons": locked, "left_out": left_out}
     lines = [
-        f"stacks/{name}: torch {release.version}, CUDA {release.cuda}, compiler root of {_root_of(base)}",
+        f"stacks/{name}: torch {release.version}, CUDA {release.cuda}, root file system of {_root_of(base)}",
         f"locked for Python {', '.join(locked)}",
         *(f"no lock for Python {python}: {reason}" for python, reason in left_out.items()),
         f"Next: builder plan causal_conv1d --stack {name}",

@@ -1,4 +1,4 @@
-"""A new stack from a template: a torch release of the Python index, on the compiler root of another stack."""
+"""A new stack from a template: a torch release of the Python index, with the root file system of another stack."""
 
 from __future__ import annotations
 

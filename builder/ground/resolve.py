@@ -112,8 +112,8 @@ def resolution(texts: Sequence[str], stack: LoadedStack, arch: Arch, settings: S
         if not fitting and stack.python.endswith("t"):
             # uv 0.13.9 accepts no version such as 3.14t here, and omits the wheels for free-threaded builds from its answer.
             raise ConfigError(
-                f"uv lists no wheel of {package['name']} {package['version']} for the free-threaded Python {stack.python}, "
-                "even if the index has one",
+                f"uv does not list wheels for free-threaded Pythons, and {package['name']} {package['version']} has no other "
+                f"wheel for Python {stack.python}",
                 remedy="lock a Python with a GIL",
             )
         if not fitting:

@@ -104,7 +104,7 @@ def new(farm: Farm, index: Server, *arguments: str) -> tuple[int, str]:
 def test_a_stack_is_what_the_index_says_of_its_torch(farm: Farm, index: Server) -> None:
     code, said = new(farm, index, "next", "--torch", "9.1")
     assert code == 0, said
-    assert "torch 9.1.0, CUDA 13.9, compiler root of cu130" in said
+    assert "torch 9.1.0, CUDA 13.9, root file system of cu130" in said
     assert "locked for Python 3.11, 3.13 " in said
     assert "no lock for Python 3.12: torch 9.1.0 has no wheel for it" in said
     assert (
@@ -139,7 +139,7 @@ def test_the_reason_names_uv_if_only_wheels_for_a_free_threaded_python_are_missi
     code, said = new(farm, index, "next", "--torch", "9.2.0")
     assert code == 0, said
     assert "locked for Python 3.11, 3.14 " in said
-    assert "no lock for Python 3.14t: uv lists no wheel of torch 9.2.0 for the free-threaded Python 3.14t" in said
+    assert "no lock for Python 3.14t: uv does not list wheels for free-threaded Pythons, and torch 9.2.0 has" in said
 
 
 def assert_whole(loaded: LoadedStack) -> None:
