@@ -75,7 +75,7 @@ class Torch(Table):
     version: str
     "Version of torch, for example 2.11.0"
     cuda: str | None = None
-    "Required torch.version.cuda, since the CPU build has the same version"
+    "Required value of torch.version.cuda. It distinguishes the CUDA build from the CPU build of the same version"
 
 
 class OwnWheel(PinnedDownload):
@@ -104,7 +104,7 @@ class Environment(Table):
     resolved_before: str | None = None
     "Ignore files that were uploaded after this date (RFC 3339), so that the lock can be reproduced"
     left_out: tuple[str, ...] = ()
-    "Required distributions that the lock omits; NOTES.md gives the reasons"
+    "Required distributions that the lock omits. A comment above the key gives the reason"
     wheels: tuple[OwnWheel, ...] = ()
     "Wheels from other indexes, instead of the Python index"
 

@@ -69,6 +69,9 @@ def init(
     deploy init ips.txt --user ubuntu --model Qwen/Qwen3-32B
     deploy init deploy.toml --accept
 
+    FILE is the list of addresses, or an existing deploy.toml. With a deploy.toml, or without FILE, the command pins the
+    host keys and collects the facts of the nodes in deploy.toml, and does not write a new deploy.toml.
+
     The end of the output lists everything that is missing for `deploy serve`.
     """
     console = context.console

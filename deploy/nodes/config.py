@@ -253,7 +253,7 @@ class Config(Table):
         "(system), or a Python from conda (conda)."
     )
     python_version: Annotated[str, StringConstraints(pattern=r"^3\.[0-9]+$")] = "3.11"
-    "Version of that Python. The lock's wheels must be for this version. uv installs only 3.11."
+    "Version of the Python in `python`. The lock's wheels must be for this version. A managed Python is always 3.11."
     python_mirror: Annotated[str, StringConstraints(pattern=r"^(https?|file)://[^@]+$")] | None = None
     (
         "Mirror of the releases of python-build-standalone, from which uv installs the managed Python. With a mirror, uv "

@@ -61,7 +61,7 @@ from index.store import auth, htpasswd
     help="Accept uploads for every project. Without this option, projects must be named with `index host`.",
 )
 @click.option("--variants", is_flag=True, help="Also accept variant wheels (PEP 825, a draft).")
-@click.option("--access-log", help="Append the access log to this file. - writes it to stdout.")
+@click.option("--access-log", metavar="FILE|-", help="Append the access log to FILE. With '-', write it to standard output.")
 @click.option("--tls-cert", type=click.Path(exists=True, path_type=Path), help="Serve https with this certificate (PEM).")
 @click.option("--tls-key", type=click.Path(exists=True, path_type=Path), help="Private key of the TLS certificate (PEM).")
 @click.option(
