@@ -103,10 +103,16 @@ class BuildScript:
 
     @property
     def texts(self) -> Iterator[tuple[str, Position]]:
-        """All texts in the scripts."""
+        """All texts in the scripts, without the format specifications of f-strings, such as 20.2f."""
         for script in self.scripts:
+            specifications = {
+                id(part)
+                for node in ast.walk(script.tree)
+                if isinstance(node, ast.FormattedValue) and node.format_spec
+                for part in ast.walk(node.format_spec)
+            }
             for node in ast.walk(script.tree):
-                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in specifications:
                     yield node.value, _place(node, script)
 
     @property

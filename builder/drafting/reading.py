@@ -45,7 +45,8 @@ _RUST_TOOLS = ("maturin", "setuptools-rust")
 "Build backends that run cargo."
 _ARCHS = re.compile(r"(?:^|_)CUDA_ARCH(?:S|ES|_LIST)?$")
 _OPS = re.compile(r"_(?:BUILD|WITH)_(?:OPS|CUDA(?:_EXT)?)$")
-_LETTERED = re.compile(r"(?:sm|compute)_(\d{2,3}[af])\b|\b(\d{1,2})\.(\d[af])\b")
+# Not 20.2f of {:<20.2f} or %20.2f.
+_LETTERED = re.compile(r"(?:sm|compute)_(\d{2,3}[af])\b|(?<![<>^%:])\b(\d{1,2})\.(\d[af])\b")
 _HOPPER = re.compile(r"(?i)hopper|sm_?90")
 _THIRD_PARTY = re.compile(r"(?:third[-_]?party|3rd[-_]?party|extern(?:al)?|submodules?)/[\w./+-]+")
 _CMAKE_CUDA = re.compile(r"(?im)^\s*option\s*\(\s*(\w*CUDA)\b[^)]*?\bOFF\s*\)")

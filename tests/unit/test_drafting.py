@@ -117,6 +117,12 @@ def test_requests_for_90a_and_sources_of_hopper_are_seen(tmp_path: Path) -> None
     assert drafted(write(tmp_path / "other", a_dot_cu="")).sm_extra == {}
 
 
+def test_formats_of_numbers_are_no_requests_for_architectures(tmp_path: Path) -> None:
+    script = 'ARCHS = "9.0a"\nprint(f"{1.0:20.2f} {2.0: <20.2f}", "{:8.2f} %8.2f")\n'
+    draft = drafted(write(tmp_path, setup_dot_py=script, a_dot_cu=""))
+    assert {(value.value, value.origin) for value in draft.findings.of("request")} == {("90a", "setup.py:1")}
+
+
 def test_a_source_without_what_it_compiles_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "setup.py").write_text(PYG)
     with pytest.raises(SourceError, match=r"it lacks csrc/a.cu, which setup.py:9 compiles") as refused:
