@@ -24,7 +24,7 @@ cp "$data/bitcode.py" "$data/device_store.py" "$modules/"
 for program in "$cuda"/bin/*; do
     [ "$(basename "$program")" = nvcc.profile ] || ln -sf "$program" "$work/passes/"
 done
-for name in cicc ptxas fatbinary; do
+for name in cudafe++ cicc ptxas fatbinary; do
     rm -f "$work/passes/$name"
     cp "$data/pass" "$work/passes/$name"
     chmod +x "$work/passes/$name"
