@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from deploy.nodes.config import LayoutConfig
-from deploy.planning import engines, hardware, layouts, models, shards, speed
+from deploy.planning import engines, hardware, layouts, models, placement, shards, speed
 from deploy.planning.layouts import Question
 
 VERSION = "0.12.0"
@@ -88,7 +88,7 @@ def ours(repo: str, gpu: str, tp: int, streams: int) -> tuple[float, float]:
     question = Question(
         engine=engines.engine("vllm"),
         model=model,
-        machines=layouts.machines_of(hardware.named(gpu), 1),
+        machines=placement.machines_of(hardware.named(gpu), 1),
         forced=LayoutConfig(max_model_len=2 * PROMPT),
     )
     candidate = layouts.evaluate(question, tp, 1)

@@ -197,7 +197,7 @@ class LayoutConfig(Table):
     pipeline_parallel: PositiveInt | None = None
     "Number of stages. Each stage has different layers."
     data_parallel: PositiveInt | None = None
-    "Number of replicas, each with all layers (only vLLM)."
+    "Number of replicas, each with all layers (only vLLM). Replicas of a model with experts share the experts."
     expert_parallel: bool | None = None
     "Give each GPU whole experts instead of a part of each expert. Default: only if the engine cannot split these experts."
     partition: tuple[PositiveInt, ...] | None = None

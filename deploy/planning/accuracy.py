@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from deploy.nodes.config import LayoutConfig
-from deploy.planning import engines, hardware, layouts, models, shards, speed
+from deploy.planning import engines, hardware, layouts, models, placement, speed
 from deploy.planning.layouts import Question
 from deploy.planning.shapes import Model
 from deploy.planning.speed import Link, StageLoad
@@ -137,14 +137,17 @@ def loads(run: MeasuredRun) -> tuple[tuple[StageLoad, ...], speed.Traffic, Link]
     question = Question(
         engine=engines.engine(run.engine),
         model=model,
-        machines=layouts.machines_of(hardware.named(run.gpu), run.nodes),
+        machines=placement.machines_of(hardware.named(run.gpu), run.nodes),
         forced=LayoutConfig(max_num_seqs=1, max_model_len=max(run.context, 16)),
         link=link,
     )
     candidate = layouts.evaluate(question, run.tp, run.pp, dp=run.dp)
-    split = layouts.split_of(question, run.tp)
-    held = [share for stage in shards.shares(question.engine, model, split, candidate.layout.partition) for share in stage]
-    stages = layouts.stage_loads(question, candidate.layout, candidate.slots, held * run.dp)
+    split = layouts.split_of(question, run.tp, run.dp)
+    held = layouts.ranks_of(question, split, candidate.layout.partition, run.dp)
+    stages = layouts.stage_loads(question, candidate.layout, candidate.slots, held)
     if run.tcp:
-        stages = tuple(dataclasses.replace(stage, within_node=False, same_node_as_next=False) for stage in stages)
+        stages = tuple(
+            dataclasses.replace(stage, within_node=False, same_node_as_next=False, exchange_within_node=False)
+            for stage in stages
+        )
     return stages, layouts.traffic(model), link

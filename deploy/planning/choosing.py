@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from deploy.nodes.config import LayoutConfig
 from deploy.planning import engines, hardware
-from deploy.planning.layouts import Candidate, LayoutChoice, Question, Rejected, evaluate
+from deploy.planning.layouts import Candidate, LayoutChoice, Question, Rejected, evaluate, split_of
 from gracefarm.errors import LayoutError
 
 ABOUT = 0.95
@@ -37,16 +37,16 @@ def choose(question: Question) -> LayoutChoice:
         only = evaluate(question, forced.tensor_parallel, forced.pipeline_parallel, forced.partition, dp)
         return LayoutChoice(best=only, others=(), rejected=())
     fitting: list[Candidate] = []
-    failed: dict[tuple[int, int], LayoutError] = {}
+    failed: dict[tuple[int, int], tuple[int, LayoutError]] = {}
     for tp, pp in _pairs(question, forced):
         for dp in _replicas(question, forced, tp * pp):
             try:
                 fitting.append(evaluate(question, tp, pp, forced.partition, dp))
             except LayoutError as error:
-                failed.setdefault((tp, pp), error)
+                failed.setdefault((tp, pp), (dp, error))
     if not fitting:
         nearest = max(failed, key=lambda split: (*_possible(question, *split), split[0] * split[1]))
-        raise LayoutError(f"no layout fits: {failed[nearest].cause}", remedy=failed[nearest].remedy)
+        raise LayoutError(f"no layout fits: {failed[nearest][1].cause}", remedy=failed[nearest][1].remedy)
     best = _best(question, fitting)
     fitting.remove(best)
     fitting.sort(key=lambda candidate: (-_merit(question, candidate), candidate.nodes))
@@ -91,18 +91,25 @@ def _capabilities(question: Question) -> Iterator[int]:
 
 def _refused(question: Question, tp: int) -> str | None:
     """Why the engine refuses this tp, or None."""
-    whole = engines.expert_parallel(question.engine, question.model, tp, question.forced.expert_parallel)
-    return engines.refusal(question.engine, question.model, tp, expert_parallel=whole)
+    return engines.refusal(question.engine, question.model, split_of(question, tp))
 
 
 def _replicas(question: Question, forced: LayoutConfig, world: int) -> Iterator[int]:
-    """Numbers of replicas to try: for throughput, as many as fit; else one."""
+    """Numbers of replicas to try. Usually one.
+
+    For throughput, as many as fit. Replicas of a model with experts share the experts. So any number may be the best one,
+    for throughput and for the cost of a token.
+    """
     if forced.data_parallel:
         yield forced.data_parallel
         return
     yield 1
     most = question.gpus // world
-    if question.objective == "throughput" and question.engine.replicas and not question.model.experts and most > 1:
+    if not question.engine.replicas or most == 1:
+        return
+    if question.model.experts and question.objective != "speed":
+        yield from range(2, most + 1)
+    elif question.objective == "throughput":
         yield most
 
 
@@ -124,14 +131,15 @@ def _possible(question: Question, tp: int, pp: int) -> tuple[bool, bool]:
     return _refused(question, tp) is None, tp * pp <= question.gpus
 
 
-def _worth_saying(failed: Mapping[tuple[int, int], LayoutError], question: Question) -> list[Rejected]:
+def _worth_saying(failed: Mapping[tuple[int, int], tuple[int, LayoutError]], question: Question) -> list[Rejected]:
     """For each tp, the failed layout with the most stages. With fewer stages it would fit even less."""
     last: dict[int, Rejected] = {}
-    for (tp, pp), error in failed.items():
+    for (tp, pp), (dp, error) in failed.items():
         if _refused(question, tp):
             last[tp] = Rejected(layout=f"tp{tp}", reason=error.cause.removeprefix(f"tp {tp}: "))
         else:
-            last[tp] = Rejected(layout=f"tp{tp} pp{pp}", reason=error.cause.removeprefix(f"tp{tp} pp{pp}: "))
+            name = f"tp{tp} pp{pp}" + (f" dp{dp}" if dp > 1 else "")
+            last[tp] = Rejected(layout=name, reason=error.cause.removeprefix(f"{name}: "))
     return list(last.values())
 
 

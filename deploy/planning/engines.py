@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -126,9 +126,15 @@ def planned_for(deployment: Deployment) -> tuple[Engine, list[str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """How the layers are divided among the ranks of a stage."""
+    """How the layers are divided among the ranks of a stage.
+
+    vLLM divides experts among the ranks of all replicas, and the other weights among the ranks of one replica (0.26.0 and
+    0.33.0, fused_moe/config.py).
+    """
 
     tp: int
+    dp: int = 1
+    "Replicas that share the experts. A model without experts has 1 here, since its replicas share nothing."
     expert_parallel: bool = False
     "Each rank has whole experts instead of a part of each."
     batched: int = 2048
@@ -140,6 +146,19 @@ class Split:
     hidden_multiple: int = 1
     "Their hidden size is padded to a multiple of this."
 
+    @property
+    def expert_ranks(self) -> int:
+        """Number of ranks that share the experts of a layer. Their order is replica * tp + the rank within the stage."""
+        return self.tp * self.dp
+
+    @property
+    def by_tokens(self) -> bool:
+        """Whether the ranks of a replica divide the tokens of a layer with experts, and hold its shared experts whole.
+
+        vLLM's use_sequence_parallel_moe (config/parallel.py), which Mixtral does not use; Mixtral has no shared experts.
+        """
+        return self.expert_parallel and self.tp > 1 and self.dp > 1
+
 
 def mxfp4_padding(sm: int) -> tuple[int, int]:
     """Multiples to which vLLM 0.26.0 pads columns and hidden size of MXFP4 experts. They depend on the kernel for the GPU.
@@ -149,23 +168,29 @@ def mxfp4_padding(sm: int) -> tuple[int, int]:
     return (64, 1) if sm == 90 else (256, 256) if 100 <= sm < 110 else (128, 256)
 
 
-def refusal(engine_: Engine, model: Model, tp: int, *, expert_parallel: bool = False) -> str | None:
-    """Why the engine refuses to split this model over `tp` GPUs; None: it accepts."""
+def refusal(engine_: Engine, model: Model, split: Split) -> str | None:
+    """Why the engine refuses to split this model in this way; None: it accepts."""
+    tp = split.tp
     if model.architecture not in ARCHITECTURES or (engine_.uneven and (model.architecture not in DENSE or model.quantization)):
         return f"the planner knows how {engine_.name} splits Llama in 16 bit, but not {model.architecture}"
     if engine_.uneven:
         return _uneven(engine_, model, tp)
     rows = vocab(engine_, model, tp)
-    for what, number in (
-        ("attention heads", model.heads),
-        *_columns(model, expert_parallel),
-        ("rows of the padded vocabulary", rows),
+    for what, number, ranks in (
+        ("attention heads", model.heads, tp),
+        *_columns(model, split),
+        ("rows of the padded vocabulary", rows, tp),
     ):
-        if number % tp:
-            return f"tp {tp}: {engine_.name} splits evenly, but {number} {what} are not divisible by {tp}"
+        if number % ranks:
+            return f"{_sizes(tp, ranks)}: {engine_.name} splits evenly, but {number} {what} are not divisible by {ranks}"
     if not model.latent and model.kv_heads % tp and tp % model.kv_heads:
         return f"tp {tp}: {engine_.name} requires that {model.kv_heads} KV heads are divisible by tp, or tp by the KV heads"
-    return _blocks(engine_, model, tp, expert_parallel)
+    return _blocks(engine_, model, split) or _whole_experts(engine_, model, split)
+
+
+def _sizes(tp: int, ranks: int) -> str:
+    """The sizes of a split for messages."""
+    return f"tp {tp}" if ranks <= tp else f"tp {tp} dp {ranks // tp}"
 
 
 def _uneven(engine_: Engine, model: Model, tp: int) -> str | None:
@@ -182,34 +207,46 @@ def _uneven(engine_: Engine, model: Model, tp: int) -> str | None:
     )
 
 
-def _columns(model: Model, expert_parallel: bool) -> list[tuple[str, int]]:
-    """The parts that are split by columns: MLPs, experts, shared experts."""
+def _columns(model: Model, split: Split) -> list[tuple[str, int, int]]:
+    """The parts that are split by columns: MLPs, experts, shared experts. Each with its columns, and the number of ranks."""
     columns = []
     if model.experts is None or len(model.experts.layers) < model.layers:
-        columns.append(("MLP columns", model.mlp))
-    if model.experts and not expert_parallel:
-        columns.append(("columns of an expert", model.experts.columns))
-    if model.experts and model.experts.shared_columns:
-        columns.append(("columns of the shared experts", model.experts.shared_columns))
+        columns.append(("MLP columns", model.mlp, split.tp))
+    if model.experts and not split.expert_parallel:
+        columns.append(("columns of an expert", model.experts.columns, split.expert_ranks))
+    if model.experts and model.experts.shared_columns and not split.by_tokens:
+        columns.append(("columns of the shared experts", model.experts.shared_columns, split.tp))
     return columns
 
 
-def _blocks(engine_: Engine, model: Model, tp: int, expert_parallel: bool) -> str | None:
+def _whole_experts(engine_: Engine, model: Model, split: Split) -> str | None:
+    """Check the distribution of whole experts. vLLM's loader of gpt-oss drops the remainder (gpt_oss.py)."""
+    if not model.experts or not split.expert_parallel:
+        return None
+    count, ranks = model.experts.count, split.expert_ranks
+    if count < ranks:
+        return f"{_sizes(split.tp, ranks)}: with {count} experts, some of the {ranks} ranks would have no expert"
+    if count % ranks and model.architecture == "GptOssForCausalLM":
+        return f"{_sizes(split.tp, ranks)}: {engine_.name} requires that the {count} experts are divisible by {ranks} ranks"
+    return None
+
+
+def _blocks(engine_: Engine, model: Model, split: Split) -> str | None:
     """Check that each rank has whole blocks and groups of weights (vLLM 0.26.0: fp8_utils.py, fp8.py, marlin_utils.py)."""
-    quantization = model.quantization
-    if quantization is None or tp == 1:
+    quantization, tp = model.quantization, split.tp
+    if quantization is None or split.expert_ranks == 1:
         return None
     size = (
         quantization.block[0] if quantization.block else quantization.group if quantization.method in ("int", "gptq") else None
     )
     if size is None:
         return None
-    attention = [("rows of queries", model.heads * model.head_dim)] if quantization.block and not model.latent else []
-    for what, number in (*attention, *_columns(model, expert_parallel)):
-        if number // tp % size:
+    attention = [("rows of queries", model.heads * model.head_dim, tp)] if quantization.block and not model.latent else []
+    for what, number, ranks in (*attention, *_columns(model, split)):
+        if ranks > 1 and number // ranks % size:
             return (
-                f"tp {tp}: {engine_.name} requires that the {number // tp} {what} on each rank are divisible by {size}, the "
-                f"block size of the {quantization.name} weights"
+                f"{_sizes(tp, ranks)}: {engine_.name} requires that the {number // ranks} {what} on each rank are divisible "
+                f"by {size}, the block size of the {quantization.name} weights"
             )
     return None
 
@@ -225,21 +262,32 @@ def gpu_refusal(engine_: Engine, model: Model, sm: int) -> str | None:
     return None
 
 
-def expert_parallel(engine_: Engine, model: Model, tp: int, forced: bool | None) -> bool:
-    """Whether ranks have whole experts: the value of deploy.toml, else true if the engine cannot split these experts."""
-    if forced is not None or model.experts is None:
-        return bool(forced and model.experts)
-    return bool(refusal(engine_, model, tp)) and not refusal(engine_, model, tp, expert_parallel=True)
+def with_experts(engine_: Engine, model: Model, split: Split, forced: bool | None) -> Split:
+    """The split with whole experts if deploy.toml says so, or if the engine cannot divide these experts."""
+    whole = replace(split, expert_parallel=True)
+    if model.experts is None:
+        return split
+    if forced is not None:
+        return whole if forced else split
+    return whole if refusal(engine_, model, split) and not refusal(engine_, model, whole) else split
 
 
-def require(engine_: Engine, model: Model, tp: int, *, expert_parallel: bool = False) -> None:
-    """Raise LayoutError if the engine refuses `tp`."""
-    reason = refusal(engine_, model, tp, expert_parallel=expert_parallel)
+def require(engine_: Engine, model: Model, split: Split, pp: int) -> None:
+    """Raise LayoutError if the engine refuses the split, or this number of GPUs."""
+    reason = refusal(engine_, model, split)
     if reason:
         others = ", ".join(map(str, legal(engine_, model)))
+        remedy = f"set tensor_parallel in [layout] to one of: {others}" if others else 'set engine = "vllm" in deploy.toml'
+        if not refusal(engine_, model, Split(tp=split.tp)):
+            remedy = "set a different data_parallel or expert_parallel in [layout]"
+        raise LayoutError(reason, remedy=remedy)
+    world = split.expert_ranks * pp
+    if model.architecture == "GptOssForCausalLM" and model.experts and model.experts.columns % world:
+        # An assertion in gpt_oss.py (0.26.0 and 0.33.0), also with pipeline parallelism and with expert parallelism.
         raise LayoutError(
-            reason,
-            remedy=f"set tensor_parallel in [layout] to one of: {others}" if others else 'set engine = "vllm" in deploy.toml',
+            f"{_sizes(split.tp, split.expert_ranks)} pp {pp}: {engine_.name} requires that the {model.experts.columns} "
+            f"columns of an expert are divisible by the number of GPUs, which is {world}",
+            remedy="set tensor_parallel, pipeline_parallel and data_parallel in [layout] so that their product divides it",
         )
 
 
@@ -248,7 +296,7 @@ def legal(engine_: Engine, model: Model, most: int = 64) -> tuple[int, ...]:
     return tuple(
         tp
         for tp in range(1, most + 1)
-        if not all(refusal(engine_, model, tp, expert_parallel=whole) for whole in (False, True))
+        if not all(refusal(engine_, model, Split(tp=tp, expert_parallel=whole)) for whole in (False, True))
     )
 
 

@@ -9,10 +9,10 @@ from functools import cached_property
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from deploy.nodes.config import LayoutConfig, Objective
-from deploy.nodes.facts import Gpu
 from deploy.planning import architectures, engines, hardware, speed
 from deploy.planning.engines import Engine, Split
 from deploy.planning.hardware import NodeKind
+from deploy.planning.placement import Machine, Slot, check_replicas, place
 from deploy.planning.shapes import BYTES, Model
 from deploy.planning.shards import GIB, RankShare, balance, shares
 from deploy.planning.speed import Link, Prediction, StageLoad, Traffic
@@ -61,9 +61,9 @@ class Layout(BaseModel):
     gmu: float = Field(gt=0, le=1)
     "Share of a GPU's memory that the engine uses."
     dp: PositiveInt = 1
-    "Data parallel: number of replicas. Each replica has all layers."
+    "Data parallel: number of replicas. Each replica has all layers. Replicas of a model with experts share the experts."
     expert_parallel: bool = False
-    "Whether each GPU of a stage has whole experts instead of a part of each expert."
+    "Whether each GPU of a stage (of all replicas) has whole experts instead of a part of each expert."
     local_replicas: PositiveInt = 1
     "Number of replicas on each node. The value is 1 if a replica spans several nodes."
     spans: bool = False
@@ -123,25 +123,6 @@ class Rejected(BaseModel):
     "Name of the layout."
     reason: str
     "Reason, in one sentence."
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """A node as input of the planner."""
-
-    name: str
-    private: str
-    gpus: tuple[Gpu, ...]
-    host: int
-    "Bytes of host memory."
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slot:
-    """A GPU with its global rank."""
-
-    machine: Machine
-    gpu: Gpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,23 +186,6 @@ class LayoutChoice:
     rejected: tuple[Rejected, ...]
 
 
-# placing
-
-
-def place(machines: Sequence[Machine], world: int) -> tuple[Slot, ...]:
-    """The first `world` GPUs, in the order in which the engine ranks its workers.
-
-    The driver's node comes first, then nodes with fewer workers, then by address as text (ray_gpu_executor.py).
-    """
-    taken: list[tuple[Machine, int]] = []
-    for machine in machines:
-        left = world - sum(count for _, count in taken)
-        if left > 0:
-            taken.append((machine, min(left, len(machine.gpus))))
-    ordered = taken[:1] + sorted(taken[1:], key=lambda entry: (entry[1], entry[0].private))
-    return tuple(Slot(machine=machine, gpu=gpu) for machine, count in ordered for gpu in machine.gpus[:count])
-
-
 def budget(slot: Slot, gmu: float) -> int:
     """Bytes that the engine uses on a GPU, as a share of its total memory.
 
@@ -236,9 +200,9 @@ def evaluate(question: Question, tp: int, pp: int, partition: Sequence[int] | No
     Raises:
         LayoutError: the layout does not fit; with the limit.
     """
-    engine, model, forced = question.engine, question.model, question.forced
-    split = split_of(question, tp)
-    engines.require(engine, model, tp, expert_parallel=split.expert_parallel)
+    engine, forced = question.engine, question.forced
+    split = split_of(question, tp, dp)
+    engines.require(engine, question.model, split, pp)
     if tp * pp * dp > question.gpus:
         times = f" dp{dp}" if dp > 1 else ""
         raise LayoutError(
@@ -247,15 +211,16 @@ def evaluate(question: Question, tp: int, pp: int, partition: Sequence[int] | No
         )
     stages = _partition(question, split, pp, partition)
     slots = place(question.machines, tp * pp * dp)
-    _replicas(question, tp * pp, dp, slots)
-    name = f"tp{tp} pp{pp}"
-    held = [share for stage in shares(engine, model, split, stages) for share in stage] * dp
+    check_replicas(engine, tp * pp, dp, slots)
+    name = f"tp{tp} pp{pp}" + (f" dp{dp}" if split.dp > 1 else "")
+    held = ranks_of(question, split, stages, dp)
     budgets = [budget(slot, forced.gpu_memory_utilization) for slot in slots]
-    offload = _offload(question, name, held, budgets)
+    reserve = RESERVE + gathered(question.model, split)
+    offload = _offload(question, name, held, budgets, reserve)
     host = _host(name, slots, offload)
     _swap(engine, tp, slots[0].machine)
     rooms = [
-        room - share.weights + share.away(offload) - RESERVE - share.request for share, room in zip(held, budgets, strict=True)
+        room - share.weights + share.away(offload) - reserve - share.request for share, room in zip(held, budgets, strict=True)
     ]
     limiting = min(range(len(held)), key=lambda index: rooms[index] // max(1, held[index].token))
     cache = rooms[limiting] // max(1, held[limiting].token) // BLOCK * BLOCK
@@ -268,7 +233,7 @@ def evaluate(question: Question, tp: int, pp: int, partition: Sequence[int] | No
         weights_gib=round(max(weights), 3),
         by_stage_gib=tuple(tuple(round(size, 3) for size in weights[stage * tp : (stage + 1) * tp]) for stage in range(pp)),
         budget_gib=round(min(budgets) / GIB, 2),
-        reserve_gib=RESERVE / GIB,
+        reserve_gib=round(reserve / GIB, 2),
         cache_gib=round(rooms[limiting] / GIB, 2),
         token_bytes=held[limiting].token,
         cache_tokens=cache * dp,
@@ -279,45 +244,41 @@ def evaluate(question: Question, tp: int, pp: int, partition: Sequence[int] | No
     return Candidate(layout=layout, slots=slots, memory=memory, prediction=_speed(question, layout, slots, held))
 
 
-def split_of(question: Question, tp: int) -> Split:
-    """How the layers are divided among `tp` GPUs of these machines."""
+def split_of(question: Question, tp: int, dp: int = 1) -> Split:
+    """How the layers are divided among `tp` GPUs of these machines, and their experts among `dp` replicas."""
     columns, hidden = engines.mxfp4_padding(question.kind.sm)
-    return Split(
+    split = Split(
         tp=tp,
-        expert_parallel=engines.expert_parallel(question.engine, question.model, tp, question.forced.expert_parallel),
+        dp=dp if question.model.experts else 1,
         batched=BATCHED,
         cache_bytes=question.cache_bytes,
         expert_multiple=columns,
         hidden_multiple=hidden,
     )
+    return engines.with_experts(question.engine, question.model, split, question.forced.expert_parallel)
 
 
-def _replicas(question: Question, world: int, dp: int, slots: Sequence[Slot]) -> None:
-    """Check the requirements of vLLM 0.26.0 for replicas (create_dp_placement_groups). Raises LayoutError if one fails."""
-    if dp == 1:
-        return
-    if not question.engine.replicas:
-        raise LayoutError(
-            f"dp {dp}: {question.engine.name} does not support replicas",
-            remedy='set engine = "vllm", or remove data_parallel from [layout]',
-        )
-    if question.model.experts:
-        raise LayoutError(
-            f"dp {dp}: the planner does not know how {question.engine.name} distributes experts among replicas",
-            remedy="remove data_parallel from [layout] of deploy.toml; tensor_parallel and expert parallelism use all GPUs",
-        )
-    have = sorted({len(slot.machine.gpus) for slot in slots})
-    if len(have) > 1:
-        raise LayoutError(
-            f"dp {dp}: replicas require the same number of GPUs on every node, but nodes have {' and '.join(map(str, have))}",
-            remedy="use only nodes with the same number of GPUs, or remove data_parallel from [layout]",
-        )
-    if have[0] % world and world % have[0]:
-        raise LayoutError(
-            f"dp {dp}: a replica of {world} GPUs must fill whole nodes or a part of one, but the nodes have {have[0]} GPUs",
-            remedy="set tensor_parallel and pipeline_parallel so that their product divides the number of GPUs of a "
-            "node, or is a multiple of that number",
-        )
+def ranks_of(question: Question, split: Split, stages: Sequence[int], dp: int) -> list[RankShare]:
+    """The part of every rank: replica by replica, and in each of them stage by stage."""
+    held: list[RankShare] = []
+    for replica in range(dp):
+        same = split.dp == 1 or not split.expert_parallel
+        parts = shares(question.engine, question.model, split, stages, 0 if same else replica)
+        held += [share for stage in parts for share in stage]
+    return held
+
+
+def gathered(model: Model, split: Split) -> int:
+    """Bytes for the tokens of the other replicas, which a layer with experts gathers: the buffers of vLLM's Triton kernels.
+
+    For each token its input, and two buffers for each of its experts (0.26.0, fused_moe/experts/triton_moe.py). RESERVE
+    includes the buffers for the tokens of one replica.
+    """
+    if model.experts is None:
+        return 0
+    both = 2 * (model.experts.columns if split.expert_parallel else model.experts.columns // split.expert_ranks)
+    elements = model.hidden + model.experts.per_token * (max(both // 2, model.hidden) + max(both, model.hidden))
+    return (split.dp - 1) * split.batched * elements * BYTES
 
 
 def _partition(question: Question, split: Split, pp: int, given: Sequence[int] | None) -> tuple[int, ...]:
@@ -342,16 +303,16 @@ def _partition(question: Question, split: Split, pp: int, given: Sequence[int] |
     return tuple(given)
 
 
-def _offload(question: Question, name: str, held: Sequence[RankShare], budgets: Sequence[int]) -> float:
+def _offload(question: Question, name: str, held: Sequence[RankShare], budgets: Sequence[int], reserve: int) -> float:
     """GiB of weights per GPU in host memory: 0 if every GPU has its minimum cache, else as many tenths as necessary."""
     forced = question.forced.cpu_offload_gib
-    wants = [share.weights + share.request + RESERVE + CACHE_FLOOR - room for share, room in zip(held, budgets, strict=True)]
+    wants = [share.weights + share.request + reserve + CACHE_FLOOR - room for share, room in zip(held, budgets, strict=True)]
     worst = max(range(len(wants)), key=lambda index: wants[index])
     chosen = max(0, -(-wants[worst] * 10 // GIB)) / 10 if forced is None else forced
     if question.kind.unified:
         chosen = _unified(name, chosen, forced)
     lefts = [
-        room - share.weights + share.away(chosen) - RESERVE - share.request for share, room in zip(held, budgets, strict=True)
+        room - share.weights + share.away(chosen) - reserve - share.request for share, room in zip(held, budgets, strict=True)
     ]
     least = min(range(len(held)), key=lambda index: lefts[index])
     left = lefts[least]
@@ -359,7 +320,7 @@ def _offload(question: Question, name: str, held: Sequence[RankShare], budgets: 
         raise LayoutError(
             f"{name}: a GPU has {held[least].weights / GIB:.1f} GiB of weights"
             + (f" ({chosen:g} GiB of them offloaded)" if chosen else "")
-            + f" and requires {RESERVE / GIB:.0f} GiB in addition, but the engine may use {budgets[least] / GIB:.1f} GiB",
+            + f" and requires {reserve / GIB:.0f} GiB in addition, but the engine may use {budgets[least] / GIB:.1f} GiB",
             remedy="use more nodes, or set cpu_offload_gib (weights in host memory) or gpu_memory_utilization in [layout]",
         )
     return chosen
@@ -457,7 +418,8 @@ def traffic(model: Model) -> Traffic:
 
 
 def stage_loads(question: Question, layout: Layout, slots: Sequence[Slot], held: Sequence[RankShare]) -> tuple[StageLoad, ...]:
-    """The load of the stages of the first replica per token."""
+    """The load of the stages of the first replica per token. No replica has more experts than the first one."""
+    replicas = layout.dp if question.model.experts else 1
     active = architectures.active_parameters(question.model)
     eight_bit = question.model.quantization is not None and question.model.quantization.method in ("fp8", "fbgemm_fp8")
     blocks = question.model.quantization is not None and question.model.quantization.block is not None
@@ -470,6 +432,7 @@ def stage_loads(question: Question, layout: Layout, slots: Sequence[Slot], held:
         kind = min((hardware.kind_of(slots[rank].gpu.name) for rank in ranks), key=lambda node_kind: node_kind.hbm_gb_s)
         share = max((held[rank] for rank in ranks), key=lambda own: own.dense + own.experts)
         away = share.away(layout.offload_gib) / share.layers
+        every = (slots[replica * layout.tp * layout.pp + rank] for replica in range(layout.dp) for rank in ranks)
         here = [slots[rank].machine.name for rank in ranks]
         following = slots[ranks.stop].machine.name if stage + 1 < layout.pp else slots[0].machine.name
         stages.append(
@@ -485,16 +448,11 @@ def stage_loads(question: Question, layout: Layout, slots: Sequence[Slot], held:
                 flops=2 * active * layers / question.model.layers / layout.tp / (2 if eight_bit and kind.sm >= 89 else 1),
                 kind=kind,
                 within_node=kind.nvlink and len(set(here)) == 1,
+                replicas=replicas,
+                exchanges=with_experts if replicas > 1 else 0,
+                exchange_ranks=replicas * (layout.tp if layout.expert_parallel else 1),
+                exchange_within_node=kind.nvlink and len({slot.machine.name for slot in every}) == 1,
                 same_node_as_next=kind.nvlink and here[-1] == following,
             )
         )
     return tuple(stages)
-
-
-def machines_of(kind: NodeKind, count: int) -> tuple[Machine, ...]:
-    """Assumed nodes of this kind."""
-    gpu = Gpu(name=kind.match, total=kind.mib << 20, free=kind.mib << 20)
-    return tuple(
-        Machine(name=f"k{index}", private=f"10.0.0.{index + 1}", gpus=(gpu,) * kind.gpus, host=kind.host_gib * GIB)
-        for index in range(count)
-    )

@@ -13,18 +13,18 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from deploy.nodes.deployment import Deployment
 from deploy.nodes.facts import Facts, NodeFacts
-from deploy.planning import choosing, commands, engines, hardware, layouts, links
+from deploy.planning import choosing, commands, engines, hardware, links, placement
 from deploy.planning.engines import Engine
 from deploy.planning.layouts import (
     BATCHED,
     Candidate,
     Layout,
     LayoutChoice,
-    Machine,
     MemoryPlan,
     Question,
     Rejected,
 )
+from deploy.planning.placement import Machine
 from deploy.planning.shapes import BYTES, Model
 from deploy.planning.shards import GIB
 from deploy.planning.speed import Prediction
@@ -201,7 +201,7 @@ def _machines(deployment: Deployment, known: Mapping[str, NodeFacts]) -> tuple[t
         facts = known[node.name]
         if deployment.data.options.rehearsal:
             kind = hardware.kinds()[REHEARSED]
-            machine = layouts.machines_of(kind, 1)[0]
+            machine = placement.machines_of(kind, 1)[0]
             declared = machine.gpus[:1] * (node.gpus or 1)
             machines.append(Machine(name=node.name, private=facts.private, gpus=declared, host=machine.host))
             continue
@@ -303,7 +303,7 @@ def trusted(deployment: Deployment, facts: Facts, repo: str, revision: str) -> S
         )
     each = len(machines[0].gpus) // (layout.tp * layout.pp)
     layout = layout.model_copy(update={"local_replicas": max(1, min(layout.dp, each)), "spans": layout.dp > 1 and each == 0})
-    slots = layouts.place(machines, layout.world)
+    slots = placement.place(machines, layout.world)
     plan = _executed(deployment, facts, layout, [slot.machine.name for slot in slots], repo, revision)
     unused = [machine.name for machine in machines if machine.name not in {node.name for node in plan.nodes}]
     doubt = f"the planner does not know {repo}: it is served without a prediction of memory and speed ([layout] trust)"
@@ -400,12 +400,14 @@ def _unused(question: Question, unused: Sequence[str], used: int) -> list[str]:
     which = unused[0] if len(unused) == 1 else f"{unused[0]} to {unused[-1]}"
     serving = "1 node serves" if used == 1 else f"{used} nodes serve"
     idle = "1 is not used" if len(unused) == 1 else f"{len(unused)} are not used"
-    if question.objective == "throughput" and (question.model.experts or not question.engine.replicas):
-        whose = "models with experts" if question.model.experts else question.engine.name
+    if question.objective == "throughput" and not question.engine.replicas:
+        whose = question.engine.name
         return [f"{serving}, {idle} ({which}): replicas of {whose} are not planned; another deployment can use the nodes"]
     what = {"speed": "one stream", "throughput": "all streams together", "cost": "a token"}[question.objective]
     better = "cheaper" if question.objective == "cost" else "faster"
-    return [f"{serving}, {idle} ({which}): with all nodes, {what} would not be noticeably {better}"]
+    more = ", since replicas share experts; another deployment can use the nodes"
+    shared = question.objective == "throughput" and question.model.experts
+    return [f"{serving}, {idle} ({which}): with all nodes, {what} would not be noticeably {better}{more if shared else ''}"]
 
 
 def cautions(facts: Facts) -> tuple[str, ...]:

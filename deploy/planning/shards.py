@@ -122,11 +122,14 @@ def _units(model: Model, unit: str, tensor: Tensor) -> int:
     return model.mlp
 
 
-def held(engine: Engine, model: Model, tensor: Tensor, split: Split, rank: int) -> int:
+def held(engine: Engine, model: Model, tensor: Tensor, split: Split, rank: int, replica: int = 0) -> int:
     """Bytes of a rank's part of a tensor."""
     tensor = _as_loaded(tensor)
     if split.expert_parallel and _routed(tensor):
-        return tensor.size // _experts_in(model, tensor) * engines.part(_experts_in(model, tensor), rank, split.tp)[1]
+        count = _experts_in(model, tensor)
+        return tensor.size // count * engines.part(count, replica * split.tp + rank, split.expert_ranks)[1]
+    if split.by_tokens and "shared_expert" in tensor.name:
+        return tensor.size
     module, _, kind = tensor.name.rpartition(".")
     name = module.rpartition(".")[2]
     if name == "experts":  # all experts are in one tensor, whose name is that of the module
@@ -143,7 +146,7 @@ def held(engine: Engine, model: Model, tensor: Tensor, split: Split, rank: int) 
     else:
         return tensor.size
     units = _units(model, unit, tensor)
-    own = _own(engine, model, split.tp, rank, unit, units)[1]
+    own = units // split.expert_ranks if _routed(tensor) else _own(engine, model, split.tp, rank, unit, units)[1]
     return -(-tensor.size * own // units)
 
 
@@ -170,8 +173,8 @@ def _fused(model: Model, tensor: Tensor, kind: str, split: Split) -> int:
     columns = model.experts.columns
     if not (model.quantization and model.quantization.method == "mxfp4"):
         whole = kind == "down_proj_bias"
-        return tensor.size if whole else tensor.size // columns * (columns // split.tp)
-    own = -(-(columns // split.tp) // split.expert_multiple) * split.expert_multiple
+        return tensor.size if whole else tensor.size // columns * (columns // split.expert_ranks)
+    own = -(-(columns // split.expert_ranks) // split.expert_multiple) * split.expert_multiple
     hidden = -(-model.hidden // split.hidden_multiple) * split.hidden_multiple
     sizes = {
         "gate_up_proj_blocks": 2 * own * hidden // 2,
@@ -187,11 +190,11 @@ def _fused(model: Model, tensor: Tensor, kind: str, split: Split) -> int:
 # one layer
 
 
-def _layer(engine: Engine, model: Model, split: Split, rank: int, layer: int) -> _LayerShare:
+def _layer(engine: Engine, model: Model, split: Split, rank: int, replica: int, layer: int) -> _LayerShare:
     """A rank's part of a layer."""
     size = experts = 0
     for tensor in layer_tensors(model, layer):
-        own = held(engine, model, tensor, split, rank)
+        own = held(engine, model, tensor, split, rank, replica)
         size += own
         experts += own if _routed(tensor) else 0
     twice = _absorbed(model, split)
@@ -218,15 +221,15 @@ def _cache(engine: Engine, model: Model, split: Split, rank: int, layer: int) ->
 
 
 @lru_cache(maxsize=256)
-def _layers(engine_name: str, model: Model, split: Split) -> tuple[tuple[_LayerShare, ...], ...]:
-    """For each layer the part of every rank. Equal layers are computed once."""
+def _layers(engine_name: str, model: Model, split: Split, replica: int = 0) -> tuple[tuple[_LayerShare, ...], ...]:
+    """For each layer the part of every rank of a replica. Equal layers are computed once."""
     engine = engines.engine(engine_name)
     computed: dict[tuple[tuple[Tensor, ...], bool], tuple[_LayerShare, ...]] = {}
     layers = []
     for layer in range(model.layers):
         kind = (layer_tensors(model, layer), model.sees_all(layer))  # a layer with an indexer has different tensors
         if kind not in computed:
-            computed[kind] = tuple(_layer(engine, model, split, rank, layer) for rank in range(split.tp))
+            computed[kind] = tuple(_layer(engine, model, split, rank, replica, layer) for rank in range(split.tp))
         layers.append(computed[kind])
     return tuple(layers)
 
@@ -239,9 +242,11 @@ def layer_bytes(engine: Engine, model: Model, tp: int, rank: int, layer: int = 0
 # all layers
 
 
-def shares(engine: Engine, model: Model, split: Split, partition: Sequence[int]) -> tuple[tuple[RankShare, ...], ...]:
-    """The part of every rank of every stage."""
-    layers = _layers(engine.name, model, split)
+def shares(
+    engine: Engine, model: Model, split: Split, partition: Sequence[int], replica: int = 0
+) -> tuple[tuple[RankShare, ...], ...]:
+    """The part of every rank of every stage of a replica. The first replica has the most, if experts are left over."""
+    layers = _layers(engine.name, model, split, replica)
     last = len(partition) - 1
     stages, begin = [], 0
     for stage, count in enumerate(partition):

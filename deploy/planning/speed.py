@@ -113,6 +113,14 @@ class StageLoad:
     within_node: bool
     "True if all its GPUs are on one node with NVLink."
     same_node_as_next: bool = False
+    replicas: int = 1
+    "Replicas that share the experts. A layer with experts processes the tokens of all of them."
+    exchanges: int = 0
+    "Layers with experts that gather the tokens of all replicas."
+    exchange_ranks: int = 1
+    "GPUs that gather these tokens, and return the results."
+    exchange_within_node: bool = True
+    "True if all these GPUs are on one node with NVLink."
 
 
 class StreamLevel(BaseModel):
@@ -140,7 +148,7 @@ class Prediction(BaseModel):
     offload_ms: float
     "Milliseconds per token for reading offloaded weights from host memory."
     collectives_ms: float
-    "Milliseconds per token for all-reduces."
+    "Milliseconds per token for all-reduces, and for the exchange of tokens between replicas that share experts."
     hops_ms: float = 0
     "Milliseconds per token for transfers between stages."
     first_token_ms: float = 0
@@ -192,14 +200,17 @@ def all_reduce(link: Link, ranks: int, size: int, *, within_node: bool) -> float
 
 
 def step(stage: StageLoad, traffic: Traffic, link: Link, streams: int, context: int, *, stages: int) -> Times:
-    """One step with `streams` streams, each with `context` tokens in the cache."""
-    touched = traffic.touched(streams)
+    """One step with `streams` streams of each replica, each with `context` tokens in the cache."""
+    touched = traffic.touched(streams * stage.replicas)
     read = stage.resident + stage.experts * touched + stage.token * streams * context
     arriving = read / (stage.kind.hbm_gb_s * 1e9 * EFFICIENCY)
     computing = stage.flops * streams / (stage.kind.tflops * 1e12 * COMPUTE)
     away = (stage.offloaded + stage.offloaded_experts * touched) / (stage.kind.host_gb_s * 1e9)
     message = traffic.message(streams)
     each = all_reduce(link, stage.tp, message, within_node=stage.within_node)
+    # Gathering the tokens and reducing the results moves as many bytes in as many steps as one all-reduce of all tokens.
+    all_tokens = traffic.message(streams * stage.replicas)
+    exchange = all_reduce(link, stage.exchange_ranks, all_tokens, within_node=stage.exchange_within_node)
     hop = 0.0
     if stages > 1:
         sent = LOCAL_S if stage.same_node_as_next else 2 * link.step_s + 2 * message / (link.gb_s * 1e9)
@@ -207,7 +218,7 @@ def step(stage: StageLoad, traffic: Traffic, link: Link, streams: int, context: 
     return Times(
         weights=max(arriving, computing) + stage.layers * LAYER_S + stage.kernels_s,
         offload=away,
-        collectives=2 * stage.layers * each,
+        collectives=2 * stage.layers * each + stage.exchanges * exchange,
         streams=STREAM_S * (streams - 1) / stages,
         hop=hop,
     )

@@ -9,6 +9,7 @@ import pytest
 
 from deploy.nodes.config import ModelConfig
 from deploy.planning import engines, models
+from deploy.planning.engines import Split
 from deploy.planning.shapes import Model
 from deploy.rehearsal.hub import COMMIT, serving
 from gracefarm.errors import ConfigError, FetchError
@@ -37,8 +38,8 @@ def big() -> Model:
 def test_aphrodite_takes_one_to_eight_and_says_why_no_more() -> None:
     assert engines.legal(APHRODITE, big(), 64) == tuple(range(1, 9))
     for tp in range(9, 16):
-        assert "requires that tp is divisible by the KV heads" in str(engines.refusal(APHRODITE, big(), tp))
-    assert "no query heads" in str(engines.refusal(APHRODITE, big(), 16))
+        assert "requires that tp is divisible by the KV heads" in str(engines.refusal(APHRODITE, big(), Split(tp=tp)))
+    assert "no query heads" in str(engines.refusal(APHRODITE, big(), Split(tp=16)))
 
 
 def test_uneven_shares_as_the_engine_deals_them() -> None:

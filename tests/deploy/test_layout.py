@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from deploy.nodes.config import LayoutConfig
 from deploy.nodes.facts import Gpu
-from deploy.planning import architectures, choosing, engines, hardware, layouts, models, shards
+from deploy.planning import architectures, choosing, engines, hardware, layouts, models, placement, shards
 from deploy.planning.engines import Engine, Split
-from deploy.planning.layouts import Candidate, Machine, Question
+from deploy.planning.layouts import Candidate, Question
+from deploy.planning.placement import Machine
 from deploy.planning.shapes import BYTES, Model
 from deploy.planning.shards import GIB
 from gracefarm.errors import LayoutError
@@ -47,7 +48,7 @@ def question(
     return Question(
         engine=engine,
         model=llama(size),
-        machines=layouts.machines_of(hardware.kinds()[of], nodes),
+        machines=placement.machines_of(hardware.kinds()[of], nodes),
         forced=LayoutConfig.model_validate(forced),
     )
 
@@ -406,9 +407,9 @@ def test_ranks_follow_the_engines_order_and_spares_stay_out() -> None:
         return Machine(name=name, private=address, gpus=(gpu,) * gpus, host=432 * GIB)
 
     fleet = [machine("k0", "10.0.0.7"), machine("k1", "10.0.0.10"), machine("k2", "10.0.0.9"), machine("k3", "10.0.0.2")]
-    assert [slot.machine.name for slot in layouts.place(fleet, 3)] == ["k0", "k1", "k2"]  # "10.0.0.10" < "10.0.0.9" as text
+    assert [slot.machine.name for slot in placement.place(fleet, 3)] == ["k0", "k1", "k2"]  # "10.0.0.10" < "10.0.0.9" as text
     mixed = [machine("k0", "10.0.0.7", 2), machine("k1", "10.0.0.1", 4), machine("k2", "10.0.0.2", 1)]
-    assert [slot.machine.name for slot in layouts.place(mixed, 7)] == ["k0"] * 2 + ["k2"] + ["k1"] * 4
+    assert [slot.machine.name for slot in placement.place(mixed, 7)] == ["k0"] * 2 + ["k2"] + ["k1"] * 4
 
 
 def test_the_smallest_gpu_is_what_counts() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from deploy.nodes.config import LayoutConfig
-from deploy.planning import choosing, engines, hardware, layouts, models
+from deploy.planning import choosing, engines, hardware, layouts, models, placement
 from deploy.planning.layouts import Candidate, Question
 from gracefarm.errors import LayoutError
 
@@ -22,7 +22,7 @@ def planned(repo: str, gpu: str, nodes: int, tp: int, pp: int, **forced: object)
     question = Question(
         engine=engines.engine("vllm"),
         model=model,
-        machines=layouts.machines_of(hardware.named(gpu), nodes),
+        machines=placement.machines_of(hardware.named(gpu), nodes),
         forced=LayoutConfig.model_validate({"tensor_parallel": tp, "pipeline_parallel": pp, **forced}),
     )
     return choosing.choose(question).best
@@ -208,7 +208,7 @@ def test_every_built_in_model_is_planned_and_says_where_its_numbers_are_from(ent
     assert re.search(r"wheel on PyPI|https://huggingface\.co/\S+/config\.json|https://github\.com/\S+ at [0-9a-f]{12}", source)
     model = models.built_in(names[0], "main")
     assert model
-    question = Question(engine=engines.engine("vllm"), model=model, machines=layouts.machines_of(hardware.named("b200"), 2))
+    question = Question(engine=engines.engine("vllm"), model=model, machines=placement.machines_of(hardware.named("b200"), 2))
     found = choosing.choose(question)
     assert found.best.prediction.tokens_per_s > 0
     assert sum(found.best.layout.partition) == model.layers
@@ -236,7 +236,7 @@ def test_what_a_gpu_cannot_run_is_refused_with_the_engines_rule() -> None:
     question = Question(
         engine=engines.engine("vllm"),
         model=model.model_copy(update={"quantization": stored}),
-        machines=layouts.machines_of(hardware.named("a100"), 1),
+        machines=placement.machines_of(hardware.named("a100"), 1),
     )
     with pytest.raises(LayoutError, match=r"requires compute capability 8.9 for modelopt FP8 weights, but this GPU has 8.0"):
         choosing.choose(question)
@@ -246,7 +246,7 @@ def test_aphrodite_is_planned_for_what_its_splits_were_read_for() -> None:
     model = models.built_in("Qwen/Qwen2.5-72B-Instruct", "main")
     assert model
     question = Question(
-        engine=engines.engine("aphrodite"), model=model, machines=layouts.machines_of(hardware.named("gh200-96"), 4)
+        engine=engines.engine("aphrodite"), model=model, machines=placement.machines_of(hardware.named("gh200-96"), 4)
     )
     with pytest.raises(
         LayoutError, match="the planner knows how aphrodite splits Llama in 16 bit, but not Qwen2ForCausalLM"

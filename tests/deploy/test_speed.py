@@ -186,10 +186,6 @@ def test_throughput_takes_replicas_and_cost_takes_none() -> None:
 
 
 def test_nodes_that_replicas_could_use_are_not_called_useless() -> None:
-    moe = planned(4, "h200", "Qwen/Qwen3-30B-A3B", layout={"objective": "throughput"})
-    assert any(
-        "replicas of models with experts are not planned; another deployment can use the nodes" in note for note in moe.notes
-    )
     old = planned(4, engine="aphrodite", layout={"objective": "throughput"})
     assert any("replicas of aphrodite are not planned" in note for note in old.notes) == bool(old.spares)
 
@@ -277,17 +273,17 @@ def test_replicas_on_whole_nodes_and_on_several() -> None:
     assert inside.memory.cache_tokens == 8 * inside.memory.request_tokens
     with pytest.raises(LayoutError, match="a replica of 3 GPUs must fill whole nodes or a part of one, but the nodes have 8"):
         planned(2, "h200", layout={"tensor_parallel": 1, "pipeline_parallel": 3, "data_parallel": 2})
-    with pytest.raises(LayoutError, match="how vllm distributes experts among replicas"):
-        planned(2, "h200", "Qwen/Qwen3-30B-A3B", layout={"tensor_parallel": 1, "pipeline_parallel": 1, "data_parallel": 2})
+    with pytest.raises(LayoutError, match="every node must have the same number of replicas, but a node has room for 4"):
+        planned(2, "h200", layout={"tensor_parallel": 2, "pipeline_parallel": 1, "data_parallel": 6})
     with pytest.raises(LayoutError, match="tp4 pp1 dp3 requires 12 GPUs, but there are 8"):
         planned(1, "h200", layout={"tensor_parallel": 4, "pipeline_parallel": 1, "data_parallel": 3})
 
 
 def test_replicas_require_equal_nodes() -> None:
-    wanted = {"layout": {"tensor_parallel": 1, "pipeline_parallel": 1, "data_parallel": 12}}
-    _, deployment, facts = supposed(2, "h200", **wanted)
+    wanted = {"layout": {"tensor_parallel": 1, "pipeline_parallel": 1, "data_parallel": 16}}
+    _, deployment, facts = supposed(3, "h200", **wanted)
     cuda = facts.nodes[1].cuda.model_copy(update={"gpus": facts.nodes[1].cuda.gpus[:4]})
-    uneven = Facts(nodes=(facts.nodes[0], facts.nodes[1].model_copy(update={"cuda": cuda})))
+    uneven = Facts(nodes=(facts.nodes[0], facts.nodes[1].model_copy(update={"cuda": cuda}), facts.nodes[2]))
     model = models.built_in("meta-llama/Llama-3.1-8B", "0" * 40)
     assert model
     with pytest.raises(LayoutError, match="the same number of GPUs on every node, but nodes have 4 and 8"):

@@ -1,0 +1,87 @@
+"""The nodes as input of the planner, and which GPUs a layout uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deploy.nodes.facts import Gpu
+from deploy.planning.engines import Engine
+from deploy.planning.hardware import NodeKind
+from deploy.planning.shards import GIB
+from gracefarm.errors import LayoutError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A node as input of the planner."""
+
+    name: str
+    private: str
+    gpus: tuple[Gpu, ...]
+    host: int
+    "Bytes of host memory."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """A GPU with its global rank."""
+
+    machine: Machine
+    gpu: Gpu
+
+
+def place(machines: Sequence[Machine], world: int) -> tuple[Slot, ...]:
+    """The first `world` GPUs, in the order in which the engine ranks its workers.
+
+    The driver's node comes first, then nodes with fewer workers, then by address as text (ray_gpu_executor.py).
+    """
+    taken: list[tuple[Machine, int]] = []
+    for machine in machines:
+        left = world - sum(count for _, count in taken)
+        if left > 0:
+            taken.append((machine, min(left, len(machine.gpus))))
+    ordered = taken[:1] + sorted(taken[1:], key=lambda entry: (entry[1], entry[0].private))
+    return tuple(Slot(machine=machine, gpu=gpu) for machine, count in ordered for gpu in machine.gpus[:count])
+
+
+def check_replicas(engine: Engine, world: int, dp: int, slots: Sequence[Slot]) -> None:
+    """Check vLLM's requirements for replicas of `world` GPUs (0.26.0 and 0.33.0, v1/engine/utils.py).
+
+    Raises:
+        LayoutError: with the requirement that is not met.
+    """
+    if dp == 1:
+        return
+    if not engine.replicas:
+        raise LayoutError(
+            f"dp {dp}: {engine.name} does not support replicas",
+            remedy='set engine = "vllm", or remove data_parallel from [layout]',
+        )
+    have = sorted({len(slot.machine.gpus) for slot in slots})
+    if len(have) > 1:
+        raise LayoutError(
+            f"dp {dp}: replicas require the same number of GPUs on every node, but nodes have {' and '.join(map(str, have))}",
+            remedy="use only nodes with the same number of GPUs, or remove data_parallel from [layout]",
+        )
+    if have[0] % world and world % have[0]:
+        raise LayoutError(
+            f"dp {dp}: a replica of {world} GPUs must fill whole nodes or a part of one, but the nodes have {have[0]} GPUs",
+            remedy="set tensor_parallel and pipeline_parallel so that their product divides the number of GPUs of a "
+            "node, or is a multiple of that number",
+        )
+    each = have[0] // world
+    if each and dp > each and dp % each:
+        raise LayoutError(
+            f"dp {dp}: every node must have the same number of replicas, but a node has room for {each}",
+            remedy=f"set data_parallel in [layout] to a multiple of {each}",
+        )
+
+
+def machines_of(kind: NodeKind, count: int) -> tuple[Machine, ...]:
+    """Assumed nodes of this kind."""
+    gpu = Gpu(name=kind.match, total=kind.mib << 20, free=kind.mib << 20)
+    return tuple(
+        Machine(name=f"k{index}", private=f"10.0.0.{index + 1}", gpus=(gpu,) * kind.gpus, host=kind.host_gib * GIB)
+        for index in range(count)
+    )
