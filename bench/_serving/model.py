@@ -2,9 +2,10 @@
 
     python -m bench._serving.model make FOLDER llama-8b         weights, tokenizer, config.json; a GPU makes the numbers
     python -m bench._serving.model shape FOLDER llama-405b 16   config.json with so many layers and the tokenizer: no weights
-    python -m bench._serving.model exchange FOLDER OTHER        the same model with two shards of one matrix exchanged
+    python -m bench._serving.model exchange FOLDER OTHER        the same model with two shards of one matrix exchanged, or with
+                                                                two experts exchanged
     python -m bench._serving.model reference FOLDER OUT.json    log-probabilities of the prompts, in 32 and in 16 bit, and
-                                                                with two shards of one matrix of one layer exchanged
+                                                                with the same exchange
     python -m bench._serving.model greedy FOLDER OUT.json       the likeliest tokens after each prompt, one after the other
 
 Run by the machine's own Python, which has torch and transformers.
@@ -18,6 +19,7 @@ import math
 import random
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,11 +43,25 @@ SHAPES: dict[str, dict[str, float]] = {
         "initializer_range": 0.04,
     },
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 16},
+    "moe": {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "initializer_range": 0.04,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 512,
+    },
 }
-"Llama 3.1's geometries; small: with their kernels, made in seconds; tiny: for a rehearsal without a GPU."
+"Llama 3.1's geometries; small: with their kernels, made in seconds; tiny: for a rehearsal without a GPU. moe: like Qwen3-MoE."
+ROUTER = 0.2
+"Standard deviation of a router's weights: so large that the last chosen expert has a small weight and may be another one."
 SHARDS = 8
 SWAPPED = ("mlp.down_proj", 2)
 "What is exchanged for the negative control: the halves that two ranks of tensor parallelism hold, in the middle layer."
+EXCHANGED = (0, 8)
+"The same for a model with experts: all weights of two experts of the middle layer, which two ranks of two hold."
 
 
 def prompts() -> list[list[int]]:
@@ -57,6 +73,8 @@ def prompts() -> list[list[int]]:
 def config(shape: str, layers: int | None = None) -> dict[str, Any]:
     """config.json as Llama 3.1 has it."""
     numbers = SHAPES[shape]
+    if "num_experts" in numbers:
+        return _with_experts(numbers)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -80,6 +98,30 @@ def config(shape: str, layers: int | None = None) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": VOCABULARY - 256,
+        "eos_token_id": VOCABULARY - 255,
+    }
+
+
+def _with_experts(numbers: Mapping[str, float]) -> dict[str, Any]:
+    """config.json as Qwen3-MoE has it."""
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "torch_dtype": "bfloat16",
+        **numbers,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
         "tie_word_embeddings": False,
         "bos_token_id": VOCABULARY - 256,
         "eos_token_id": VOCABULARY - 255,
@@ -126,27 +168,21 @@ def make(folder: Path, shape: str) -> None:
     write_small(folder, about)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(405)
-    hidden, mlp, heads = about["hidden_size"], about["intermediate_size"], about["num_attention_heads"]
-    rows = about["num_key_value_heads"] * about["head_dim"]
-    layer = {
-        **{f"self_attn.{name}_proj": (rows, hidden) for name in "kv"},
-        "self_attn.q_proj": (heads * about["head_dim"], hidden),
-        "self_attn.o_proj": (hidden, heads * about["head_dim"]),
-        "mlp.gate_proj": (mlp, hidden),
-        "mlp.up_proj": (mlp, hidden),
-        "mlp.down_proj": (hidden, mlp),
-    }
+    hidden, layer = about["hidden_size"], _matrices(about)
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    norms |= {f"self_attn.{name}_norm": about["head_dim"] for name in "qk" if "num_experts" in about}
 
-    def numbers(*size: int) -> Any:
-        return (torch.randn(size, device=device, dtype=torch.float32) * about["initializer_range"]).to(torch.bfloat16).cpu()
+    def numbers(*size: int, spread: float = about["initializer_range"]) -> Any:
+        return (torch.randn(size, device=device, dtype=torch.float32) * spread).to(torch.bfloat16).cpu()
 
     parts: list[dict[str, Any]] = [{} for _ in range(SHARDS)]
     parts[0]["model.embed_tokens.weight"] = numbers(VOCABULARY, hidden)
     for place in range(about["num_hidden_layers"]):
         part = parts[place * SHARDS // about["num_hidden_layers"]]
         part |= {f"model.layers.{place}.{name}.weight": numbers(*size) for name, size in layer.items()}
-        norms = ("input_layernorm", "post_attention_layernorm")
-        part |= {f"model.layers.{place}.{name}.weight": torch.ones(hidden, dtype=torch.bfloat16) for name in norms}
+        part |= {f"model.layers.{place}.{name}.weight": torch.ones(size, dtype=torch.bfloat16) for name, size in norms.items()}
+        if "num_experts" in about:
+            part[f"model.layers.{place}.mlp.gate.weight"] = numbers(about["num_experts"], hidden, spread=ROUTER)
     parts[-1] |= {"model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16), "lm_head.weight": numbers(VOCABULARY, hidden)}
     names = [f"model-{place + 1:05}-of-{SHARDS:05}.safetensors" for place in range(SHARDS)]
     with ThreadPoolExecutor() as pool:
@@ -157,15 +193,38 @@ def make(folder: Path, shape: str) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
+def _matrices(about: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the matrices of a layer, without the router."""
+    hidden, heads = about["hidden_size"], about["num_attention_heads"]
+    rows = about["num_key_value_heads"] * about["head_dim"]
+    mlp = about.get("moe_intermediate_size", about["intermediate_size"])
+    places = [f"mlp.experts.{place}" for place in range(about["num_experts"])] if "num_experts" in about else ["mlp"]
+    return {
+        **{f"self_attn.{name}_proj": (rows, hidden) for name in "kv"},
+        "self_attn.q_proj": (heads * about["head_dim"], hidden),
+        "self_attn.o_proj": (hidden, heads * about["head_dim"]),
+        **{f"{place}.{name}_proj": (mlp, hidden) for place in places for name in ("gate", "up")},
+        **{f"{place}.down_proj": (hidden, mlp) for place in places},
+    }
+
+
 def exchange(folder: Path, other: Path) -> None:
-    """A copy of the model in which the halves of SWAPPED are exchanged: what an engine computes with it must be refused."""
+    """A copy of the model with SWAPPED or EXCHANGED exchanged: what an engine computes with it must be refused."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(folder, other)
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    about = json.loads((folder / "config.json").read_text())
+    layer = f"model.layers.{about['num_hidden_layers'] // 2}"
+    if "num_experts" in about:
+        pairs = [[f"{layer}.mlp.experts.{place}.{name}_proj.weight" for place in EXCHANGED] for name in ("gate", "up", "down")]
+        part = load_file(folder / index[pairs[0][0]])  # a layer is in one file
+        for first, second in pairs:
+            part[first], part[second] = part[second], part[first]
+        save_file(part, other / index[pairs[0][0]], metadata={"format": "pt"})
+        return
     name, ranks = SWAPPED
-    middle = json.loads((folder / "config.json").read_text())["num_hidden_layers"] // 2
-    tensor = f"model.layers.{middle}.{name}.weight"
+    tensor = f"{layer}.{name}.weight"
     part = load_file(folder / index[tensor])
     part[tensor] = part[tensor].roll(part[tensor].shape[1] // ranks, 1)
     save_file(part, other / index[tensor], metadata={"format": "pt"})
@@ -196,16 +255,15 @@ def reference(folder: Path, out: Path) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
     half = computed(model)
-    name, ranks = SWAPPED
-    layer = model.model.layers[len(model.model.layers) // 2]
-    weight = layer.get_submodule(name).weight
-    with torch.no_grad():
-        first, second = weight.data.chunk(ranks, dim=1)
-        weight.copy_(torch.cat([second.clone(), first.clone()], dim=1))
-    swapped = computed(model)
-    with torch.no_grad():
-        first, second = weight.data.chunk(ranks, dim=1)
-        weight.copy_(torch.cat([second.clone(), first.clone()], dim=1))
+    if "num_experts" in json.loads((folder / "config.json").read_text()):
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            exchange(folder, Path(scratch) / "exchanged")  # versions of transformers hold experts in different tensors
+            other = AutoModelForCausalLM.from_pretrained(Path(scratch) / "exchanged", dtype=torch.bfloat16)
+        swapped = computed(other.to(device).eval())
+    else:
+        _roll(model)
+        swapped = computed(model)
+        _roll(model)
     whole = computed(model.float())
 
     known = [inside(values, prompt) for values, prompt in zip(whole, prompts(), strict=True)]
@@ -227,6 +285,16 @@ def reference(folder: Path, out: Path) -> None:
     }
     out.write_text(json.dumps(document))
     sys.stdout.write(f"transformers in 16 bit: {document['half']}, with exchanged shards: {document['swapped']}\n")
+
+
+def _roll(model: Any) -> None:
+    """Exchange the halves of SWAPPED. A second time, they are as before."""
+    import torch
+
+    name, ranks = SWAPPED
+    weight = model.model.layers[len(model.model.layers) // 2].get_submodule(name).weight
+    with torch.no_grad():
+        weight.copy_(weight.data.roll(weight.shape[1] // ranks, 1))
 
 
 def _best(values: Any, count: int) -> dict[str, float]:

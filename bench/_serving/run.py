@@ -29,9 +29,11 @@ from deploy.rehearsal.source import listening
 from deploy.remote.wire import Json
 
 SMALL, LARGE, HALF = "random/Llama-3.1-8B", "random/Llama-3.1-405B-16-layers", "random/Llama-3.1-405B-8-layers"
-DOUBLE = "random/Llama-3.1-405B-32-layers"
+DOUBLE, MOE = "random/Llama-3.1-405B-32-layers", "random/Qwen3-MoE-small"
 "Repositories of the Hub that runs here, and the folders of WORK/models that they come from."
-MODELS = {SMALL: "llama-8b", LARGE: "llama-405b-16", HALF: "llama-405b-8", DOUBLE: "llama-405b-32"}
+MODELS = {SMALL: "llama-8b", LARGE: "llama-405b-16", HALF: "llama-405b-8", DOUBLE: "llama-405b-32", MOE: "moe"}
+WEIGHTS = {SMALL: "", MOE: "moe"}
+"Models whose weights are made: the first word in the names of their scenes and references, if there is one."
 INDEX_PORT, HUB_PORT = 8090, 8091
 LEVELS = "1,4,16,64,256"
 QUIET = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
@@ -146,7 +148,7 @@ class Stage:
     heads: Sequence[str] = ()
     "Nodes of the deployment, the head first."
 
-    def configure(self, repo: str, layout: Mapping[str, int], *, launcher: str = "ray", **options: object) -> None:
+    def configure(self, repo: str, layout: Mapping[str, int | bool], *, launcher: str = "ray", **options: object) -> None:
         """deploy.toml as a person would edit it."""
         lines = [
             'name = "gpu"',
@@ -166,7 +168,7 @@ class Stage:
             f'repo = "{repo}"',
             'revision = "main"',
             "[layout]",
-            *(f"{name} = {value}" for name, value in layout.items()),
+            *(f"{name} = {json.dumps(value)}" for name, value in layout.items()),
             "max_model_len = 2048",
             "max_num_seqs = 256",
             "[engine_options]",
@@ -199,15 +201,16 @@ class Stage:
     # what is looked at
 
     def compare(self, scene: str) -> None:
-        """Log-probabilities beside those of transformers, and beside the layouts before."""
-        reference = json.loads((self.work / "reference.json").read_text())
+        """Log-probabilities beside those of transformers, and beside the layouts of the same model before."""
+        family = WEIGHTS[self.repo]
+        reference = json.loads((self.work / f"reference{f'-{family}' if family else ''}.json").read_text())
         given = json.dumps({"prompts": model.prompts(), "top": model.TOP})
         ours = self.head("logprobs", given=given)
         (self.work / f"logprobs-{scene}.json").write_text(json.dumps(ours))
         against = {"transformers": reference["kept"]}
         for path in sorted(self.work.glob("logprobs-*.json")):
             other = path.stem.removeprefix("logprobs-")
-            if other != scene:
+            if other != scene and other.startswith("moe-") == bool(family):
                 against[other] = json.loads(path.read_text())
         bound = TIMES * reference["half"]["mean"]
         apart = {name: differences(ours, other) for name, other in against.items()}
@@ -222,6 +225,24 @@ class Stage:
         rates = {streams: round(streams / value * 1e3, 1) for streams, value in steps.items()}
         self.keep(scene, ms=steps, tokens_per_s=rates)
         self.say(f"steps: {steps} ms, {rates} tokens/s ({time.monotonic() - begun:.0f} s)")
+
+    def bench(self, scene: str, client: str) -> None:
+        """`deploy bench` with this client: its output and report, and what `vllm bench serve` said if it failed."""
+        sweep = ("--concurrency", "1,16,64", "--prompt-tokens", "32", "--max-tokens", "64")
+        ended = self.deploy("bench", *sweep, "--client", client, fails=True)
+        stored = sorted((self.folder / ".deploy" / "bench").glob("*.json"))
+        log = self.folder / ".deploy" / "logs" / "vllm-bench.log"
+        kept = {
+            "code": ended.code,
+            "output": ended.output.splitlines(),
+            "report": json.loads(stored[-1].read_text()) if stored and not ended.code else None,
+            "log": log.read_text().splitlines()[-40:] if ended.code and log.exists() else [],
+        }
+        self.keep(scene, **{f"bench_{client}": kept})
+        for line in kept["log"]:
+            self.say(f"    {line}")
+        if ended.code:
+            raise RuntimeError(f"deploy bench --client {client} ended with {ended.code}")
 
     def served(self, scene: str) -> None:
         """`deploy serve`, with the seconds that it took and its plan."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from bench._serving.run import DOUBLE, HALF, LARGE, SMALL, Stage
+from bench._serving.run import DOUBLE, HALF, LARGE, MOE, SMALL, WEIGHTS, Stage
 from deploy.rehearsal.rig import MOUNT
 from deploy.remote.wire import Json
 
@@ -18,11 +18,14 @@ TWO = {"tensor_parallel": 2, "pipeline_parallel": 1}
 STAGES = {"tensor_parallel": 1, "pipeline_parallel": 2}
 REPLICAS = {"tensor_parallel": 1, "pipeline_parallel": 1, "data_parallel": 2}
 FOUR = {"tensor_parallel": 2, "pipeline_parallel": 2}
+WHOLE = {**REPLICAS, "expert_parallel": True}
 PAIRS = {"tensor_parallel": 2, "pipeline_parallel": 1, "data_parallel": 2}
 BOTH = ("k0", "k1")
 "Two nodes with one GPU each."
 DUMMY = {"load-format": "dummy"}
 "Weights that the engine invents: those of 16 layers of the 405B are 110 GB."
+FEW_GRAPHS = {"max-cudagraph-capture-size": 64}
+"CUDA graphs for the numbers of streams that are measured, and no more."
 HOG = """
 import ctypes, time
 cuda = ctypes.CDLL("libcuda.so.1")
@@ -83,10 +86,8 @@ def tp2(stage: Stage) -> None:
     stage.deploy("ask", "--api", "completions", "What is a wheel?", fails=True)
     stage.compare("tp2")
     stage.measure("tp2")
-    sweep = ("bench", "--concurrency", "1,16,64", "--prompt-tokens", "32", "--max-tokens", "64")
     for client in ("own", "vllm"):
-        bench = stage.deploy(*sweep, "--client", client, fails=True)
-        stage.keep("tp2", **{f"bench_{client}": bench.output.splitlines()[-8:]})
+        stage.bench("tp2", client)
     stage.kill("k1", worker)
     stage.broken("tp2", "worker")
 
@@ -152,19 +153,21 @@ def native(name: str, layout: Mapping[str, int]) -> Scene:
     return scene
 
 
-def on(where: Literal["both", "all", "pair"], name: str, repo: str, layout: Mapping[str, int]) -> Scene:
-    """Measure a layout on k0 and k1, on all nodes with one GPU, or on the node with two GPUs. Compare real weights."""
+def on(where: Literal["both", "all", "pair"], name: str, repo: str, layout: Mapping[str, int | bool]) -> Scene:
+    """Measure a layout on k0 and k1, on all nodes with one GPU, or on the node with two GPUs. Compare weights that exist."""
 
     def scene(stage: Stage) -> None:
         nodes = {"both": BOTH, "all": stage.single, "pair": (stage.pair,)}[where]
         if where == "all" and len(nodes) < 4:
             raise RuntimeError(f"this scene requires four GPUs, and the machine has {len(nodes)}")
         stage.on(*nodes)
-        stage.configure(repo, layout, **({} if repo == SMALL else DUMMY))
+        stage.configure(repo, layout, **({MOE: FEW_GRAPHS} | dict.fromkeys((LARGE, HALF, DOUBLE), DUMMY)).get(repo, {}))
         stage.served(name)
-        if repo == SMALL:
+        if repo in WEIGHTS:
             stage.compare(name)
-        stage.measure(name)
+        stage.measure(name, *(("1,16,64",) if repo == MOE else ()))
+        if name == "moe-dp2":
+            stage.bench(name, "vllm")
         if name == "tp2-nvlink":
             stage.kill(stage.pair, core)
             stage.broken(name, "engine")
@@ -208,5 +211,8 @@ SCENES: dict[str, Scene] = {
     "405b-pp2": on("both", "405b-pp2", LARGE, STAGES),
     "405b-dp2": on("both", "405b-dp2", HALF, REPLICAS),
     "405b-tp2-pp2": on("all", "405b-tp2-pp2", DOUBLE, FOUR),
+    "moe-dp2": on("both", "moe-dp2", MOE, REPLICAS),
+    "moe-ep-dp2": on("both", "moe-ep-dp2", MOE, WHOLE),
+    "moe-tp2": on("both", "moe-tp2", MOE, TWO),
     "end": end,
 }
