@@ -217,9 +217,9 @@ def test_the_exchange_within_a_node_costs_an_all_reduce_and_with_tp_includes_all
     assert inside.prediction.collectives_ms == round(56 * 20e-6 * 1e3, 1)
     across, whole = (evaluated(QWEN, "gh200-96", 8, 2, 4, whole=word) for word in (False, True))
     each, message = 20e-6 + 2 * 34e-6 + 2 * 4096 / 2.35e9, 2 * 4096 * 4 / 2.35e9  # the two all-reduces of tp2, and the tokens
-    for found, ranks in ((across, 4), (whole, 8)):
+    for layout, ranks in ((across, 4), (whole, 8)):
         exchange = 20e-6 + 2 * (ranks - 1) * 34e-6 + 2 * (ranks - 1) / ranks * message
-        assert found.prediction.collectives_ms == round(94 * (2 * each + exchange) * 1e3, 1)
+        assert layout.prediction.collectives_ms == round(94 * (2 * each + exchange) * 1e3, 1)
 
 
 # choices
