@@ -232,14 +232,11 @@ class Stage:
         ended = self.deploy("bench", *sweep, "--client", client, fails=True)
         stored = sorted((self.folder / ".deploy" / "bench").glob("*.json"))
         log = self.folder / ".deploy" / "logs" / "vllm-bench.log"
-        kept = {
-            "code": ended.code,
-            "output": ended.output.splitlines(),
-            "report": json.loads(stored[-1].read_text()) if stored and not ended.code else None,
-            "log": log.read_text().splitlines()[-40:] if ended.code and log.exists() else [],
-        }
+        said = log.read_text().splitlines()[-40:] if ended.code and log.exists() else []
+        report = json.loads(stored[-1].read_text()) if stored and not ended.code else None
+        kept = {"code": ended.code, "output": ended.output.splitlines(), "report": report, "log": said}
         self.keep(scene, **{f"bench_{client}": kept})
-        for line in kept["log"]:
+        for line in said:
             self.say(f"    {line}")
         if ended.code:
             raise RuntimeError(f"deploy bench --client {client} ended with {ended.code}")
