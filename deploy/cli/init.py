@@ -105,22 +105,27 @@ def init(
 def _write(context: DeployContext, file: Path | None, access: Access, share: str | None, model: str | None) -> Path | None:
     """Write deploy.toml, if FILE is a list of addresses. Return its path."""
     if file is None or file.suffix == ".toml":
-        return file or context.file
-    path = context.file or Path.cwd() / FILE
-    if model is None and context.console.interactive and not path.exists():
-        model = click.prompt("Model on the Hub", default=ModelConfig().repo, err=True)
-    if template.write_config(file, path, access=access, share=share, repo=model or ModelConfig().repo):
-        context.console.step("init", f"{path} written")
+        path = file or context.file
     else:
+        path = context.file or Path.cwd() / FILE
+        if model is None and context.console.interactive and not path.exists():
+            model = click.prompt("Model on the Hub", default=ModelConfig().repo, err=True)
+        if template.write_config(file, path, access=access, share=share, repo=model or ModelConfig().repo):
+            context.console.step("init", f"{path} written")
+            return path
         context.console.step("init", f"{path} exists and is not changed")
-        data = load_deployment(path).data
-        there = {**data.nodes.model_dump(), "share": data.share, "model": data.model.repo}
-        wished = {"share": share, "model": model}
-        given = {**access.model_dump(exclude_none=True), **{name: value for name, value in wished.items() if value}}
-        for name, value in given.items():
-            if there[name] != value:
-                context.console.warn(_ignored(path, name, value, there[name]))
+    _warn(load_deployment(path), access, {"share": share, "model": model}, context.console)
     return path
+
+
+def _warn(deployment: Deployment, access: Access, wished: Mapping[str, str | None], console: Console) -> None:
+    """Warn about options that have no effect, because deploy.toml exists."""
+    data = deployment.data
+    there = {**data.nodes.model_dump(), "share": data.share, "model": data.model.repo}
+    given = {**access.model_dump(exclude_none=True), **{name: value for name, value in wished.items() if value}}
+    for name, value in given.items():
+        if there[name] != value:
+            console.warn(_ignored(deployment.path, name, value, there[name]))
 
 
 def _ignored(path: Path, option: str, value: object, before: object) -> str:

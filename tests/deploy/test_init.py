@@ -102,6 +102,11 @@ def test_accepted_keys_are_pinned_facts_are_kept_and_a_second_time_changes_nothi
     assert 'deploy.toml has no `key`; add `key = "k"` to [nodes]' in told
     assert 'deploy.toml has no `share`; add `share = "/srv"` to the lines above [nodes]' in told
     assert 'deploy.toml has `user = "tester"`; change it to `user = "other"` in [nodes]' in told
+    for file in ([], ["deploy.toml"]):
+        named = deploy(tmp_path, "init", *file, "--user", "other", "--model", "a/b")
+        told = " ".join(named.stderr.split())
+        assert "--user ignored: " in told
+        assert "--model ignored: " in told
     assert before == ((tmp_path / "deploy.toml").read_bytes(), (tmp_path / ".deploy" / "known_hosts").read_bytes())
 
 
