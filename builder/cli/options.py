@@ -112,6 +112,29 @@ _TRIAL = (
     _TOOLS[1],
 )
 
+_COMPARED_TOOLS = (
+    click.option(
+        "--environment",
+        "own",
+        type=_PLACE,
+        help="If the last build used the host toolchain: Python or virtual environment of the new plan. Required if that "
+        "build used --environment. Default: a new environment from the stack's lock.",
+    ),
+    click.option(
+        "--python",
+        metavar="NAME",
+        help=f"Python of the new plan, by its name in interpreters/, such as 3.13, or {matrix.ROOT} for the Python of the "
+        "stack. Default: the Python of the last build. If the last build used the host toolchain: path of an interpreter on "
+        "this machine, by default the stack's Python on PATH.",
+    ),
+    click.option(
+        "--cuda",
+        type=_PLACE,
+        help="If the last build used the host toolchain: folder of CUDA. Default: CUDA_HOME, /usr/local/cuda, or the folder "
+        "that contains the nvcc on PATH.",
+    ),
+)
+
 cuda_option = _TOOLS[2]
 
 LLVM, SOURCE = "llvm", "source"
@@ -216,9 +239,9 @@ def tried(function: Function) -> Function:
     return toolchained(function, builds=False)
 
 
-def placed(function: Function) -> Function:
-    """Add the options that name tools of this machine."""
-    return _with(function, *_TOOLS)
+def compared(function: Function) -> Function:
+    """Add the options of a plan that is compared with an earlier build."""
+    return _with(function, *_COMPARED_TOOLS)
 
 
 def wanted(toolchain: ToolchainKind, own: Path | None, python: str | None, cuda: Path | None) -> ToolchainChoice:
@@ -263,9 +286,17 @@ def as_built(built: Record, own: Path | None, python: str | None, cuda: Path | N
     """The toolchain of an earlier build.
 
     Raises:
-        UsageError: it used an environment of the user, whose path is not recorded, or options cannot be used together.
+        UsageError: it used an environment of the user, whose path is not recorded; options do not apply to its toolchain, or
+            cannot be used together.
     """
     toolchain = kinds.of_inputs(built.inputs)
+    for name, value in (("--environment", own), ("--cuda", cuda)):
+        if value is not None and not toolchain.native:
+            raise UsageError(
+                f"{name} applies only to builds with the host toolchain, but the earlier build used the toolchain "
+                f"{toolchain.kind}",
+                remedy=f"omit {name}",
+            )
     if own is None and toolchain.used_environment(built.inputs):
         raise UsageError(
             "the earlier build used --environment, but its record does not contain the path",

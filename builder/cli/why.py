@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from builder.cli.options import as_built, last_build, placed, plan_of, start
+from builder.cli.options import as_built, compared, last_build, plan_of, start
 from builder.planning import matrix, recipe
 from builder.planning.settings import Settings
 from builder.planning.stack import HOST_SUFFIX
@@ -29,7 +29,7 @@ _WIDTH = 70
 @click.option(
     "--all", "every", is_flag=True, help="Show the changes of all built cells. With NAME: only of the cells of this recipe."
 )
-@placed
+@compared
 @json_option
 def why_command(
     name: str | None,
@@ -40,6 +40,8 @@ def why_command(
     cuda: Path | None,
 ) -> None:
     """Show which input of NAME changed since the last build of NAME, or between two build ids.
+
+    The last build is compared with a new plan for the same stack, target, toolchain and architectures.
 
     \b
     builder why causal_conv1d

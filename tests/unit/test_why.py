@@ -166,6 +166,14 @@ def test_one_id_is_too_few(project: Path) -> None:
         why("causal_conv1d", "abc")
 
 
+@pytest.mark.parametrize("option", ["--environment", "--cuda"])
+def test_an_option_of_the_host_toolchain_is_refused_for_a_build_in_the_sandbox(project: Path, option: str) -> None:
+    """`builder why` has no --toolchain, so the remedy does not name it."""
+    with pytest.raises(UsageError, match=f"{option} applies only to builds with the host toolchain") as caught:
+        why("causal_conv1d", option, str(project))
+    assert caught.value.remedy == f"omit {option}"
+
+
 def test_named_tables_are_compared_by_name_not_by_place() -> None:
     before = {"files": [{"name": "a", "sha256": "1"}, {"name": "b", "sha256": "2"}]}
     after = {"files": [{"name": "b", "sha256": "3"}]}
