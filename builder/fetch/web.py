@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-from builder.fetch.transfer import TRANSIENT, Transfer, TransientError, absent, append, mirror_remedy, size_of
+from builder.fetch.transfer import TRANSIENT, Transfer, TransientError, absent, append, size_of
 from builder.fetch.urls import shown, split_credentials
 from gracefarm.errors import FetchError
 
@@ -92,7 +92,8 @@ def _check_status(transfer: Transfer, response: httpx.Response) -> None:
         delay = response.headers.get("Retry-After", "")
         raise TransientError(f"HTTP status {status}", float(delay) if delay.isdigit() else 0.0)
     if status not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
-        raise FetchError(cause, remedy=mirror_remedy(transfer.download.url))
+        remedy = "check the URL, or set a mirror that has the file: GRACEFARM_MIRRORS='PREFIX=REPLACEMENT'"
+        raise FetchError(f"{cause}: the server did not send the file", remedy=remedy)
 
 
 def _netrc() -> httpx.Auth | None:

@@ -105,6 +105,14 @@ def test_absent_is_said_at_once(server: Server, settings: Settings) -> None:
     assert len(server.asked) == 1
 
 
+def test_a_server_that_answers_is_not_blamed_on_the_network(server: Server, settings: Settings) -> None:
+    server.served["/file"] = Served(DATA, statuses=[400])
+    with pytest.raises(FetchError, match="HTTP status 400: the server did not send the file") as caught:
+        download([wanted(server)], settings)
+    assert "network" not in caught.value.remedy
+    assert len(server.asked) == 1
+
+
 def test_unreachable_is_said_after_bounded_retries(settings: Settings, unused_port: int) -> None:
     one = Download(url=f"http://127.0.0.1:{unused_port}/file", sha256="0" * 64, what="the file")
     with pytest.raises(FetchError, match=r"127\.0\.0\.1.*cannot be fetched: .*refused.*4 attempts") as caught:
