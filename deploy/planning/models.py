@@ -69,7 +69,11 @@ def from_config(config: object, *, repo: str, revision: str, source: str) -> Mod
         where = ".".join(map(str, wrong["loc"]))
         what = f"{where}: {wrong['msg']}" if where else wrong["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{source}: config.json has wrong numbers: {what}", remedy=WHOLE) from error
-    except (ValueError, TypeError, ZeroDivisionError, AttributeError, IndexError) as error:
+    except ZeroDivisionError as error:
+        raise ConfigError(f"{source}: a number in config.json is 0, but must be positive", remedy=WHOLE) from error
+    except (TypeError, AttributeError, IndexError) as error:
+        raise ConfigError(f"{source}: config.json has a value of the wrong type or length: {error}", remedy=WHOLE) from error
+    except ValueError as error:
         raise ConfigError(f"{source}: config.json has wrong numbers: {error}", remedy=WHOLE) from error
 
 

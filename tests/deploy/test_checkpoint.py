@@ -238,10 +238,13 @@ def test_files_of_another_model(tmp_path: Path) -> None:
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, but must be from 1 to 1000"),
         ({"hidden_size": 10**12}, "config.json has wrong numbers: hidden"),
         ({"vocab_size": "many"}, "config.json has wrong numbers: vocab"),
-        ({"num_attention_heads": 0, "head_dim": None}, "config.json has wrong numbers"),
-        ({"decoder_sparse_step": 0}, "config.json has wrong numbers"),
+        ({"num_attention_heads": 0, "head_dim": None}, "a number in config.json is 0, but must be positive"),
+        ({"decoder_sparse_step": 0}, "a number in config.json is 0, but must be positive"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}}, "config.json has wrong numbers"),
-        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": 128}}, "config.json has wrong numbers"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": 128}},
+            "config.json has a value of the wrong type or length",
+        ),
     ],
 )
 def test_numbers_that_cannot_be(changes: dict[str, object], words: str) -> None:
