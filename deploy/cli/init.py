@@ -98,7 +98,7 @@ def init(
     if bad := {**lost, **silent}:
         raise combined_error(bad, len(deployment.nodes))
     if not console.as_json:
-        ready = "show the plan with `deploy plan`, start it with `deploy serve`"
+        ready = "show the plan with `deploy plan`, start the deployment with `deploy serve`"
         console.step("next", "when nothing is missing, run `deploy serve`" if lacking else ready)
 
 

@@ -320,8 +320,8 @@ def _at_rest(kept: State, *, planned: bool) -> Service:
         again = "wait; if no command is running, continue with `deploy serve`"
         return Service(word="LOADING", detail=name, text=text, remedy=again)
     if "engine" in kept.steps or (planned and "load" in kept.steps):
-        return Service(word="STOPPED", text="the engine is not running", remedy="start it with `deploy serve`")
-    return Service(word="PLANNED", text="nothing was started yet", remedy="start it with `deploy serve`")
+        return Service(word="STOPPED", text="the engine is not running", remedy="start the engine with `deploy serve`")
+    return Service(word="PLANNED", text="nothing was started yet", remedy="start the engine with `deploy serve`")
 
 
 def _loading(signs: Signs, kept: State, now: float) -> Service:

@@ -77,7 +77,7 @@ def diagnose(signs: Signs) -> Diagnosis:
         )
     dead = [name for name, alive in (signs.nodes or {}).items() if not alive]
     if signs.job.state in ("absent", "stopped"):
-        return Diagnosis(kind="stopped", text="the engine is not running", remedy="start it with `deploy serve`")
+        return Diagnosis(kind="stopped", text="the engine is not running", remedy="start the engine with `deploy serve`")
     if signs.job.state != "running":
         # Without Ray, the engine ends on one node after the other, and only the logs show where it ended first.
         if dead and not (signs.plan and signs.plan.launcher == "native"):
