@@ -236,7 +236,8 @@ def check_set_name(name: str) -> str:
     """
     if not _SET_NAME.match(name):
         raise RefusedError(
-            f"{name!r} is not a valid name for a set", remedy="use at most 64 characters of a-z, 0-9, '.', '_' and '-'"
+            f"{name!r} is not a valid name for a set",
+            remedy="use at most 64 characters of a-z, 0-9, '.', '_' and '-'; begin and end with a letter or digit",
         )
     if name in _RESERVED:
         raise RefusedError(

@@ -37,7 +37,8 @@ def check_matrix_name(name: str) -> str:
     """
     if not _NAME.match(name):
         raise RefusedError(
-            f"{name!r} is not a valid name for a matrix", remedy="use at most 64 characters of a-z, 0-9, '.', '_' and '-'"
+            f"{name!r} is not a valid name for a matrix",
+            remedy="use at most 64 characters of a-z, 0-9, '.', '_' and '-'; begin and end with a letter or digit",
         )
     return name
 
