@@ -98,7 +98,7 @@ def _replicas(question: Question, forced: LayoutConfig, world: int) -> Iterator[
     """Numbers of replicas to try. Usually one.
 
     For throughput, as many as fit. Replicas of a model with experts share the experts. So any number may be the best one,
-    for throughput and for the cost of a token.
+    for throughput and for the cost of a token. Of the numbers with fewer replicas on the last node, none is tried.
     """
     if forced.data_parallel:
         yield forced.data_parallel
@@ -108,7 +108,8 @@ def _replicas(question: Question, forced: LayoutConfig, world: int) -> Iterator[
     if not question.engine.replicas or most == 1:
         return
     if question.model.experts and question.objective != "speed":
-        yield from range(2, most + 1)
+        each = max(1, len(question.machines[0].gpus) // world)
+        yield from (dp for dp in range(2, most + 1) if dp < each or dp % each == 0)
     elif question.objective == "throughput":
         yield most
 

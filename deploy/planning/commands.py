@@ -147,12 +147,24 @@ def _replicas(layout: Layout) -> list[str]:
     return words if layout.spans else [*words, "--data-parallel-size-local", str(layout.local_replicas)]
 
 
+def _packing(layout: Layout) -> dict[str, str]:
+    """How vLLM packs replicas, if they are not equally many on every node.
+
+    By default (`strict`), it skips a node with fewer GPUs than the replicas of the head require. Ray has only the GPUs of the
+    plan, so the last node may have fewer.
+    """
+    if layout.dp == 1:
+        return {}
+    strategy = "span" if layout.spans else "fill" if layout.dp % layout.local_replicas else None
+    return {"VLLM_RAY_DP_PACK_STRATEGY": strategy} if strategy else {}
+
+
 def serve_env(deployment: Deployment, engine: Engine, layout: Layout, private: str, env: Mapping[str, str]) -> dict[str, str]:
     """Environment of the engine on the head. `private` and `env`: address and environment of the head."""
     return {
         **env,
         **engine.env,
-        **({"VLLM_RAY_DP_PACK_STRATEGY": "span"} if layout.dp > 1 and layout.spans else {}),
+        **_packing(layout),
         **({"RAY_ADDRESS": _ray_address(private, deployment)} if deployment.data.launcher == "ray" else {}),
         # The weights are on the share, so the engine must not use the network while it starts.
         "HF_HUB_OFFLINE": "1",

@@ -65,7 +65,7 @@ class Layout(BaseModel):
     expert_parallel: bool = False
     "Whether each GPU of a stage (of all replicas) has whole experts instead of a part of each expert."
     local_replicas: PositiveInt = 1
-    "Number of replicas on each node. The value is 1 if a replica spans several nodes."
+    "Number of replicas on each node; the last node may have fewer. The value is 1 if a replica spans several nodes."
     spans: bool = False
     "Whether a replica requires several nodes."
 

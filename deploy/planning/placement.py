@@ -46,7 +46,10 @@ def place(machines: Sequence[Machine], world: int) -> tuple[Slot, ...]:
 
 
 def check_replicas(engine: Engine, world: int, dp: int, slots: Sequence[Slot]) -> None:
-    """Check vLLM's requirements for replicas of `world` GPUs (0.26.0 and 0.33.0, v1/engine/utils.py).
+    """Check that vLLM places the replicas of `world` GPUs on these GPUs (0.26.0 and 0.33.0, v1/engine/utils.py).
+
+    A node may have fewer replicas than the others. Nodes with different numbers of GPUs, and replicas that fill neither whole
+    nodes nor an equal part of one, are not planned, although vLLM can place some of them.
 
     Raises:
         LayoutError: with the requirement that is not met.
@@ -69,12 +72,6 @@ def check_replicas(engine: Engine, world: int, dp: int, slots: Sequence[Slot]) -
             f"dp {dp}: a replica of {world} GPUs must fill whole nodes or a part of one, but the nodes have {have[0]} GPUs",
             remedy="set tensor_parallel and pipeline_parallel so that their product divides the number of GPUs of a "
             "node, or is a multiple of that number",
-        )
-    each = have[0] // world
-    if each and dp > each and dp % each:
-        raise LayoutError(
-            f"dp {dp}: every node must have the same number of replicas, but a node has room for {each}",
-            remedy=f"set data_parallel in [layout] to a multiple of {each}",
         )
 
 

@@ -271,7 +271,7 @@ def trusted(deployment: Deployment, facts: Facts, repo: str, revision: str) -> S
 
     Raises:
         ConfigError: tensor_parallel or pipeline_parallel is missing.
-        LayoutError: there are not enough GPUs.
+        LayoutError: there are not enough GPUs, or the engine cannot place the replicas on them.
     """
     data, forced = deployment.data, deployment.data.layout
     if not (forced.tensor_parallel and forced.pipeline_parallel):
@@ -304,6 +304,7 @@ def trusted(deployment: Deployment, facts: Facts, repo: str, revision: str) -> S
     each = len(machines[0].gpus) // (layout.tp * layout.pp)
     layout = layout.model_copy(update={"local_replicas": max(1, min(layout.dp, each)), "spans": layout.dp > 1 and each == 0})
     slots = placement.place(machines, layout.world)
+    placement.check_replicas(engine, layout.tp * layout.pp, layout.dp, slots)
     plan = _executed(deployment, facts, layout, [slot.machine.name for slot in slots], repo, revision)
     unused = [machine.name for machine in machines if machine.name not in {node.name for node in plan.nodes}]
     doubt = f"the planner does not know {repo}: it is served without a prediction of memory and speed ([layout] trust)"

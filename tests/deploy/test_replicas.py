@@ -190,6 +190,19 @@ def test_the_command_has_replicas_and_whole_experts() -> None:
         planned(2, "h200", SMALL, launcher="native", layout=layout)
 
 
+def test_the_last_node_may_have_fewer_replicas() -> None:
+    """vLLM's default packing skips a node with fewer free GPUs than the head's replicas need, so it must fill the nodes."""
+    for tp, dp, local, gpus in ((2, 6, "4", [8, 4]), (1, 12, "8", [8, 4]), (1, 9, "8", [8, 1])):
+        found = planned(2, "h200", layout={"tensor_parallel": tp, "pipeline_parallel": 1, "data_parallel": dp})
+        assert words_after(found.serve, "--data-parallel-size-local") == local
+        assert found.serve_env["VLLM_RAY_DP_PACK_STRATEGY"] == "fill"
+        assert [node.gpus for node in found.nodes] == gpus
+        assert [words_after(node.ray, "--num-gpus") for node in found.nodes] == [str(count) for count in gpus]
+    few = planned(2, "h200", layout={"tensor_parallel": 2, "pipeline_parallel": 1, "data_parallel": 3})
+    assert (len(few.nodes), words_after(few.serve, "--data-parallel-size-local")) == (1, "3")
+    assert "VLLM_RAY_DP_PACK_STRATEGY" not in few.serve_env
+
+
 # speed
 
 
