@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from deploy.nodes.config import LayoutConfig
 from deploy.planning import engines, hardware
-from deploy.planning.layouts import Candidate, LayoutChoice, Question, Rejected, evaluate, split_of
+from deploy.planning.layouts import Candidate, LayoutChoice, Question, Rejected, evaluate, short_name, split_of
 from gracefarm.errors import LayoutError
 
 ABOUT = 0.95
@@ -37,16 +37,17 @@ def choose(question: Question) -> LayoutChoice:
         only = evaluate(question, forced.tensor_parallel, forced.pipeline_parallel, forced.partition, dp)
         return LayoutChoice(best=only, others=(), rejected=())
     fitting: list[Candidate] = []
-    failed: dict[tuple[int, int], tuple[int, LayoutError]] = {}
+    failed: dict[tuple[int, int], LayoutError] = {}
     for tp, pp in _pairs(question, forced):
         for dp in _replicas(question, forced, tp * pp):
             try:
                 fitting.append(evaluate(question, tp, pp, forced.partition, dp))
             except LayoutError as error:
-                failed.setdefault((tp, pp), (dp, error))
+                if dp == (forced.data_parallel or 1):  # other numbers of replicas are only tried
+                    failed[tp, pp] = error
     if not fitting:
         nearest = max(failed, key=lambda split: (*_possible(question, *split), split[0] * split[1]))
-        raise LayoutError(f"no layout fits: {failed[nearest][1].cause}", remedy=failed[nearest][1].remedy)
+        raise LayoutError(f"no layout fits: {failed[nearest].cause}", remedy=failed[nearest].remedy)
     best = _best(question, fitting)
     fitting.remove(best)
     fitting.sort(key=lambda candidate: (-_merit(question, candidate), candidate.nodes))
@@ -132,16 +133,30 @@ def _possible(question: Question, tp: int, pp: int) -> tuple[bool, bool]:
     return _refused(question, tp) is None, tp * pp <= question.gpus
 
 
-def _worth_saying(failed: Mapping[tuple[int, int], tuple[int, LayoutError]], question: Question) -> list[Rejected]:
+def _worth_saying(failed: Mapping[tuple[int, int], LayoutError], question: Question) -> list[Rejected]:
     """For each tp, the failed layout with the most stages. With fewer stages it would fit even less."""
     last: dict[int, Rejected] = {}
-    for (tp, pp), (dp, error) in failed.items():
-        if _refused(question, tp):
-            last[tp] = Rejected(layout=f"tp{tp}", reason=error.cause.removeprefix(f"tp {tp}: "))
-        else:
-            name = f"tp{tp} pp{pp}" + (f" dp{dp}" if dp > 1 else "")
-            last[tp] = Rejected(layout=name, reason=error.cause.removeprefix(f"{name}: "))
+    dp = question.forced.data_parallel or 1
+    for (tp, pp), error in failed.items():
+        name = f"tp{tp}" if _refused(question, tp) else short_name(tp, pp, dp)
+        last[tp] = Rejected(layout=name, reason=_without_sizes(error.cause, tp, pp, dp))
     return list(last.values())
+
+
+def _without_sizes(cause: str, tp: int, pp: int, dp: int) -> str:
+    """The cause of an error without the sizes of the layout in front, which the table names in its own column."""
+    splits = (engines.sizes(tp, tp), engines.sizes(tp, tp * dp))
+    for prefix in (
+        short_name(tp, pp, dp),
+        short_name(tp, pp, 1),
+        *splits,
+        *(f"{split} pp {pp}" for split in splits),
+        f"pp {pp}",
+        f"dp {dp}",
+    ):
+        if cause.startswith(f"{prefix}: "):
+            return cause.removeprefix(f"{prefix}: ")
+    return cause
 
 
 def _own_splits(question: Question, fitting: Sequence[Candidate]) -> Iterator[Rejected]:

@@ -155,9 +155,17 @@ class Split:
     def by_tokens(self) -> bool:
         """Whether the ranks of a replica divide the tokens of a layer with experts, and hold its shared experts whole.
 
-        vLLM's use_sequence_parallel_moe (config/parallel.py), which Mixtral does not use; Mixtral has no shared experts.
+        vLLM's use_sequence_parallel_moe (config/parallel.py). Mixtral does not use it (`exchange_ranks`).
         """
         return self.expert_parallel and self.tp > 1 and self.dp > 1
+
+
+def exchange_ranks(model: Model, split: Split) -> int:
+    """Number of ranks that exchange tokens with each other: those with the same rank in their replica, or the ranks of all.
+
+    The latter only where the ranks of a replica divide the tokens (all2all.py), which Mixtral's code never does (mixtral.py).
+    """
+    return split.expert_ranks if split.by_tokens and model.architecture != "MixtralForCausalLM" else split.dp
 
 
 def mxfp4_padding(sm: int) -> tuple[int, int]:
@@ -182,13 +190,13 @@ def refusal(engine_: Engine, model: Model, split: Split) -> str | None:
         ("rows of the padded vocabulary", rows, tp),
     ):
         if number % ranks:
-            return f"{_sizes(tp, ranks)}: {engine_.name} splits evenly, but {number} {what} are not divisible by {ranks}"
+            return f"{sizes(tp, ranks)}: {engine_.name} splits evenly, but {number} {what} are not divisible by {ranks}"
     if not model.latent and model.kv_heads % tp and tp % model.kv_heads:
         return f"tp {tp}: {engine_.name} requires that {model.kv_heads} KV heads are divisible by tp, or tp by the KV heads"
     return _blocks(engine_, model, split) or _whole_experts(engine_, model, split)
 
 
-def _sizes(tp: int, ranks: int) -> str:
+def sizes(tp: int, ranks: int) -> str:
     """The sizes of a split for messages."""
     return f"tp {tp}" if ranks <= tp else f"tp {tp} dp {ranks // tp}"
 
@@ -220,14 +228,20 @@ def _columns(model: Model, split: Split) -> list[tuple[str, int, int]]:
 
 
 def _whole_experts(engine_: Engine, model: Model, split: Split) -> str | None:
-    """Check the distribution of whole experts. vLLM's loader of gpt-oss drops the remainder (gpt_oss.py)."""
+    """Check the distribution of whole experts.
+
+    vLLM's loader of gpt-oss drops the remainder (gpt_oss.py). vLLM does not refuse ranks without experts; the planner does.
+    """
     if not model.experts or not split.expert_parallel:
         return None
     count, ranks = model.experts.count, split.expert_ranks
     if count < ranks:
-        return f"{_sizes(split.tp, ranks)}: with {count} experts, some of the {ranks} ranks would have no expert"
+        return (
+            f"{sizes(split.tp, ranks)}: with {count} experts, some of the {ranks} ranks would have no expert, which deploy "
+            "does not plan"
+        )
     if count % ranks and model.architecture == "GptOssForCausalLM":
-        return f"{_sizes(split.tp, ranks)}: {engine_.name} requires that the {count} experts are divisible by {ranks} ranks"
+        return f"{sizes(split.tp, ranks)}: {engine_.name} requires that the {count} experts are divisible by {ranks} ranks"
     return None
 
 
@@ -245,7 +259,7 @@ def _blocks(engine_: Engine, model: Model, split: Split) -> str | None:
     for what, number, ranks in (*attention, *_columns(model, split)):
         if ranks > 1 and number // ranks % size:
             return (
-                f"{_sizes(tp, ranks)}: {engine_.name} requires that the {number // ranks} {what} on each rank are divisible "
+                f"{sizes(tp, ranks)}: {engine_.name} requires that the {number // ranks} {what} on each rank are divisible "
                 f"by {size}, the block size of the {quantization.name} weights"
             )
     return None
@@ -285,7 +299,7 @@ def require(engine_: Engine, model: Model, split: Split, pp: int) -> None:
     if model.architecture == "GptOssForCausalLM" and model.experts and model.experts.columns % world:
         # An assertion in gpt_oss.py (0.26.0 and 0.33.0), also with pipeline parallelism and with expert parallelism.
         raise LayoutError(
-            f"{_sizes(split.tp, split.expert_ranks)} pp {pp}: {engine_.name} requires that the {model.experts.columns} "
+            f"{sizes(split.tp, split.expert_ranks)} pp {pp}: {engine_.name} requires that the {model.experts.columns} "
             f"columns of an expert are divisible by the number of GPUs, which is {world}",
             remedy="set tensor_parallel, pipeline_parallel and data_parallel in [layout] so that their product divides it",
         )

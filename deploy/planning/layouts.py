@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -204,15 +205,14 @@ def evaluate(question: Question, tp: int, pp: int, partition: Sequence[int] | No
     split = split_of(question, tp, dp)
     engines.require(engine, question.model, split, pp)
     if tp * pp * dp > question.gpus:
-        times = f" dp{dp}" if dp > 1 else ""
         raise LayoutError(
-            f"tp{tp} pp{pp}{times} requires {tp * pp * dp} GPUs, but there are {question.gpus}",
+            f"{short_name(tp, pp, dp)} requires {tp * pp * dp} GPUs, but there are {question.gpus}",
             remedy="set a smaller tensor_parallel, pipeline_parallel or data_parallel in [layout], or use more nodes",
         )
-    stages = _partition(question, split, pp, partition)
     slots = place(question.machines, tp * pp * dp)
     check_replicas(engine, tp * pp, dp, slots)
-    name = f"tp{tp} pp{pp}" + (f" dp{dp}" if split.dp > 1 else "")
+    stages = _partition(question, split, pp, partition)
+    name = short_name(tp, pp, dp)
     held = ranks_of(question, split, stages, dp)
     budgets = [budget(slot, forced.gpu_memory_utilization) for slot in slots]
     reserve = RESERVE + gathered(question.model, split)
@@ -244,6 +244,11 @@ def evaluate(question: Question, tp: int, pp: int, partition: Sequence[int] | No
     return Candidate(layout=layout, slots=slots, memory=memory, prediction=_speed(question, layout, slots, held))
 
 
+def short_name(tp: int, pp: int, dp: int) -> str:
+    """The name of a layout in messages."""
+    return f"tp{tp} pp{pp}" + (f" dp{dp}" if dp > 1 else "")
+
+
 def split_of(question: Question, tp: int, dp: int = 1) -> Split:
     """How the layers are divided among `tp` GPUs of these machines, and their experts among `dp` replicas."""
     columns, hidden = engines.mxfp4_padding(question.kind.sm)
@@ -260,12 +265,13 @@ def split_of(question: Question, tp: int, dp: int = 1) -> Split:
 
 def ranks_of(question: Question, split: Split, stages: Sequence[int], dp: int) -> list[RankShare]:
     """The part of every rank: replica by replica, and in each of them stage by stage."""
+    experts = question.model.experts
+    same = experts is None or not split.expert_parallel or experts.count % split.expert_ranks == 0
     held: list[RankShare] = []
-    for replica in range(dp):
-        same = split.dp == 1 or not split.expert_parallel
-        parts = shares(question.engine, question.model, split, stages, 0 if same else replica)
+    for replica in range(1 if same else dp):
+        parts = shares(question.engine, question.model, split, stages, replica)
         held += [share for stage in parts for share in stage]
-    return held
+    return held * dp if same else held
 
 
 def gathered(model: Model, split: Split) -> int:
@@ -372,8 +378,8 @@ def _sized(question: Question, split: Split, pp: int, stages: tuple[int, ...], o
     length = forced.max_model_len or max(BLOCK, min(model.max_len, int(request * SAFE) // 256 * 256 or request))
     if length > request:
         raise LayoutError(
-            f"tp{tp} pp{pp}: max_model_len is {length}, but the KV cache has room for a request of {request} tokens"
-            + ("" if question.engine.shared_cache or pp == 1 else f" (it has {pp} parts, one for each stage)"),
+            f"{short_name(tp, pp, split.dp)}: max_model_len is {length}, but the KV cache has room for a request of {request} "
+            "tokens" + ("" if question.engine.shared_cache or pp == 1 else f" (it has {pp} parts, one for each stage)"),
             remedy=f"set max_model_len in [layout] to at most {request}, or use a layout with more cache (`deploy plan`)",
         )
     seqs = forced.max_num_seqs or max(1, min(MOST_SEQS, int(request * SAFE) // USUAL_TOKENS))
@@ -420,6 +426,8 @@ def traffic(model: Model) -> Traffic:
 def stage_loads(question: Question, layout: Layout, slots: Sequence[Slot], held: Sequence[RankShare]) -> tuple[StageLoad, ...]:
     """The load of the stages of the first replica per token. No replica has more experts than the first one."""
     replicas = layout.dp if question.model.experts else 1
+    split = Split(tp=layout.tp, dp=replicas, expert_parallel=layout.expert_parallel)
+    exchange_ranks = engines.exchange_ranks(question.model, split)
     active = architectures.active_parameters(question.model)
     eight_bit = question.model.quantization is not None and question.model.quantization.method in ("fp8", "fbgemm_fp8")
     blocks = question.model.quantization is not None and question.model.quantization.block is not None
@@ -432,7 +440,9 @@ def stage_loads(question: Question, layout: Layout, slots: Sequence[Slot], held:
         kind = min((hardware.kind_of(slots[rank].gpu.name) for rank in ranks), key=lambda node_kind: node_kind.hbm_gb_s)
         share = max((held[rank] for rank in ranks), key=lambda own: own.dense + own.experts)
         away = share.away(layout.offload_gib) / share.layers
-        every = (slots[replica * layout.tp * layout.pp + rank] for replica in range(layout.dp) for rank in ranks)
+        copies = range(layout.dp)
+        every = {(slots[copy * layout.tp * layout.pp + rank].machine.name, rank) for copy in copies for rank in ranks}
+        groups_of = Counter(node for node, _ in every)
         here = [slots[rank].machine.name for rank in ranks]
         following = slots[ranks.stop].machine.name if stage + 1 < layout.pp else slots[0].machine.name
         stages.append(
@@ -450,8 +460,9 @@ def stage_loads(question: Question, layout: Layout, slots: Sequence[Slot], held:
                 within_node=kind.nvlink and len(set(here)) == 1,
                 replicas=replicas,
                 exchanges=with_experts if replicas > 1 else 0,
-                exchange_ranks=replicas * (layout.tp if layout.expert_parallel else 1),
-                exchange_within_node=kind.nvlink and len({slot.machine.name for slot in every}) == 1,
+                exchange_ranks=exchange_ranks,
+                exchange_groups=max(groups_of.values()) if exchange_ranks == replicas and len(groups_of) > 1 else 1,
+                exchange_within_node=kind.nvlink and len(groups_of) == 1,
                 same_node_as_next=kind.nvlink and here[-1] == following,
             )
         )

@@ -119,6 +119,8 @@ class StageLoad:
     "Layers with experts that gather the tokens of all replicas."
     exchange_ranks: int = 1
     "GPUs that gather these tokens, and return the results."
+    exchange_groups: int = 1
+    "Groups of such GPUs that exchange their tokens at the same time over the link of a node."
     exchange_within_node: bool = True
     "True if all these GPUs are on one node with NVLink."
 
@@ -149,6 +151,8 @@ class Prediction(BaseModel):
     "Milliseconds per token for reading offloaded weights from host memory."
     collectives_ms: float
     "Milliseconds per token for all-reduces, and for the exchange of tokens between replicas that share experts."
+    exchange_ms: float = 0
+    "The part of `collectives_ms` for this exchange of tokens."
     hops_ms: float = 0
     "Milliseconds per token for transfers between stages."
     first_token_ms: float = 0
@@ -181,6 +185,8 @@ class Times:
     weights: float
     offload: float
     collectives: float
+    exchange: float
+    "The part of `collectives` between replicas."
     streams: float
     hop: float
 
@@ -209,7 +215,8 @@ def step(stage: StageLoad, traffic: Traffic, link: Link, streams: int, context: 
     message = traffic.message(streams)
     each = all_reduce(link, stage.tp, message, within_node=stage.within_node)
     # Gathering the tokens and reducing the results moves as many bytes in as many steps as one all-reduce of all tokens.
-    all_tokens = traffic.message(streams * stage.replicas)
+    # Each group does this; those with a GPU on the same node share its link.
+    all_tokens = traffic.message(streams * stage.replicas) * stage.exchange_groups
     exchange = all_reduce(link, stage.exchange_ranks, all_tokens, within_node=stage.exchange_within_node)
     hop = 0.0
     if stages > 1:
@@ -219,6 +226,7 @@ def step(stage: StageLoad, traffic: Traffic, link: Link, streams: int, context: 
         weights=max(arriving, computing) + stage.layers * LAYER_S + stage.kernels_s,
         offload=away,
         collectives=2 * stage.layers * each + stage.exchanges * exchange,
+        exchange=stage.exchanges * exchange,
         streams=STREAM_S * (streams - 1) / stages,
         hop=hop,
     )
@@ -268,6 +276,7 @@ def predict(
         weights_ms=round(sum(part.weights for part in alone) * 1e3, 1),
         offload_ms=round(sum(part.offload for part in alone) * 1e3, 1),
         collectives_ms=round(sum(part.collectives for part in alone) * 1e3, 1),
+        exchange_ms=round(sum(part.exchange for part in alone) * 1e3, 1),
         hops_ms=round(sum(part.hop for part in alone) * 1e3, 2),
         first_token_ms=round(first_token(stages, traffic, link, PROMPT) * 1e3, 1),
         levels=tuple(levels),
