@@ -48,7 +48,9 @@ def _head(plan: ServePlan) -> str:
     requests = "number and length are chosen by the engine"
     if plan.memory and split.max_model_len:
         full = plan.memory.full_length
-        requests = f"up to {split.max_model_len} tokens each; {split.max_num_seqs} concurrent, {full} at full length"
+        seqs = split.max_num_seqs or 0
+        concurrent = f"{seqs} concurrent" if split.dp == 1 else f"{seqs * split.dp} concurrent ({seqs} per replica)"
+        requests = f"up to {split.max_model_len} tokens each; {concurrent}, {full} at full length"
     lines = [
         f"[bold]{escape(plan.deployment)}[/]  {escape(plan.model)} at {escape(plan.revision[:12])}, {plan.engine}",
         f"[bold]layout[/]   {split.name} on {len(plan.nodes)} {'node' if len(plan.nodes) == 1 else 'nodes'}"
@@ -72,6 +74,7 @@ def _memory(plan: ServePlan) -> Iterable[Table]:
     ranks = plans.ranks(plan)
     for stage, weights in enumerate(memory.by_stage_gib):
         names = ", ".join(dict.fromkeys(ranks[stage]))
+        names += f" (first of {plan.layout.dp} replicas)" if plan.layout.dp > 1 else ""
         fullest = max(weights)
         offloaded = plan.layout.offload_gib
         left = memory.budget_gib - fullest + offloaded - memory.reserve_gib
@@ -89,7 +92,9 @@ def _speed(plan: ServePlan) -> str:
     prediction = plan.prediction
     if prediction is None:
         return "[bold]speed[/]    not predicted"
-    parts = f"weights {prediction.weights_ms:g} ms, all-reduces {prediction.collectives_ms:g} ms"
+    reducing = round(prediction.collectives_ms - prediction.exchange_ms, 1)
+    parts = f"weights {prediction.weights_ms:g} ms, all-reduces {reducing:g} ms"
+    parts += f", exchange of tokens between replicas {prediction.exchange_ms:g} ms" if prediction.exchange_ms else ""
     parts += f", hops {prediction.hops_ms:g} ms" if prediction.hops_ms else ""
     parts += f", host memory {prediction.offload_ms:g} ms" if prediction.offload_ms else ""
     levels = ", ".join(f"{level.streams}: {level.tokens_per_s:,.0f}" for level in prediction.levels if level.streams > 1)

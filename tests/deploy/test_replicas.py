@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from deploy.cli import plan_text
 from deploy.nodes.config import LayoutConfig
 from deploy.planning import choosing, engines, hardware, layouts, models, placement, shards, speed
 from deploy.planning.engines import Split
@@ -145,7 +146,7 @@ def test_a_part_of_mxfp4_experts_is_padded_after_all_replicas_have_divided_it() 
         (QWEN, 1, 5, False, "tp 1 dp 5: vllm splits evenly, but 1536 columns of an expert are not divisible by 5"),
         ("Qwen/Qwen3-235B-A22B-FP8", 1, 8, False, "tp 1 dp 8: .* the 192 columns of an expert on each rank .* by 128"),
         ("Qwen/Qwen3-235B-A22B-FP8", 2, 4, False, "tp 2 dp 4: .* the 192 columns of an expert on each rank .* by 128"),
-        (MIXTRAL, 1, 16, True, "tp 1 dp 16: with 8 experts, some of the 16 ranks would have no expert"),
+        (MIXTRAL, 1, 16, True, "tp 1 dp 16: with 8 experts, some of the 16 ranks would have no expert, which deploy does not"),
         (OSS, 1, 3, True, "tp 1 dp 3: vllm requires that the 128 experts are divisible by 3 ranks"),
         (OSS, 1, 7, None, "tp 1 dp 7: vllm splits evenly, but 2880 columns of an expert are not divisible by 7"),
     ],
@@ -235,6 +236,34 @@ def test_the_exchange_within_a_node_costs_an_all_reduce_and_with_tp_includes_all
         assert layout.prediction.collectives_ms == round(94 * (2 * each + exchange) * 1e3, 1)
 
 
+@pytest.mark.parametrize(
+    ("repo", "gpu", "nodes", "tp", "dp", "whole", "ranks", "groups"),
+    [
+        (DEEPSEEK, "h200", 2, 8, 2, False, 2, 8),  # eight pairs, each across the two nodes
+        (DEEPSEEK, "h200", 2, 8, 2, True, 16, 1),
+        (DEEPSEEK, "h200", 2, 4, 4, False, 4, 4),
+        (MIXTRAL, "h200", 2, 2, 4, False, 4, 1),  # on one node
+        (MIXTRAL, "gh200-96", 8, 2, 4, False, 4, 1),  # a node has one rank
+        (MIXTRAL, "gh200-96", 8, 2, 4, True, 4, 1),  # Mixtral's ranks do not divide the tokens
+        (QWEN, "gh200-96", 8, 2, 4, True, 8, 1),
+    ],
+)
+def test_groups_that_exchange_at_the_same_time_share_the_link_of_a_node(
+    repo: str, gpu: str, nodes: int, tp: int, dp: int, whole: bool, ranks: int, groups: int
+) -> None:
+    question = asked(repo, gpu, nodes)
+    found = evaluated(repo, gpu, nodes, tp, dp, whole=whole)
+    split = layouts.split_of(asked(repo, gpu, nodes, expert_parallel=whole), tp, dp)
+    held = layouts.ranks_of(question, split, found.layout.partition, dp)
+    (stage,) = layouts.stage_loads(question, found.layout, found.slots, held)
+    assert (stage.exchange_ranks, stage.exchange_groups) == (ranks, groups)
+    layers = stage.exchanges
+    size = groups * 2 * question.model.hidden * dp
+    each = 20e-6 + 2 * (ranks - 1) * 34e-6 + 2 * (ranks - 1) / ranks * size / 2.35e9
+    inside = found.nodes == 1
+    assert found.prediction.exchange_ms == round(layers * (20e-6 if inside else each) * 1e3, 1)
+
+
 # choices
 
 
@@ -259,8 +288,26 @@ def test_a_number_of_replicas_that_is_refused_does_not_end_the_search() -> None:
     few = choosing.choose(asked(QWEN, "gh200-96", 10, FAST, **forced))
     assert few.best.layout.dp == 8
     assert {each.layout.dp for each in (few.best, *few.others)} == {1, 2, 3, 4, 6, 8}
-    (reason,) = (each.reason for each in few.rejected if each.layout == "tp1 pp2 dp5")
-    assert "1536 columns of an expert are not divisible by 5" in reason
+    assert not [each.layout for each in few.rejected if "dp" in each.layout]
+
+
+def test_reasons_do_not_repeat_the_sizes_of_their_layout() -> None:
+    rejected = choosing.choose(asked(OSS, "h200", 1, FAST, objective="throughput")).rejected
+    reasons = {each.layout: each.reason for each in rejected}
+    assert reasons["tp3"] == "vllm splits evenly, but 64 attention heads are not divisible by 3"
+    forced = choosing.choose(asked(OSS, "h200", 1, tensor_parallel=1, data_parallel=1)).rejected
+    assert {each.layout: each.reason for each in forced}["tp1 pp7"].startswith("vllm requires that the 2880 columns")
+
+
+def test_the_search_keeps_replicas_equal_on_all_nodes() -> None:
+    """Eight of 16 GPUs are on each node: 12 replicas would be eight and four, which only deploy.toml can choose."""
+    choice = choosing.choose(
+        asked(MIXTRAL, "h200", 2, FAST, objective="throughput", tensor_parallel=1, pipeline_parallel=None)
+    )
+    found = {each.layout.dp for each in (choice.best, *choice.others) if each.layout.pp == 1}
+    assert {8, 16} <= found
+    assert not found & set(range(9, 16))
+    assert evaluated(QWEN, "h200", 2, 1, 12, whole=False).nodes == 2
 
 
 def test_nodes_that_replicas_over_a_slow_network_do_not_use_can_serve_another_deployment() -> None:
@@ -268,3 +315,28 @@ def test_nodes_that_replicas_over_a_slow_network_do_not_use_can_serve_another_de
     assert (moe.layout.name, moe.spares) == ("tp1 pp1 dp8", ("k1",))
     (note,) = (note for note in moe.notes if "not used" in note)
     assert note.endswith("would not be noticeably faster, since replicas share experts; another deployment can use the nodes")
+    alone = planned(2, "h200", MIXTRAL, layout={"objective": "throughput", "data_parallel": 1})
+    assert (alone.layout.dp, alone.spares) == (1, ("k1",))
+    assert not any("replicas share experts" in note for note in alone.notes)
+
+
+# what the plan says
+
+
+def test_the_plan_says_which_numbers_are_of_all_replicas_and_that_the_speed_is_not_calibrated() -> None:
+    layout = {"tensor_parallel": 1, "pipeline_parallel": 1, "data_parallel": 8, "max_num_seqs": 32}
+    found = planned(1, "h200", MIXTRAL, layout=layout)
+    said = " ".join(plan_text.text(found, commands=False).split())
+    assert "; 256 concurrent (32 per replica), " in said
+    assert "k0 (first of 8 replicas)" in said
+    assert found.prediction
+    assert found.prediction.exchange_ms == found.prediction.collectives_ms == 1.1
+    assert "all-reduces 0 ms, exchange of tokens between replicas 1.1 ms" in said
+    assert "the predicted speed of replicas that share experts is not calibrated" in said
+    one = planned(1, "h200", MIXTRAL, layout=layout | {"data_parallel": 1, "tensor_parallel": 8})
+    said = " ".join(plan_text.text(one, commands=False).split())
+    assert "; 32 concurrent, " in said
+    for absent in ("replica", "exchange of tokens", "not calibrated"):
+        assert absent not in said
+    dense = planned(1, "h200", layout=layout)
+    assert not any("calibrated" in note for note in dense.notes)
