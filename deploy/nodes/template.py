@@ -17,7 +17,7 @@ from gracefarm.files import atomic_write
 ENGINE: Final = "vllm"
 "The engine that can be served today."
 SET: Final = "gh200-cu130"
-"Its newest set of wheels."
+"Its set of wheels that was run on GPUs."
 NO_INDEX = f'# index = "http://HOST:8080/{SET}/simple/"    # your index (`index serve`); default: PyPI'
 NO_SHARE = '# share = "/path"        # shared folder, at the same path on all nodes'
 
