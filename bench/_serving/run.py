@@ -232,11 +232,11 @@ class Stage:
         ended = self.deploy("bench", *sweep, "--client", client, fails=True)
         stored = sorted((self.folder / ".deploy" / "bench").glob("*.json"))
         log = self.folder / ".deploy" / "logs" / "vllm-bench.log"
-        said = log.read_text().splitlines()[-40:] if ended.code and log.exists() else []
+        lines = log.read_text().splitlines()[-40:] if ended.code and log.exists() else []
         report = json.loads(stored[-1].read_text()) if stored and not ended.code else None
-        kept = {"code": ended.code, "output": ended.output.splitlines(), "report": report, "log": said}
+        kept = {"code": ended.code, "output": ended.output.splitlines(), "report": report, "log": lines}
         self.keep(scene, **{f"bench_{client}": kept})
-        for line in said:
+        for line in lines:
             self.say(f"    {line}")
         if ended.code:
             raise RuntimeError(f"deploy bench --client {client} ended with {ended.code}")
