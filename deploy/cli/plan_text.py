@@ -74,14 +74,15 @@ def _memory(plan: ServePlan) -> Iterable[Table]:
     ranks = plans.ranks(plan)
     for stage, weights in enumerate(memory.by_stage_gib):
         names = ", ".join(dict.fromkeys(ranks[stage]))
-        names += f" (first of {plan.layout.dp} replicas)" if plan.layout.dp > 1 else ""
         fullest = max(weights)
         offloaded = plan.layout.offload_gib
         left = memory.budget_gib - fullest + offloaded - memory.reserve_gib
         shown = f"{fullest:.1f}" if min(weights) > fullest - 0.05 else f"{min(weights):.1f} to {fullest:.1f}"
         row = (str(stage), str(plan.layout.partition[stage]), names, shown, f"{offloaded:g}", f"{memory.reserve_gib:g}")
         table.add_row(*row, f"{left:.1f}", f"{memory.budget_gib:.1f}")
-    table.caption = f"KV cache: {memory.cache_tokens:,} tokens in total, {memory.request_tokens:,} for one request" + (
+    replicas = f"Nodes of the first of {plan.layout.dp} replicas. " if plan.layout.dp > 1 else ""
+    cache = f"KV cache: {memory.cache_tokens:,} tokens in total, {memory.request_tokens:,} for one request"
+    table.caption = f"{replicas}{cache}" + (
         f"; {memory.host_gib:g} GiB of host memory pinned" if plan.layout.offload_gib else ""
     )
     table.caption_justify = "left"

@@ -328,7 +328,7 @@ def test_the_plan_says_which_numbers_are_of_all_replicas_and_that_the_speed_is_n
     found = planned(1, "h200", MIXTRAL, layout=layout)
     said = " ".join(plan_text.text(found, commands=False).split())
     assert "; 256 concurrent (32 per replica), " in said
-    assert "k0 (first of 8 replicas)" in said
+    assert "Nodes of the first of 8 replicas. KV cache: " in said
     assert found.prediction
     assert found.prediction.exchange_ms == found.prediction.collectives_ms == 1.1
     assert "all-reduces 0 ms, exchange of tokens between replicas 1.1 ms" in said
