@@ -1,6 +1,6 @@
 """The package and its five libraries load, with the backend for CUDA; the kernels need a GPU (smoke_gpu.py).
 
-libggml-cuda is linked with libcuda.so.1, the driver's. Where there is no driver, an empty stand-in is compiled that has the
+libggml-cuda is linked with libcuda.so.1, the driver's. If the driver is missing, an empty stand-in is compiled that has the
 names which the library asks for, so that the loader resolves all other ones for real. So the recipe does not import the
 package.
 """
