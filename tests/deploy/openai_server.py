@@ -42,6 +42,7 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     behaviour: Behaviour
+    unanswered = False
 
     def do_GET(self) -> None:
         if self.allowed():
@@ -57,6 +58,7 @@ class Handler(BaseHTTPRequestHandler):
             mine.requests.append({**body, "path": self.path})
             mine.at_once += 1
             mine.most_at_once = max(mine.most_at_once, mine.at_once)
+        self.unanswered = True
         try:
             if "ignore_eos" in body and not mine.ignore_eos:
                 self.whole(422, {"error": {"message": "Unexpected keys in the request: {'ignore_eos'}"}})
@@ -67,8 +69,14 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             pass  # the client has gone
         finally:
-            with mine.lock:
-                mine.at_once -= 1
+            self.answered()
+
+    def answered(self) -> None:
+        """No longer counted as running. Call it before the last bytes: a client that has them sends its next request."""
+        mine = self.behaviour
+        with mine.lock:
+            mine.at_once -= self.unanswered
+            self.unanswered = False
 
     def stream(self, body: dict[str, Any], fault: str) -> None:
         mine, chat = self.behaviour, "messages" in body
@@ -95,12 +103,14 @@ class Handler(BaseHTTPRequestHandler):
         if mine.usage:
             prompt = len(str(body.get("prompt") or body.get("messages")).split())
             self.say({"choices": [], "usage": {"prompt_tokens": prompt, "completion_tokens": made}})
+        self.answered()
         self.raw(b"data: [DO")
         self.raw(b"NE]\r\n\r\n")
         self.raw(b"")
 
     def go_wrong(self, fault: str) -> bool:
         if fault == "error":
+            self.answered()
             self.say({"object": "error", "message": "Ray lost a worker", "type": "InternalServerError", "code": 500})
             self.raw(b"")
             return True
@@ -108,6 +118,7 @@ class Handler(BaseHTTPRequestHandler):
             for _ in range(100):  # keep-alive chunks without text
                 self.raw(b": ping\n\n")
                 time.sleep(0.05)
+        self.answered()
         self.close_connection = True
         return fault in ("cut", "stall")
 
@@ -123,6 +134,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def whole(self, status: int, value: object) -> None:
         data = json.dumps(value).encode()
+        self.answered()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

@@ -147,11 +147,12 @@ def test_the_engines_own_client_measures_on_the_head(tmp_path: Path) -> None:
         assert [each["tokens"] for each in (one, four)] == [160, 160]
         assert one["prompt_tokens"] == 8 * 30
         assert one["tokens_per_s"] == pytest.approx(160 / one["seconds"], rel=0.01)
-        assert four["tokens_per_s"] > 2 * one["tokens_per_s"]
+        assert four["tokens_per_s"] > one["tokens_per_s"]
         assert one["stream_tokens_per_s"] == pytest.approx(1000 / one["token_ms"]["p50"], rel=0.01)
         for times in ("first_ms", "token_ms", "chunk_ms"):
             assert 0 < one[times]["p50"] <= one[times]["p90"] <= one[times]["p99"], times
-        assert one["first_ms"]["p50"] > 50 > one["chunk_ms"]["p50"] > one["token_ms"]["p50"]
+        assert one["first_ms"]["p50"] > 60
+        assert one["chunk_ms"]["p50"] > one["token_ms"]["p50"]
         assert one["usd_per_mtok"] == pytest.approx(22.9 / (one["tokens_per_s"] * 3600) * 1e6, rel=0.01)
         assert 0 < one["predicted_tokens_per_s"] < four["predicted_tokens_per_s"]
         assert made.engine.most_at_once == 4
