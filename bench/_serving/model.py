@@ -3,7 +3,7 @@
     python -m bench._serving.model make FOLDER llama-8b         weights, tokenizer, config.json; a GPU makes the numbers
     python -m bench._serving.model shape FOLDER llama-405b 16   config.json with so many layers and the tokenizer: no weights
     python -m bench._serving.model exchange FOLDER OTHER        the same model with two shards of one matrix exchanged, or with
-                                                                two experts exchanged
+                                                                the experts of two ranks exchanged
     python -m bench._serving.model reference FOLDER OUT.json    log-probabilities of the prompts, in 32 and in 16 bit, and
                                                                 with the same exchange
     python -m bench._serving.model greedy FOLDER OUT.json       the likeliest tokens after each prompt, one after the other
@@ -60,8 +60,8 @@ ROUTER = 0.2
 SHARDS = 8
 SWAPPED = ("mlp.down_proj", 2)
 "What is exchanged for the negative control: the halves that two ranks of tensor parallelism hold, in the middle layer."
-EXCHANGED = (0, 8)
-"The same for a model with experts: all weights of two experts of the middle layer, which two ranks of two hold."
+EXPERT_RANKS = 2
+"The same for a model with experts: in the middle layer, the two ranks' halves of the experts are exchanged."
 
 
 def prompts() -> list[list[int]]:
@@ -209,7 +209,7 @@ def _matrices(about: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def exchange(folder: Path, other: Path) -> None:
-    """A copy of the model with SWAPPED or EXCHANGED exchanged: what an engine computes with it must be refused."""
+    """A copy of the model with SWAPPED or two ranks' experts exchanged: what an engine computes with it must be refused."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(folder, other)
@@ -217,7 +217,12 @@ def exchange(folder: Path, other: Path) -> None:
     about = json.loads((folder / "config.json").read_text())
     layer = f"model.layers.{about['num_hidden_layers'] // 2}"
     if "num_experts" in about:
-        pairs = [[f"{layer}.mlp.experts.{place}.{name}_proj.weight" for place in EXCHANGED] for name in ("gate", "up", "down")]
+        half = about["num_experts"] // EXPERT_RANKS
+        pairs = [
+            [f"{layer}.mlp.experts.{place}.{name}_proj.weight" for place in (expert, expert + half)]
+            for expert in range(half)
+            for name in ("gate", "up", "down")
+        ]
         part = load_file(folder / index[pairs[0][0]])  # a layer is in one file
         for first, second in pairs:
             part[first], part[second] = part[second], part[first]

@@ -59,6 +59,13 @@ from gracefarm.errors import ConfigError, UsageError
 @click.option("--tp", type=click.IntRange(1), help="With --nodes: number of GPUs that share every layer (tensor parallel).")
 @click.option("--pp", type=click.IntRange(1), help="With --nodes: number of stages (pipeline parallel).")
 @click.option("--dp", type=click.IntRange(1), help="With --nodes: number of replicas (data parallel).")
+@click.option(
+    "--ep/--no-ep",
+    "ep",
+    default=None,
+    help="With --nodes: give each GPU whole experts, or a part of each expert (expert parallel). Default: whole experts only "
+    "if the engine cannot split these experts.",
+)
 @reporting
 def plan(
     context: DeployContext,
@@ -74,6 +81,7 @@ def plan(
     tp: int | None,
     pp: int | None,
     dp: int | None,
+    ep: bool | None,
 ) -> None:
     """Show layout, memory, predicted speed and cost, and rejected layouts. The command starts nothing and does not contact the
     nodes.
@@ -90,12 +98,18 @@ def plan(
         rows = accuracy.rows()
         context.console.result([row.model_dump(mode="json") for row in rows], plan_text.accuracy(rows))
         return
-    if count is None and any((kind, engine_name, repo, tp, pp, dp)):
+    if count is None and any(each is not None for each in (kind, engine_name, repo, tp, pp, dp, ep)):
         raise UsageError(
-            "--gpu, --engine, --model, --tp, --pp and --dp require --nodes",
+            "--gpu, --engine, --model, --tp, --pp, --dp and --ep require --nodes",
             remedy="add --nodes N; or set these values in deploy.toml: engine, repo in [model], and the keys of [layout]",
         )
-    split = {"tensor_parallel": tp, "pipeline_parallel": pp, "data_parallel": dp, "objective": objective}
+    split = {
+        "tensor_parallel": tp,
+        "pipeline_parallel": pp,
+        "data_parallel": dp,
+        "expert_parallel": ep,
+        "objective": objective,
+    }
     if count is None:
         deployment: Deployment = _layout(context.deployment, split, price)
         facts = load_facts(deployment)

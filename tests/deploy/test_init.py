@@ -364,6 +364,12 @@ def test_json_is_the_plan_and_equal_each_time(tmp_path: Path) -> None:
     assert [level["streams"] for level in shown["prediction"]["levels"]] == [1, 4, 16]
 
 
+def test_whole_experts_are_planned_or_refused_as_the_option_says(tmp_path: Path) -> None:
+    model = ("plan", "--nodes", "2", "--gpu", "h200", "--model", "Qwen/Qwen3-235B-A22B", "--json")
+    layouts = [json.loads(deploy(tmp_path, *model, *option).stdout)["layout"] for option in ((), ("--ep",), ("--no-ep",))]
+    assert [layout["expert_parallel"] for layout in layouts] == [False, True, False]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -372,6 +378,7 @@ def test_json_is_the_plan_and_equal_each_time(tmp_path: Path) -> None:
         (("--nodes", "10", "--engine", "vllm", "--tp", "5"), 64, "are not divisible by 5"),
         (("--nodes", "10", "--gpu", "mi300"), 2, "unknown kind of node 'mi300'"),
         (("--tp", "5"), 2, "add --nodes N"),
+        (("--no-ep",), 2, "add --nodes N"),
         ((), 3, "no deploy.toml"),
     ],
 )
