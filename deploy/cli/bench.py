@@ -115,7 +115,8 @@ def bench(
     through the tunnel. The output names the client that measured.
 
     The server counts the tokens (usage), because a chunk of the stream may contain several tokens. Results are
-    stored in .deploy/bench. $/Mtok requires price_per_node_hour in deploy.toml.
+    stored in .deploy/bench. $/Mtok is computed from price_per_node_hour in deploy.toml. Without this key, it is
+    computed from the prices of the GPUs in `deploy plan`.
     """
     plan = None if url else plan_of(context.deployment.folder)
     key = key_file.read_text().strip() if key_file else os.environ.get("OPENAI_API_KEY")
