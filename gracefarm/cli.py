@@ -20,6 +20,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 _JSON = "gracefarm.json"
 "Key of the context's meta, which all nested contexts share."
+_JSON_HELP = "Print results and messages as JSON, one JSON value per line."
 
 
 class CommandGroup(click.Group):
@@ -86,9 +87,7 @@ class LazyGroup(CommandGroup):
 
 def json_option(command: click.decorators.FC) -> click.decorators.FC:
     """Accept `--json`; `json_requested` tells whether it was given."""
-    return click.option("--json", "_json", is_flag=True, expose_value=False, callback=_note_json, help="Print JSON lines.")(
-        command
-    )
+    return click.option("--json", "_json", is_flag=True, expose_value=False, callback=_note_json, help=_JSON_HELP)(command)
 
 
 def _note_json(context: click.Context, _parameter: click.Parameter, value: bool) -> None:

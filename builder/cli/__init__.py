@@ -14,30 +14,30 @@ from gracefarm.cli import SETTINGS, LazyGroup, json_requested
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         # name: (module:function, summary for --help), in the order of a typical workflow
-        "init": ("builder.cli.init:init_command", "Create a project folder with recipes, stacks and sets."),
-        "new": ("builder.cli.new:new_command", "Write a recipe for a package, read from its source."),
-        "list": ("builder.cli.look:list_command", "List recipes with the last build of each on this machine."),
-        "plan": ("builder.cli.look:plan_command", "Show inputs, build id, steps and commands of a build."),
-        "fetch": ("builder.cli.fetch:fetch_command", "Fetch and verify sources, and apply patches."),
-        "build": ("builder.cli.build:build_command", "Build wheels: fetch, compile, audit, smoke-test, publish."),
-        "matrix": ("builder.cli.matrix:matrix_command", "List the cells of recipes with the state of each."),
-        "run": ("builder.cli.build:run_command", "Build, publish to a local index, install from it, import."),
+        "init": ("builder.cli.init:init_command", "Create a project folder with gracefarm's recipes and stacks."),
+        "new": ("builder.cli.new:new_command", "Write a recipe for a package, from the package's source."),
+        "list": ("builder.cli.look:list_command", "List the recipes, and the result of each recipe's last build."),
+        "plan": ("builder.cli.look:plan_command", "Show what a build would do, without starting it."),
+        "fetch": ("builder.cli.fetch:fetch_command", "Download and check the sources of recipes."),
+        "build": ("builder.cli.build:build_command", "Build wheels from recipes, test them, and publish them."),
+        "matrix": ("builder.cli.matrix:matrix_command", "List the wheels that could be built, and the state of each."),
+        "run": ("builder.cli.build:run_command", "Build one wheel, publish it locally, install it and import it."),
         "show": ("builder.cli.look:show_command", "Show the record of a recipe's last build."),
         "log": ("builder.cli.look:log_command", "Print the log of a recipe's last build."),
-        "why": ("builder.cli.why:why_command", "Show which input changed, and what must be built again."),
+        "why": ("builder.cli.why:why_command", "Show which inputs of a build have changed."),
         "shell": ("builder.cli.upkeep:shell_command", "Open a shell in the sandbox of a recipe's last build."),
-        "audit": ("builder.cli.check:audit_command", "Run the audit on any wheel."),
-        "smoke": ("builder.cli.check:smoke_command", "Import a wheel in a fresh environment, or run it on a GPU."),
-        "certify": ("builder.cli.certify:certify_command", "Test a wheel on a GPU, and write a signed certificate."),
-        "verify": ("builder.cli.verify:verify_command", "Check a wheel against its record, or by building it again."),
-        "set": ("builder.cli.sets:set_command", "Build, test and publish wheels together."),
-        "lock": ("builder.cli.lock:lock_command", "Write the locks of a recipe, stack or set."),
-        "stack": ("builder.cli.stack:stack_command", "Create stacks."),
-        "key": ("builder.cli.key:key_command", "Create and show this machine's signing key."),
-        "sign": ("builder.cli.key:sign_command", "Sign the provenance of the last builds again."),
-        "updates": ("builder.cli.updates:updates_command", "List newer upstream releases, as changes to review."),
-        "doctor": ("builder.cli.upkeep:doctor_command", "Check what this machine lacks for building, and fix it."),
-        "clean": ("builder.cli.upkeep:clean_command", "Remove working folders of builds."),
+        "audit": ("builder.cli.check:audit_command", "Check the files in a wheel against a stack."),
+        "smoke": ("builder.cli.check:smoke_command", "Install a wheel in a new environment, and import it."),
+        "certify": ("builder.cli.certify:certify_command", "Test a wheel on a GPU, and sign a certificate of the results."),
+        "verify": ("builder.cli.verify:verify_command", "Check that a wheel is unchanged, or build it again and compare."),
+        "set": ("builder.cli.sets:set_command", "Build, test and publish several wheels together."),
+        "lock": ("builder.cli.lock:lock_command", "Write lock files, and fill in unknown digests."),
+        "stack": ("builder.cli.stack:stack_command", "Create a stack."),
+        "key": ("builder.cli.key:key_command", "Create or show the key that signs the origin of wheels."),
+        "sign": ("builder.cli.key:sign_command", "Sign the origin of wheels that are already built."),
+        "updates": ("builder.cli.updates:updates_command", "List newer releases of torch, Python and the recipes' packages."),
+        "doctor": ("builder.cli.upkeep:doctor_command", "Check whether this machine can build wheels."),
+        "clean": ("builder.cli.upkeep:clean_command", "Remove temporary files of builds."),
         "schema": ("builder.cli.upkeep:schema_command", "Print the JSON schemas of recipe.toml and other files."),
     }
 )
@@ -46,12 +46,20 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
 @click.group(cls=LazyGroup, table=COMMANDS, renamed={"lock-stack": "builder lock STACK"}, context_settings=SETTINGS)
 @click.version_option(package_name="gracefarm")
 def cli() -> None:
-    """Build tested aarch64 CUDA wheels from pinned recipes.
+    """Build and test wheels with CUDA code, for aarch64 and x86_64.
+
+    A recipe (a folder in recipes/) describes how to build one package. A stack (a folder in stacks/) pins the torch, CUDA,
+    Python and compilers for the build. The builder looks for these two folders in the working directory, then in its parent
+    folders. If it does not find them there, it uses the recipes and stacks that belong to gracefarm.
 
     \b
+    # List the recipes.
     builder list
+    # Show what the build of the recipe causal_conv1d would do.
     builder plan causal_conv1d
+    # Build the wheel, and upload it to an index on this machine.
     builder build causal_conv1d --publish http://127.0.0.1:8080/legacy/
+    # Check a wheel against the stack cu130.
     builder audit some.whl --stack cu130
     """
 

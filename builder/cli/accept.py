@@ -15,7 +15,11 @@ from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, SeveralError, UsageError
 
 accept_option = click.option(
-    "--accept-new", "accepts", is_flag=True, help="Accept unknown digests at first use, and store them."
+    "--accept-new",
+    "accepts",
+    is_flag=True,
+    help="Download the files whose digest is unknown, and store their digests without comparing them with another source. The "
+    "command asks for confirmation first.",
 )
 yes_option = click.option("--yes", is_flag=True, help="With --accept-new: do not ask for confirmation.")
 

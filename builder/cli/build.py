@@ -11,7 +11,7 @@ import click
 
 from builder.cli.accept import accept_new, accept_option, yes_option
 from builder.cli.matrix import Part, cells_of, parted, plan_cell, reports_of, table_of
-from builder.cli.options import Aim, aimed, aimed_at_sandbox, plan_of, start
+from builder.cli.options import Aim, aimed, aimed_at_sandbox, jobs_option, plan_of, start
 from builder.farm.cluster import Cluster, connected
 from builder.flow import history
 from builder.flow.attempt import BuildOptions
@@ -34,41 +34,47 @@ from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageErr
 @click.command("build")
 @click.argument("names", nargs=-1)
 @aimed
-@click.option("--changed", is_flag=True, help="Build every recipe whose plan has no successful build yet.")
+@click.option(
+    "--changed",
+    is_flag=True,
+    help="Build each recipe that was not built successfully with its current inputs. With --matrix: each such cell.",
+)
 @click.option(
     "--matrix",
     "selector",
-    help="Selector, or the name of a selector in matrix.toml. Each combination of axis values that it selects (a cell) "
-    "is built.",
+    metavar="SELECTOR",
+    help="Build the cells of this selector. SELECTOR is AXIS=VALUES (see above), or a name in matrix.toml.",
 )
 @parted
+@jobs_option
 @click.option(
-    "--jobs", type=click.IntRange(1), help="Maximum number of parallel compilations. The default depends on cores and memory."
-)
-@click.option(
-    "--farm", "address", metavar="ADDRESS", help="Build on a Ray cluster: ray://HOST:10001, HOST:6379, auto, or local."
+    "--farm",
+    "address",
+    metavar="ADDRESS",
+    help="Build on a Ray cluster. ADDRESS is ray://HOST:10001, HOST:6379, auto (the cluster that this machine belongs to) or "
+    "local (a new cluster on this machine).",
 )
 @click.option(
     "--publish",
     "url",
     metavar="URL",
-    help="Upload the wheels to this legacy upload API. The credentials are TWINE_USERNAME and TWINE_PASSWORD, or those "
-    "in keyring.",
+    help="Upload each wheel to the index with this upload address, such as http://HOST:8080/legacy/. User name and password "
+    "come from TWINE_USERNAME and TWINE_PASSWORD, or from keyring.",
 )
-@click.option("--keep", is_flag=True, help="Keep the working folder after a successful build.")
-@click.option("--no-compiler-cache", is_flag=True, help="Compile without the compiler cache.")
+@click.option("--keep", is_flag=True, help="Do not delete the working folder after a successful build.")
+@click.option("--no-compiler-cache", is_flag=True, help="Do not use the compiler cache (ccache).")
 @click.option(
     "--shared-cache",
     type=click.Choice(MODES),
     default="read",
     show_default=True,
-    help="How to use the shared compiler cache, which is on the index in the setting shared_cache. read: only read it. "
-    "write: also add to it.",
+    help="How to use a compiler cache that several machines share. Its address is the setting shared_cache in settings.toml. "
+    "off: do not use it. read: only read. write: read and write.",
 )
 @click.option(
     "--no-device-store",
     is_flag=True,
-    help="Compile all device code, even if a build of another cell has already compiled the same code.",
+    help="Compile all GPU code. Without this option, a build uses GPU code that an earlier build of the recipe compiled.",
 )
 @accept_option
 @yes_option
@@ -89,20 +95,35 @@ def build_command(
     accepts: bool,
     yes: bool,
 ) -> None:
-    """Build wheels: fetch, compile in a sandbox, audit, smoke-test, publish.
+    """Build wheels from recipes, test them, and publish them.
+
+    NAMES are recipes (folders in recipes/). To select recipes in a different way, use --changed or --matrix. The steps for
+    each wheel are: fetch the sources, compile them in a sandbox without network, check the files of the wheel (audit),
+    import the wheel in a new environment (smoke test), and upload it if --publish is given. A wheel that was already built
+    from the same sources, options and compilers is not built again.
+
+    With --matrix, a recipe is built several times, for example for several Pythons. Each of these wheels is a cell. A
+    selector names the cells as a list of AXIS=VALUES. The axes are recipe, stack, torch, cuda, python, target and sm. A
+    comma separates values. A + joins GPU architectures that one wheel contains.
 
     \b
+    # Build the wheel of one recipe.
     builder build causal_conv1d
+    # Build for x86_64 with two compilations at a time. Keep the working folder.
     builder build causal_conv1d --target x86_64 --jobs 2 --keep
+    # Build each recipe whose inputs have changed. Upload the wheels.
     builder build --changed --publish http://127.0.0.1:8080/legacy/
-    builder build causal_conv1d --toolchain host
+    # Build with gcc of this machine and with the CUDA in /usr/local/cuda.
     builder build causal_conv1d --toolchain host --cuda /usr/local/cuda
+    # Build in a container.
     builder build flash_attn --toolchain container
+    # Ask whether to accept the files whose digest is unknown, then build.
     builder build triton --accept-new
-    builder build triton --llvm source
-    builder build flash_attn --matrix 'sm=90+100' --accept-new
+    # Build two wheels, for Python 3.11 and 3.13, each for two GPU architectures.
     builder build causal_conv1d --matrix 'python=3.11,3.13 sm=90+100'
+    # Build those aarch64 wheels of the selector `default` that have changed.
     builder build --changed --matrix default --only target=aarch64
+    # Build the changed wheels of this selector on a Ray cluster.
     builder build --changed --matrix default --farm ray://head:10001
     """
     settings, console = start()
@@ -387,11 +408,16 @@ def build_one(plan: Plan, options: BuildOptions, settings: Settings, console: Co
 @aimed_at_sandbox
 @json_option
 def run_command(name: str, stack_name: str | None, target: str) -> None:
-    """Build NAME (default: causal_conv1d), publish the wheel to an index on this machine, install it from there with pip,
-    and import it.
+    """Build one wheel, publish it on this machine, install it with pip, and import it.
+
+    NAME is a recipe (a folder in recipes/). The default is causal_conv1d. The command starts an index on this machine,
+    uploads the wheel to it, and installs the wheel from it in a new environment. At the end it stops the index, and prints
+    the paths of the wheel, the record and the log.
 
     \b
+    # Run all these steps for causal_conv1d on aarch64.
     builder run
+    # Run them for x86_64.
     builder run causal_conv1d --target x86_64
     """
     from builder.flow import run

@@ -24,19 +24,37 @@ from gracefarm.files import atomic_write, remove_tree
 
 @click.command("certify")
 @click.argument("wheel", type=FILE, required=False)
-@click.option("--recipe", "recipe_name", metavar="NAME", help="Test the wheel with the smoke_gpu.py of this recipe.")
 @click.option(
-    "--stack", "stack_name", metavar="NAME", help="Test the wheel in the environment of this stack; default: the recipe's."
+    "--recipe",
+    "recipe_name",
+    metavar="NAME",
+    help="Test the wheel with smoke_gpu.py of this recipe (a folder in recipes/).",
 )
-@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="File to write; default: WHEEL.gpu.json.")
+@click.option(
+    "--stack",
+    "stack_name",
+    metavar="NAME",
+    help="Test the wheel with the packages that this stack pins (a folder in stacks/). Default: the stack that the recipe "
+    "names.",
+)
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Report file to write. Default: WHEEL.gpu.json in the working directory.",
+)
 @click.option(
     "--accept",
     "accepted",
     type=FILE,
     metavar="REPORT",
-    help="On the machine that built the wheel: check a report, and sign a certificate.",
+    help="Check this report file, and sign a certificate. Run this on the machine that built the wheel.",
 )
-@click.option("--publish", "url", metavar="URL", help="With --accept: upload the certificates to this index.")
+@click.option(
+    "--publish",
+    "url",
+    metavar="URL",
+    help="With --accept: also send the certificate to the index with this upload address, such as http://HOST:8080/legacy/.",
+)
 @cuda_option
 @tried
 @json_option
@@ -49,16 +67,24 @@ def certify_command(
     url: str | None,
     on: ToolchainChoice,
 ) -> None:
-    """Test a wheel on a GPU, and write a signed certificate.
+    """Test a wheel on a GPU, and sign a certificate of the results.
 
-    On the machine with the GPU, smoke_gpu.py compares the wheel's results with a reference and writes a report with the
-    digest of the device code. On the machine that built the wheel, --accept compares this digest with the wheels that
-    this machine built, and signs a certificate. The certificate applies to each wheel with the same device code, even
-    if the wheel is for a different architecture or Python. The exit code is 31 if results are wrong, and 32 if no
-    wheel of this machine has the device code of the report.
+    1. On the machine with the GPU, run the command with WHEEL, the path of a .whl file. The script smoke_gpu.py of the
+    recipe compares the results of the wheel with the results of a reference, such as plain torch. The command writes a
+    report file. The report contains the digest
+    (hash) of the wheel's GPU code.
+
+    2. Copy the report to the machine that built the wheel, and run the command there with --accept. The command looks for a
+    wheel of this machine with the same digest, and signs a certificate with the key of this machine.
+
+    The certificate applies to each wheel with the same GPU code, even if the wheel is for a different processor
+    architecture or Python. The exit code is 31 if results are wrong. It is 32 if no wheel of this machine has the GPU code
+    of the report.
 
     \b
+    # Test a wheel on the GPU of this machine, and write thing-1.0.whl.gpu.json.
     builder certify dist/thing-1.0.whl --recipe thing --toolchain host
+    # Check the report, and sign a certificate.
     builder certify --accept thing-1.0.whl.gpu.json
     """
     settings, console = start()

@@ -34,13 +34,13 @@ from gracefarm.tables import parse_size
     "stack_name",
     required=True,
     metavar="NAME",
-    help="Check the wheel against the torch, CUDA and libc of this stack.",
+    help="Check the wheel against the torch, CUDA and C library of this stack (a folder in stacks/).",
 )
 @click.option(
     "--recipe",
     "recipe_name",
     metavar="NAME",
-    help="Also check name, version, files and architectures of the wheel against this recipe.",
+    help="Also check the name, version, files and GPU architectures of the wheel against this recipe (a folder in recipes/).",
 )
 @functools.partial(device_coded, audits=True)
 @json_option
@@ -51,10 +51,16 @@ def audit_command(
     sm: tuple[str, ...] | None,
     ptx: str | None,
 ) -> None:
-    """Run the audit on any wheel. The exit code is 30 if the wheel fails a check (a gate).
+    """Check the files in a wheel against a stack, without running the wheel.
+
+    WHEEL is the path of a .whl file. The builder does not have to be the program that built it. Each check is called a gate.
+    Each line of the output shows one gate and its result: passed, failed or not applicable. The exit code is 30 if a gate
+    failed.
 
     \b
+    # Check a wheel against the stack cu130.
     builder audit dist/causal_conv1d-1.7.0-*.whl --stack cu130
+    # Also check whether the wheel matches the recipe triton.
     builder audit dist/triton-3.2.0-*.whl --stack cu124 --recipe triton
     """
     settings, console = start()
@@ -86,12 +92,22 @@ def _foreign_policy(wheel: Path, stack_name: str, sm: tuple[str, ...] | None, se
 @click.command("smoke")
 @click.argument("wheel", type=FILE)
 @click.option(
-    "--stack", "stack_name", required=True, metavar="NAME", help="Import the wheel in the environment of this stack."
+    "--stack",
+    "stack_name",
+    required=True,
+    metavar="NAME",
+    help="Install the wheel beside the packages that this stack pins (a folder in stacks/).",
 )
-@click.option("--import", "imports", multiple=True, metavar="MODULE", help="Module to import. Repeatable.")
-@click.option("--script", type=FILE, help="Script to run after the imports.")
-@click.option("--recipe", "recipe_name", metavar="NAME", help="Take modules and script from this recipe.")
-@click.option("--gpu", is_flag=True, help="Run the file of --script, else the recipe's smoke_gpu.py, on a GPU.")
+@click.option("--import", "imports", multiple=True, metavar="MODULE", help="Module to import. The option can be repeated.")
+@click.option("--script", type=FILE, help="Python script to run after the imports.")
+@click.option(
+    "--recipe", "recipe_name", metavar="NAME", help="Use the modules and the script of this recipe (a folder in recipes/)."
+)
+@click.option(
+    "--gpu",
+    is_flag=True,
+    help="Run the script on a GPU. The script is the file of --script, or smoke_gpu.py of the recipe.",
+)
 @tried
 @json_option
 def smoke_command(
@@ -103,10 +119,15 @@ def smoke_command(
     gpu: bool,
     on: ToolchainChoice,
 ) -> None:
-    """Import a wheel in a fresh environment of the stack. With --gpu, also run a test script on a GPU.
+    """Install a wheel in a new environment, and import it.
+
+    WHEEL is the path of a .whl file. Give the modules to import with --import or --recipe. The command prints the path of
+    each imported module. With --gpu, a script also tests the wheel on a GPU.
 
     \b
+    # Install a wheel beside the packages of the stack cu130, and import thing.
     builder smoke thing.whl --stack cu130 --import thing
+    # Import the modules of the recipe thing, and run its smoke_gpu.py on a GPU.
     builder smoke thing.whl --stack cu130 --recipe thing --gpu
     """
     settings, console = start()

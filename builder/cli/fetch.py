@@ -17,19 +17,24 @@ from gracefarm.files import lock, remove_tree
 @click.command("fetch")
 @click.argument("names", nargs=-1, required=True)
 @click.option(
-    "--stack", "stack_name", metavar="NAME", help="Stack for which to prepare the sources. Default: the stack of the recipe."
+    "--stack",
+    "stack_name",
+    metavar="NAME",
+    help="Stack for which to patch the sources: a folder in stacks/. Default: the stack that the recipe names.",
 )
 @json_option
 def fetch_command(names: tuple[str, ...], stack_name: str | None) -> None:
-    """Fetch and verify the sources of recipes, and apply their patches and substitutions.
+    """Download and check the sources of recipes.
 
-    Commits, trees, submodules and digests must match the recipe. Files with unknown digests are skipped and listed. `builder
-    build` starts with the same steps.
+    NAMES are recipes (folders in recipes/). Each commit and digest must have the value that the recipe pins. The command
+    also tests whether the patches of the recipe can be applied. The downloaded files stay on this machine for later builds.
+    Files whose digest is unknown are not downloaded.
 
     \b
+    # Download and check the sources of one recipe.
     builder fetch flash_attn
+    # Download and check the sources of two recipes, for the stack cu130.
     builder fetch flash_attn aphrodite --stack cu130
-    builder fetch triton aphrodite --json
     """
     settings, console = start()
     failures: list[GracefarmError] = []

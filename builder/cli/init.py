@@ -21,7 +21,10 @@ from gracefarm.files import atomic_directory
 def init_command(folder: Path) -> None:
     """Create the project folder DIR with copies of gracefarm's recipes, stacks, interpreters and sets.
 
+    In this folder, you can change recipes and add new ones. DIR must not exist, or must be empty.
+
     \b
+    # Create the project folder wheels.
     builder init wheels
     """
     console = Console(as_json=json_requested())

@@ -13,10 +13,15 @@ from gracefarm.errors import ConfigError
 
 @click.group("key", cls=CommandGroup)
 def key_command() -> None:
-    """Create and show this machine's ed25519 key, which signs provenance (docs/explanation/provenance.md).
+    """Create or show the key that signs the origin of wheels.
+
+    For each wheel, the builder writes a statement about its origin (provenance): the sources, the options and the
+    compilers. If this machine has a key, the builder signs the statement with it. The key is an ed25519 key.
 
     \b
+    # Create the key.
     builder key create
+    # Write the public key into a file.
     builder key show > builder.pub
     """
 
@@ -36,9 +41,13 @@ def _private() -> Ed25519PrivateKey:
 @key_command.command("create")
 @json_option
 def create_command() -> None:
-    """Create the key that signs provenance, in a file that only its owner can read. Print the public key.
+    """Create the key that signs the origin of wheels, and print its public key.
+
+    Later builds on this machine are signed with this key. The private key is in a file that only its owner can read. The
+    command prints the path of this file.
 
     \b
+    # Create the key, and print its public key.
     builder key create
     """
     _, console = start()
@@ -50,9 +59,12 @@ def create_command() -> None:
 @key_command.command("show")
 @json_option
 def show_command() -> None:
-    """Print the public key, for `builder verify --key`.
+    """Print the public key of this machine.
+
+    Users of your wheels check the signature with the public key: builder verify FILE.whl --key builder.pub
 
     \b
+    # Write the public key into a file.
     builder key show > builder.pub
     """
     _, console = start()
@@ -64,9 +76,14 @@ def show_command() -> None:
 @click.argument("names", nargs=-1, required=True)
 @json_option
 def sign_command(names: tuple[str, ...]) -> None:
-    """Sign the provenance of each NAME's last build. Use it for wheels that were built before the key existed.
+    """Sign the origin of wheels that are already built.
+
+    NAMES are recipes (folders in recipes/). For the last build of each recipe, the command signs the statement about the
+    origin of the wheel (provenance) with the key of this machine. Use the command if you created the key after the build. The
+    command prints the path of each signed statement.
 
     \b
+    # Sign the statement of the last build of causal_conv1d.
     builder sign causal_conv1d
     """
     settings, console = start()

@@ -31,39 +31,57 @@ NAMES: Mapping[str, Callable[[Settings], list[str]]] = {
 
 @click.command("lock")
 @click.argument("name", metavar="RECIPE|STACK|SET|INTERPRETER")
-@click.option("--python", metavar="NAME", help="With a stack: lock only the wheels for this interpreter.")
-@click.option("--digests", is_flag=True, help="With a stack: fill in its unknown digests instead of resolving it.")
+@click.option(
+    "--python",
+    metavar="NAME",
+    help="With a stack: write only the lock for this Python, a folder in interpreters/, such as 3.13.",
+)
+@click.option("--digests", is_flag=True, help="With a stack: fill in its unknown digests instead of writing its locks.")
 @click.option(
     "--stack",
     "stack_name",
     metavar="NAME",
-    help="With a recipe: also fill in the unknown digests of this stack. Default: the stack of the recipe.",
+    help="With a recipe: stack (a folder in stacks/) whose unknown digests are also filled in. Default: the stack that the "
+    "recipe names.",
 )
 @toolchain_option(
-    help="Also fill in the digests that only this toolchain requires, such as the digest of the container image."
+    help="With a recipe, or with --digests: also fill in the digests that only builds with this toolchain require. container: "
+    "the digests of the container images."
 )
 @json_option
 def lock_command(name: str, python: str | None, digests: bool, stack_name: str | None, toolchain: ToolchainKind) -> None:
-    """Write the locks of a recipe, stack, set or interpreter.
+    """Write lock files, and fill in unknown digests.
+
+    A lock pins packages by version and digest (sha256). The argument is the name of a recipe, stack, set or interpreter.
+    These are the actions for each of them:
 
     \b
-    - RECIPE: lock the build requirements of the recipe, and fill in unknown
-      digests of its files and of its stack. Compare these digests with another
-      source before you commit them.
-    - STACK: resolve the wheels and Debian packages of the stack.
-    - SET: resolve the runtime requirements of the set. Files that were uploaded
-      after the set's date (`resolved_before`) are ignored.
-    - INTERPRETER: resolve the Debian packages of the interpreter, if it is from
-      Debian.
+    RECIPE (a folder in recipes/)
+        Write the lock of the packages that the build requires. Also download
+        each file whose digest is unknown, and write its digest into the recipe
+        or its stack. Compare these digests with another source before you
+        commit them.
+    STACK (a folder in stacks/)
+        Write the locks of the Python packages and Debian packages.
+    SET (a folder in sets/)
+        Write the lock of the packages that the set installs. Files that were
+        uploaded after the date resolved_before in set.toml are ignored.
+    INTERPRETER (a folder in interpreters/)
+        Write the lock of the Debian packages, if this Python is from Debian.
+
+    If the name exists in several folders, add the folder, such as sets/NAME.
 
     \b
+    # Lock the build requirements of triton, and fill in unknown digests.
     builder lock triton
-    builder lock cu130 --python 3.13
-    builder lock cu124 --digests
+    # Also fill in the digests of the container images.
     builder lock flash_attn --toolchain container
+    # Write the lock of the stack cu130 for Python 3.13.
+    builder lock cu130 --python 3.13
+    # Fill in the unknown digests of the stack cu124.
+    builder lock cu124 --digests
+    # Write the lock of the set gh200-cu130.
     builder lock gh200-cu130
-
-    If several folders contain the name, give the folder too, such as sets/NAME.
     """
     settings, console = start(writes=True)
     folder, name = find(name, settings)

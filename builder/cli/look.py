@@ -21,7 +21,10 @@ from gracefarm.errors import ConfigError
 @click.command("list")
 @json_option
 def list_command() -> None:
-    """List recipes with the last build of each on this machine.
+    """List the recipes, and the result of each recipe's last build.
+
+    Each line shows the recipe, the version of its package, its stack, the result of the last build on this machine, and a
+    summary. The sign - means that this machine has no build of the recipe.
 
     \b
     builder list
@@ -49,10 +52,16 @@ def list_command() -> None:
 @aimed
 @json_option
 def plan_command(name: str, aim: Aim) -> None:
-    """Show inputs, build id, steps and commands of a build, and whether its wheel exists.
+    """Show what a build would do, without starting it.
+
+    NAME is a recipe (a folder in recipes/). The output shows the inputs of the build, the build id (the hash of these
+    inputs), the steps, and the command that compiles. It also shows which files are not downloaded yet, which files have an
+    unknown digest, and whether the wheel exists already.
 
     \b
+    # Print the plan as JSON.
     builder plan causal_conv1d --json
+    # Show the plan of a build with gcc and CUDA of this machine.
     builder plan causal_conv1d --toolchain host
     """
     settings, console = start()
@@ -95,9 +104,13 @@ def plan_command(name: str, aim: Aim) -> None:
 @click.argument("name")
 @json_option
 def log_command(name: str) -> None:
-    """Print the log of a recipe's last build.
+    """Print the log of the last build of a recipe.
+
+    NAME is a recipe (a folder in recipes/). The last build is the build that was started last on this machine, for any
+    stack and architecture.
 
     \b
+    # Print the log of the last build of causal_conv1d.
     builder log causal_conv1d
     """
     settings, console = start()
@@ -119,11 +132,14 @@ def log_command(name: str) -> None:
 @click.argument("name")
 @json_option
 def show_command(name: str) -> None:
-    """Show the record of a recipe's last build: state, stages, gates.
+    """Show the record of the last build of a recipe.
 
-    The last build is the one that was started last, for any target and stack.
+    NAME is a recipe (a folder in recipes/). The last build is the build that was started last on this machine, for any
+    stack and architecture. The record shows the result, the duration of each step, the result of each check of the wheel
+    (gate), and the paths of the files. For a failed build, it shows the cause and the remedy.
 
     \b
+    # Show the record of the last build of causal_conv1d.
     builder show causal_conv1d
     """
     from builder import smoke

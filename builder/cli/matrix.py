@@ -40,8 +40,12 @@ def parted(function: Callable[..., None]) -> Callable[..., None]:
     def with_part(*arguments: object, only: str | None, shard: str | None, **options: object) -> None:
         function(*arguments, part=Part(only=only, shard=shard), **options)
 
-    with_only = click.option("--only", metavar="AXES", help="Only cells with these axis values, such as stack=cu132.")
-    with_shard = click.option("--shard", metavar="I/N", help="Only part I of N parts of the cells, such as 2/3.")
+    with_only = click.option("--only", metavar="AXES", help="Use only the cells with these values, such as stack=cu132.")
+    with_shard = click.option(
+        "--shard",
+        metavar="I/N",
+        help="Divide the cells into N parts, and use only part number I. 2/3 is the second of three parts.",
+    )
     return with_only(with_shard(with_part))
 
 
@@ -52,31 +56,54 @@ def parted(function: Callable[..., None]) -> Callable[..., None]:
     "selector",
     default="default",
     show_default=True,
-    help="Selector of cells, or the name of a selector in matrix.toml.",
+    metavar="SELECTOR",
+    help="List the cells of this selector. SELECTOR is AXIS=VALUES (see above), or a name in matrix.toml.",
 )
 @parted
 @click.option(
     "--publish",
     "url",
     metavar="URL",
-    help="Send the cells to the index with this upload address. The index shows them on its board.",
+    help="Also send the list to the index with this upload address, such as http://HOST:8080/legacy/. The index shows the "
+    "list on a web page.",
 )
 @click.option(
-    "--as", "name", metavar="NAME", help="Name of this list of cells on the index. Default: the name of the selector."
+    "--as", "name", metavar="NAME", help="With --publish: name of the list on the index. Default: the name of the selector."
 )
-@click.option("--prune", is_flag=True, help="List the builds whose torch is older than the releases that matrix.toml keeps.")
+@click.option(
+    "--prune",
+    is_flag=True,
+    help="List instead the builds on this machine for old releases of torch. keep_torch in matrix.toml is the number of "
+    "newest releases that are not old. The command removes nothing.",
+)
 @json_option
 def matrix_command(names: tuple[str, ...], selector: str, part: Part, url: str | None, name: str | None, prune: bool) -> None:
-    """List the cells of recipes (one cell is one wheel), with state, CPU seconds and disk space.
+    """List the wheels that could be built (the cells), and the state of each.
 
-    The states are built, served, failed, blocked and not tried. A served cell uses the abi3 wheel of another cell.
+    A cell is one wheel: a recipe with a stack, a Python, a processor architecture (target) and GPU architectures (sm).
+    NAMES are recipes (folders in recipes/). Default: all recipes, or the recipes that the selector names.
+
+    A selector names the cells as a list of AXIS=VALUES. The axes are recipe, stack, torch, cuda, python, target and sm. A
+    comma separates values, and 3.11..3.14 is a range. A + joins GPU architectures that one wheel contains.
+
+    Each line shows the state of a cell, and the CPU seconds and the disk space of its build. The states are:
 
     \b
+    built      the wheel exists on this machine
+    served     the wheel of another Python can also be used for this cell (abi3)
+    failed     the last build failed
+    blocked    the cell cannot be built; the line ends with the reason
+    not tried  no build was started yet
+
+    \b
+    # List the cells of one recipe that the selector `default` names.
     builder matrix causal_conv1d
+    # List the cells for four Pythons and two GPU architectures.
     builder matrix causal_conv1d --matrix 'python=3.11..3.14 sm=90+100'
+    # List the aarch64 cells with the stack cu132.
     builder matrix --only 'stack=cu132 target=aarch64'
+    # Send the list to an index.
     builder matrix --publish http://127.0.0.1:8080/legacy/
-    builder matrix --json > matrix.json
     """
     settings, console = start()
     if prune:

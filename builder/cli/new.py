@@ -28,20 +28,36 @@ from gracefarm.files import atomic_directory, lock, remove_tree
 
 @click.command("new")
 @click.argument("name")
-@click.option("--version", metavar="V", help="Version of the sdist. Default: the newest release.")
-@click.option("--stack", "stack_name", metavar="NAME", default="cu130", show_default=True, help="Stack of the recipe.")
-@click.option("--git", "url", metavar="URL", help="Take the source from this repository; requires --commit.")
-@click.option("--commit", metavar="ID", help="Full id of the commit.")
+@click.option(
+    "--version",
+    metavar="V",
+    help="Version of the package. Default: the newest release on the Python index. With --git: the version in pyproject.toml.",
+)
+@click.option(
+    "--stack",
+    "stack_name",
+    metavar="NAME",
+    default="cu130",
+    show_default=True,
+    help="Stack that the recipe is built against: a folder in stacks/.",
+)
+@click.option("--git", "url", metavar="URL", help="Take the source from this git repository. Requires --commit.")
+@click.option("--commit", metavar="ID", help="With --git: full id of the commit.")
 @json_option
 def new_command(name: str, version: str | None, stack_name: str, url: str | None, commit: str | None) -> None:
-    """Write recipes/NAME for a package: recipe.toml, NOTES.md, smoke.py, and the lock of its build requirements.
+    """Write a recipe for the package NAME into recipes/NAME.
 
-    For each value, the command prints the file and line that the value was read from, or why it was guessed. The command
-    executes no code of the package.
+    The command downloads the source of the package, by default the source archive (sdist) on the Python index. From the
+    source, it writes recipe.toml, NOTES.md, smoke.py, and a lock file of the packages that the build requires. For each
+    value in recipe.toml, it prints the file and line with the value, or why the value is a guess. It executes no code
+    of the package.
 
     \b
+    # Write a recipe for the newest release of xformers.
     builder new xformers
+    # Write a recipe for natten 0.21.7.
     builder new natten --version 0.21.7
+    # Write a recipe for a commit of a git repository.
     builder new pyg-lib --git https://example.org/pyg-lib --commit COMMIT
     """
     settings, console = start(writes=True)

@@ -30,7 +30,11 @@ _PLACE = click.Path(exists=True, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 "The type of an existing file."
 
-jobs_option = click.option("--jobs", type=click.IntRange(1), help="Maximum number of parallel compilations.")
+jobs_option = click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    help="Maximum number of parallel compilations. Default: as many as CPU cores and memory allow.",
+)
 toolchain_option = functools.partial(
     click.option,
     "--toolchain",
@@ -38,7 +42,13 @@ toolchain_option = functools.partial(
     default="sandbox",
     show_default=True,
 )
-_STACK = click.option("--stack", "stack_name", metavar="NAME", help="Stack to build for. Default: the stack of the recipe.")
+_STACK = click.option(
+    "--stack",
+    "stack_name",
+    metavar="NAME",
+    help="Stack to build against: a folder in stacks/, which pins torch, CUDA, Python and compilers. Default: the stack that "
+    "the recipe names.",
+)
 _target_option = functools.partial(
     click.option,
     "--target",
@@ -46,10 +56,10 @@ _target_option = functools.partial(
     default=Arch.AARCH64.value,
     show_default=True,
 )
-_TARGET_HELP = "Architecture of the wheel."
+_TARGET_HELP = "Processor architecture of the wheel."
 _STACK_AND_TARGET = (
     _STACK,
-    _target_option(help=f"{_TARGET_HELP} With the host toolchain, the default is this machine's architecture."),
+    _target_option(help=f"{_TARGET_HELP} With --toolchain host, it is always the architecture of this machine."),
 )
 _OF_SANDBOX = (_STACK, _target_option(help=_TARGET_HELP))
 _TOOLS = (
@@ -57,20 +67,21 @@ _TOOLS = (
         "--environment",
         "own",
         type=_PLACE,
-        help="With the host toolchain: Python or virtual environment to build against. Default: a new environment from the "
-        "stack's lock.",
+        help="With --toolchain host: Python interpreter or virtual environment to build against. Default: a new environment "
+        "with the packages that the stack pins.",
     ),
     click.option(
         "--python",
         metavar="NAME",
-        help=f"Python of the target, by its name in interpreters/, such as 3.13. Default: {matrix.ROOT}, the Python of the "
-        "stack. With the host toolchain: path of an interpreter on this machine.",
+        help=f"Python of the wheel: a folder in interpreters/, such as 3.13, or {matrix.ROOT} for the Python of the stack. "
+        f"Default: {matrix.ROOT}. With --toolchain host: path of a Python on this machine. Default with host: the Python on "
+        "PATH that has the version of the stack's Python.",
     ),
     click.option(
         "--cuda",
         type=_PLACE,
-        help="With the host toolchain: folder of CUDA. Default: CUDA_HOME, /usr/local/cuda, or the folder that contains the "
-        "nvcc on PATH.",
+        help="With --toolchain host: folder of the CUDA toolkit. Default: CUDA_HOME, else /usr/local/cuda, else the toolkit "
+        "of the nvcc on PATH.",
     ),
 )
 
@@ -80,34 +91,41 @@ def _device_code(sm: str, ptx: str) -> tuple[Function, Function]:
 
 
 _DEVICE_CODE = _device_code(
-    "Architectures of the device code, such as 90 or 90a+100f. Default: the architectures of the stack.",
-    "Architecture of the PTX for newer GPUs, or 'none'. Default: the value in the recipe, else the value in the stack.",
+    "GPU architectures to compile for, joined with +, such as 90 or 90a+100f. 90 stands for compute capability 9.0. Default: "
+    "the architectures in the stack.",
+    "Also include PTX (portable GPU code) for this GPU architecture, such as 90. Newer GPUs can run PTX. none: no PTX. "
+    "Default: the value in the recipe, else the value in the stack.",
 )
 _AUDITED_DEVICE_CODE = _device_code(
-    "Architectures that the device code must be for, such as 90 or 90a+100f. Default: the architectures of the stack.",
-    "Architecture that the PTX must be for, or 'none' if the wheel must have no PTX. Default: the value in the recipe, else "
-    "the value in the stack.",
+    "GPU architectures that the wheel must have code for, joined with +, such as 90 or 90a+100f. 90 stands for compute "
+    "capability 9.0. Default: the architectures in the stack.",
+    "GPU architecture that the wheel must have PTX for, such as 90. none: the wheel must have no PTX. Default: the value in "
+    "the recipe, else the value in the stack.",
 )
 _VARIANT = click.option(
-    "--variant", is_flag=True, help="Give the wheel the variant label (PEP 825, a draft) that follows from its device code."
+    "--variant",
+    is_flag=True,
+    help="Add a variant label (PEP 825, a draft) to the wheel's file name. The label names the GPU architectures of the "
+    "wheel.",
 )
 _TOOLCHAIN = (
     toolchain_option(
-        help="Compilers to use. sandbox: the stack's locked compilers. host: this machine's gcc and CUDA, in a clean "
-        "environment. container: cibuildwheel in the stack's image.",
+        help="Compilers to use. sandbox: the compilers that the stack pins, in a sandbox without network. host: gcc and CUDA "
+        "of this machine. container: the program cibuildwheel, in the container image that the stack names.",
     ),
     *_TOOLS,
 )
 _TRIAL = (
     toolchain_option(
-        help="Where to install the wheel. sandbox, container: in a root of the stack. host: on this machine.",
+        help="Where to install the wheel. sandbox and container: in a sandbox with the Debian system of the stack. host: on "
+        "this machine.",
     ),
     click.option(
         "--environment",
         "own",
         type=_PLACE,
-        help="With the host toolchain: Python or virtual environment. The wheel is installed in a copy of this environment. "
-        "Default: a new environment from the stack's lock.",
+        help="With --toolchain host: Python interpreter or virtual environment. The wheel is installed in a copy of this "
+        "environment. Default: a new environment with the packages that the stack pins.",
     ),
     _TOOLS[1],
 )
@@ -117,21 +135,21 @@ _COMPARED_TOOLS = (
         "--environment",
         "own",
         type=_PLACE,
-        help="If the last build used the host toolchain: Python or virtual environment of the new plan. Required if that "
-        "build used --environment. Default: a new environment from the stack's lock.",
+        help="For builds with --toolchain host: Python interpreter or virtual environment to compare with. Required if the "
+        "build used --environment. Default: a new environment with the packages that the stack pins.",
     ),
     click.option(
         "--python",
         metavar="NAME",
-        help=f"Python of the new plan, by its name in interpreters/, such as 3.13, or {matrix.ROOT} for the Python of the "
-        "stack. Default: the Python of the last build. If the last build used the host toolchain: path of an interpreter on "
-        "this machine, by default the stack's Python on PATH.",
+        help=f"Python to compare with: a folder in interpreters/, such as 3.13, or {matrix.ROOT} for the Python of the stack. "
+        "Default: the Python of the build. For builds with --toolchain host: path of a Python on this machine. Default with "
+        "host: the Python on PATH that has the version of the stack's Python.",
     ),
     click.option(
         "--cuda",
         type=_PLACE,
-        help="If the last build used the host toolchain: folder of CUDA. Default: CUDA_HOME, /usr/local/cuda, or the folder "
-        "that contains the nvcc on PATH.",
+        help="For builds with --toolchain host: folder of the CUDA toolkit to compare with. Default: CUDA_HOME, else "
+        "/usr/local/cuda, else the toolkit of the nvcc on PATH.",
     ),
 )
 
@@ -143,8 +161,8 @@ _LLVM = click.option(
     type=click.Choice(["archive", SOURCE]),
     default="archive",
     show_default=True,
-    help="Source of LLVM, for recipes that are linked with LLVM, such as triton. archive: the pinned archive. source: "
-    "the recipe llvm, which is built first.",
+    help="Where LLVM comes from, for recipes that link with LLVM, such as triton. archive: download the archive that the "
+    "recipe pins. source: first build LLVM with the recipe llvm.",
 )
 
 

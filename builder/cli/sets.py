@@ -19,11 +19,17 @@ from gracefarm.cli import CommandGroup, json_option
 
 @click.group("set", cls=CommandGroup, renamed={"lock": "builder lock SET"})
 def set_command() -> None:
-    """Build, test and publish wheels together (docs/reference/sets.md).
+    """Build, test and publish several wheels together.
+
+    A set (a folder in sets/) names recipes whose wheels are built, and packages that come from the Python index. All wheels
+    of a set are tested in one environment.
 
     \b
+    # List the sets.
     builder set list
+    # Show what the build of the set gh200-cu130 would do.
     builder set plan gh200-cu130
+    # Build and test the set, and write its lock files for this index.
     builder set build gh200-cu130 --index http://127.0.0.1:8080
     """
 
@@ -31,7 +37,9 @@ def set_command() -> None:
 @set_command.command("list")
 @json_option
 def list_command() -> None:
-    """List the sets of this project.
+    """List the sets, with the stack, the recipes and a summary of each.
+
+    A set (a folder in sets/) is a list of wheels that are built, tested and published together.
 
     \b
     builder set list
@@ -49,9 +57,14 @@ def list_command() -> None:
 @click.argument("name")
 @json_option
 def plan_command(name: str) -> None:
-    """Show the inputs of NAME with their digests, inputs with unknown digests, the build order, and existing builds.
+    """Show what the build of a set would do, without starting it.
+
+    NAME is a set: a folder in sets/, which lists wheels that are built, tested and published together. The output shows the
+    wheels to build, in the order of the builds, with their sources and whether they are built already. It also shows the
+    wheels from the Python index, the tests, and the files whose digest is unknown.
 
     \b
+    # Show what the build of the set gh200-cu124 would do.
     builder set plan gh200-cu124
     """
     settings, console = start()
@@ -112,10 +125,16 @@ def _lines(planned: SetPlan, value: dict[str, Any]) -> str:
     "--index",
     "index_url",
     metavar="URL",
-    help="Index that will serve the set. The URLs of the files on this index are written into pylock.toml.",
+    help="Address of the index that will serve the set, such as http://HOST:8080. The command then also writes pylock.toml, "
+    "which contains the address of each file on this index.",
 )
-@click.option("--stage", "stage_url", metavar="URL", help="Stage the set on this index, and publish it when it is complete.")
-@click.option("--as", "shown_as", metavar="NAME", help="Name of the set on the index. Default: NAME.")
+@click.option(
+    "--stage",
+    "stage_url",
+    metavar="URL",
+    help="Address of the index to upload the set to. The index shows the set only when all of its wheels are uploaded.",
+)
+@click.option("--as", "shown_as", metavar="NAME", help="Name that the set gets on the index. Default: the name in sets/.")
 @accept_option
 @yes_option
 @json_option
@@ -128,14 +147,20 @@ def build_command(
     accepts: bool,
     yes: bool,
 ) -> None:
-    """Build the wheels of NAME, test them together in one environment, and write the set's locks.
+    """Build the wheels of a set, test them in one environment, and write the lock files of the set.
 
-    With --stage, also upload the set and publish it. TWINE_USERNAME and TWINE_PASSWORD hold the credentials.
+    NAME is a set: a folder in sets/, which lists wheels that are built, tested and published together. The command prints
+    the paths of the lock files and of the record. With --stage, it also uploads the set to an index and publishes it there.
+    The environment variables TWINE_USERNAME and TWINE_PASSWORD contain the user name and the password for the upload.
 
     \b
+    # Build and test the set.
     builder set build gh200-cu130
+    # Ask whether to accept the files whose digest is unknown, then build.
     builder set build gh200-cu124 --accept-new
+    # Also write pylock.toml with the addresses of the files on this index.
     builder set build gh200-cu130 --index http://10.0.0.1:8080
+    # Also upload the set to this index, and publish it.
     builder set build gh200-cu130 --stage http://10.0.0.1:8080
     """
     from builder.proof import publish
@@ -164,9 +189,14 @@ def build_command(
 @jobs_option
 @json_option
 def run_command(name: str, jobs: int | None) -> None:
-    """Run all steps for the set NAME on this machine: build, test, stage, mirror, publish, install by hash, import.
+    """Run all steps of a set on this machine: build, test, publish, install and import.
+
+    NAME is a set: a folder in sets/, which lists wheels that are built, tested and published together. The command starts
+    an index on this machine, uploads the built wheels, and copies the other wheels from the Python index. Then it installs
+    the set from this index into a new environment, checks the hash of each wheel, and imports the modules.
 
     \b
+    # Run all steps of the set gh200-cu130.
     builder set run gh200-cu130
     """
     from builder.sets.run import run_set  # a client of HTTP

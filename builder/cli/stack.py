@@ -27,29 +27,37 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 @click.group("stack", cls=CommandGroup)
 def stack_command() -> None:
-    """Create stacks. Wheels are built against a stack (docs/reference/stacks.md).
+    """Create a stack.
+
+    A stack (a folder in stacks/) pins the torch, CUDA, Python and compilers that wheels are built against.
 
     \b
+    # Create the stack cu132 for torch 2.15.0.
     builder stack new cu132 --torch 2.15.0
     """
 
 
 @stack_command.command("new")
 @click.argument("name")
-@click.option("--torch", "version", required=True, metavar="VERSION", help="Release of torch on the Python index.")
+@click.option(
+    "--torch", "version", required=True, metavar="VERSION", help="Version of torch, which must be on the Python index."
+)
 @click.option(
     "--like",
     metavar="STACK",
-    help="Stack to copy the root and the settings from, except torch and CUDA. Default: the stack with the newest torch.",
+    help="Existing stack to copy the other settings from, such as GPU architectures. The new stack also uses its Debian "
+    "system. Default: the stack with the newest torch.",
 )
 @json_option
 def new_command(name: str, version: str, like: str | None) -> None:
-    """Create the stack NAME for a release of torch, with its locks.
+    """Create the stack NAME for a version of torch, with its lock files.
 
-    The stack uses the CUDA version that torch's wheels on the Python index require, and the nvcc of that version. The
-    command writes a lock for each Python in interpreters/ for which torch has wheels.
+    A stack (a folder in stacks/) pins the torch, CUDA, Python and compilers that wheels are built against. The new stack
+    uses the CUDA version that this torch requires, and the compiler nvcc of the same version. The command writes a lock
+    file for each Python in interpreters/ for which torch has a wheel.
 
     \b
+    # Create the stack cu132 for torch 2.15.0.
     builder stack new cu132 --torch 2.15.0
     """
     settings, console = start(writes=True)

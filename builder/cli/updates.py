@@ -21,18 +21,20 @@ from gracefarm.errors import FetchError
     default="7d",
     show_default=True,
     metavar="TIME",
-    help="Do not propose releases that are younger than this, such as 7d or 12h. Bad releases are often withdrawn in "
-    "their first days.",
+    help="Do not propose releases that are younger than this, such as 7d (days) or 12h (hours). Bad releases are often "
+    "withdrawn in their first days.",
 )
 @json_option
 def updates_command(age: str) -> None:
-    """List newer upstream releases of recipes, torch and Pythons, as changes to review.
+    """List newer releases of torch, Python and the packages of the recipes.
 
-    The command changes no file. It looks for newer releases of torch and of the recipes' packages on the Python index
-    and in git tags. It looks for newer Pythons in the list of Pythons that the installed uv can download.
+    The command looks for releases on the Python index and in the tags of git repositories. For Python, it uses the list of
+    releases that uv can download. For each newer release, it prints the change to make. It does not change any file.
 
     \b
+    # List the newer releases.
     builder updates
+    # List only releases that are at least 14 days old. Print them as JSON.
     builder updates --min-age 14d --json
     """
     min_age = updates.parse_age(age)

@@ -20,13 +20,22 @@ from gracefarm.files import lock
 
 
 @click.command("doctor")
-@click.option("--fix", is_flag=True, help="Fix the problems that can be fixed automatically. Requires root or sudo.")
+@click.option(
+    "--fix",
+    is_flag=True,
+    help="Fix the problems that the command can fix, such as missing system packages. Requires root or sudo.",
+)
 @json_option
 def doctor_command(fix: bool) -> None:
-    """Check what this machine lacks for building, and print how to fix it.
+    """Check whether this machine can build wheels.
+
+    Each line of the output shows one check: ok or NO, its name, and what was found. After a NO, the next line says how to
+    fix the problem. The exit code is 4 if a check failed.
 
     \b
+    # Check this machine.
     builder doctor
+    # Fix the problems, then check again.
     builder doctor --fix
     """
     from builder.upkeep import doctor
@@ -47,12 +56,21 @@ def doctor_command(fix: bool) -> None:
 
 
 @click.command("clean")
-@click.option("--all", "everything", is_flag=True, help="Also remove roots, environments, stores and finished builds.")
+@click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Also remove all builds (with wheels, records and logs), all downloaded files, environments and caches.",
+)
 @json_option
 def clean_command(everything: bool) -> None:
-    """Remove working folders of builds. Wheels, records, logs and caches stay, unless --all is given.
+    """Remove temporary files of builds on this machine.
+
+    These are the working folders of builds, such as /build in `builder shell`. Wheels, records, logs and caches stay, unless
+    --all is given. If a build is running, the command waits until the build ends.
 
     \b
+    # Remove the temporary files.
     builder clean
     """
     from builder.upkeep import clean
@@ -69,9 +87,13 @@ def clean_command(everything: bool) -> None:
 @click.argument("name")
 @json_option
 def shell_command(name: str) -> None:
-    """Open a shell in the sandbox of the last build of NAME, which may have failed. The build's working folder is /build.
+    """Open a shell in the sandbox of the last build of a recipe, even if this build failed.
+
+    NAME is a recipe (a folder in recipes/). The files of the build are in /build. Leave the shell with exit. The command
+    requires a build with --toolchain sandbox, the default of `builder build`.
 
     \b
+    # Open a shell in the sandbox of the last build of causal_conv1d.
     builder shell causal_conv1d
     """
     from builder.box import sandbox
@@ -127,12 +149,19 @@ def schemas() -> dict[str, str]:
 
 
 @click.command("schema")
-@click.option("--write", type=click.Path(file_okay=False, path_type=Path), help="Write the schemas as files into this folder.")
+@click.option(
+    "--write",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write each schema into a file in this folder. Without this option, print the schemas.",
+)
 @json_option
 def schema_command(write: Path | None) -> None:
-    """Print the JSON schemas of the files that users write, such as recipe.toml, and of the records, for editors.
+    """Print the JSON schemas of the builder's files, for editors and programs.
+
+    The files are recipe.toml, stack.toml, interpreter.toml, set.toml, matrix.toml, and the records of builds and sets.
 
     \b
+    # Write the schemas into docs/schema.
     builder schema --write docs/schema
     """
     show_schemas(schemas(), write)

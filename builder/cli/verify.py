@@ -27,22 +27,49 @@ from gracefarm.errors import ConfigError, UsageError, VerifyError
 
 @click.command("verify")
 @click.argument("what", metavar="NAME|FILE.whl")
-@click.option("--key", "key_file", metavar="PUB", type=FILE,
-              help="Public key of the signature. Default: this machine's key.")  # fmt: skip
-@click.option("--provenance", "envelope", type=click.Path(dir_okay=False, path_type=Path),
-              help="DSSE envelope of the provenance, or record that contains it. Default: FILE.whl.intoto.jsonl.")  # fmt: skip
-@click.option("--rebuild", "again", is_flag=True, help="Build the wheel again in a different folder, and compare both wheels.")
+@click.option(
+    "--key",
+    "key_file",
+    metavar="PUB",
+    type=FILE,
+    help="File with the public key of the machine that built the wheel. Default: the key of this machine.",
+)
+@click.option(
+    "--provenance",
+    "envelope",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File with the signed statement, or the record of the build. Default: FILE.whl.intoto.jsonl beside the wheel.",
+)
+@click.option(
+    "--rebuild",
+    "again",
+    is_flag=True,
+    help="Build the wheel again in a different folder, and compare both wheels. The checks above are not made.",
+)
 @jobs_option
 @json_option
 def verify_command(what: str, key_file: Path | None, envelope: Path | None, again: bool, jobs: int | None) -> None:
-    """Check a wheel, or the last build of NAME, against its RECORD, build id, SBOM and signed provenance.
+    """Check that a wheel is unchanged, or build it again and compare.
 
-    With --rebuild, build the wheel again and compare. The result is `identical`, `device code only` (only device code
-    differs), or the file and section that differ. The exit code is 32 if a check fails or cannot be run.
+    The argument is the path of a wheel that the builder built, or a recipe (a folder in recipes/). For a recipe, the
+    command checks the wheel of its last build on this machine. Each line of the output shows one check:
 
     \b
+    record      each file in the wheel has the digest that RECORD lists
+    build-id    the build id is the hash of the inputs that the wheel names
+    sbom        the list of components in the wheel matches these inputs
+    provenance  the signed statement about the origin is about this wheel, and
+                the signature is from the key
+
+    With --rebuild, the result is `identical`, `device code only` (only the GPU code differs), or `differs` with the files
+    that differ. The exit code is 32 if a check fails or is not possible, or if the result is `differs`.
+
+    \b
+    # Check the last wheel of the recipe causal_conv1d.
     builder verify causal_conv1d
+    # Check a wheel with the public key of the machine that built it.
     builder verify dist/causal_conv1d-1.7.0+cu130.torch2.11.whl --key builder.pub
+    # Build the wheel again, and compare both wheels.
     builder verify causal_conv1d --rebuild
     """
     settings, console = start()

@@ -27,7 +27,10 @@ _WIDTH = 70
 @click.argument("name", required=False)
 @click.argument("ids", nargs=-1, metavar="[ID ID]")
 @click.option(
-    "--all", "every", is_flag=True, help="Show the changes of all built cells. With NAME: only of the cells of this recipe."
+    "--all",
+    "every",
+    is_flag=True,
+    help="Compare each wheel that this machine has built with its current inputs. With NAME: only the wheels of this recipe.",
 )
 @compared
 @json_option
@@ -39,14 +42,24 @@ def why_command(
     python: str | None,
     cuda: Path | None,
 ) -> None:
-    """Show which input of NAME changed since the last build of NAME, or between two build ids.
+    """Show which inputs of a build have changed.
 
-    The last build is compared with a new plan for the same stack, target, toolchain and architectures.
+    NAME is a recipe (a folder in recipes/). Inputs are everything that can change the wheel, such as sources, patches,
+    options and compilers. The build id is the hash of the inputs. If an input has changed, `builder build` builds the wheel
+    again.
+
+    Without ids, the command compares the last build of NAME with the current inputs for the same stack, architecture and
+    toolchain. With two ids, it compares two builds of NAME. The first characters of a build id are sufficient. The command
+    also lists the other recipes that the change affects, and the duration of their last builds.
 
     \b
+    # Show what has changed since the last build.
     builder why causal_conv1d
+    # Compare two builds.
     builder why causal_conv1d 9acd96ed b1971544
+    # The last build used --toolchain host --environment ~/engine.
     builder why causal_conv1d --environment ~/engine
+    # Show what has changed for each wheel that this machine has built.
     builder why --all
     """
     if every and ids:
