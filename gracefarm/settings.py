@@ -38,7 +38,7 @@ class SharedSettings(BaseModel):
     home: AbsolutePath = Field(default_factory=lambda: user_cache_path("gracefarm"))
     "Folder of sources, roots, environments, builds, records and the index"
     python_index: str | None = None
-    "Simple API for sdists and wheels; default: the configuration of uv, then of pip, then their default"
+    "Simple API for sdists and wheels. Default: UV_DEFAULT_INDEX, UV_INDEX_URL, pip's configuration, the Python Package Index"
 
     @cached_property
     def index_url(self) -> str | None:
