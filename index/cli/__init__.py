@@ -17,25 +17,25 @@ from index.store.files import Store
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         # name: (module:function, summary for --help), in the order of a typical workflow
-        "serve": ("index.cli.serve:serve", "Serve the index until interrupted."),
+        "serve": ("index.cli.serve:serve", "Run the index server until Ctrl-C."),
         "token": ("index.cli.tokens:token", "Create, list and revoke upload tokens."),
-        "publisher": ("index.cli.publishers:publisher", "Manage the workflows that may upload without a stored token."),
-        "host": ("index.cli.projects:host", "Accept uploads for projects."),
-        "status": ("index.cli.projects:status", "Set a project's status (PEP 792)."),
-        "yank": ("index.cli.projects:yank", "Yank a release, so that new installs do not select it."),
-        "unyank": ("index.cli.projects:unyank", "Undo a yank."),
-        "delete": ("index.cli.projects:delete", "Delete a release permanently."),
+        "publisher": ("index.cli.publishers:publisher", "Allow CI workflows to upload without a stored token."),
+        "host": ("index.cli.projects:host", "Allow uploads for projects, or list these projects."),
+        "status": ("index.cli.projects:status", "Set the status of a project, such as deprecated."),
+        "yank": ("index.cli.projects:yank", "Mark a release as yanked, so that installers do not choose it."),
+        "unyank": ("index.cli.projects:unyank", "Undo `index yank` for a release."),
+        "delete": ("index.cli.projects:delete", "Delete all files of a release permanently."),
         "stage": ("index.cli.sets:stage", "Create, fill and publish sets of wheels."),
-        "mirror": ("index.cli.mirror:mirror", "Mirror the wheels of a lock into a set."),
+        "mirror": ("index.cli.mirror:mirror", "Add the packages of a lock file to a set."),
         "withdraw": ("index.cli.mirror:withdraw", "Remove a mirrored file from every set."),
-        "export": ("index.cli.folders:export", "Write or update static files for nginx or an object store."),
-        "import": ("index.cli.folders:import_", "Import the wheels and sdists of a folder."),
+        "export": ("index.cli.folders:export", "Write the index as static files."),
+        "import": ("index.cli.folders:import_", "Import the wheels and sdists in a folder."),
         "fsck": ("index.cli.upkeep:fsck", "Check the sha256 of every stored file."),
-        "gc": ("index.cli.upkeep:gc", "Delete stored files that nothing refers to."),
-        "prune": ("index.cli.upkeep:prune", "Delete old nightlies."),
-        "stats": ("index.cli.upkeep:stats", "Show projects with their number of releases, files and bytes."),
+        "gc": ("index.cli.upkeep:gc", "Delete stored files that the index no longer needs."),
+        "prune": ("index.cli.upkeep:prune", "Delete old wheels of the nightly channel."),
+        "stats": ("index.cli.upkeep:stats", "List the projects, with the number and size of their files."),
         "schema": ("index.cli.documents:schema", "Print the JSON schemas of matrices and certificates."),
-        "log": ("index.cli.upkeep:log", "Show the audit log: the changes, with time and user."),
+        "log": ("index.cli.upkeep:log", "Show the audit log: all changes of the index."),
     }
 )
 
@@ -45,11 +45,17 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
 @click.version_option(package_name="gracefarm")
 @click.pass_context
 def cli(context: click.Context, root: Path | None) -> None:
-    """Serve CUDA wheels to pip and uv, with checked uploads.
+    """Run a package index for pip and uv, and accept uploads of wheels.
+
+    All data of the index is in one folder (--root). Run the commands on the machine with this folder. You can run them
+    while the server is running.
 
     \b
+    # Allow uploads for the project causal-conv1d.
     index host causal-conv1d
+    # Create an upload token that is valid for 90 days.
     index token create --name ci --expires 90d
+    # Start the server on port 8080.
     index serve
     """
     if root is None:

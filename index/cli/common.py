@@ -40,10 +40,16 @@ class IndexContext:
             return f"cli:{os.getuid()}"
 
 
+_ROOT_HELP = (
+    "Folder with the data of the index. Default: the environment variable GRACEFARM_INDEX_ROOT, else GRACEFARM_HOME/index "
+    "(usually ~/.cache/gracefarm/index)."
+)
+
+
 def root_option(*names: str, **more: Any) -> Callable[[click.decorators.FC], click.decorators.FC]:
     """The option --root."""
     folder = click.Path(file_okay=False, path_type=Path)
-    return click.option("--root", *names, type=folder, envvar="GRACEFARM_INDEX_ROOT", help="Folder of the index.", **more)
+    return click.option("--root", *names, type=folder, envvar="GRACEFARM_INDEX_ROOT", help=_ROOT_HELP, **more)
 
 
 def in_context(command: Callable[..., None]) -> Callable[..., None]:

@@ -16,13 +16,20 @@ from index.store.schemas import DeviceCertificate, MatrixDocument
 @click.command("schema")
 @in_context
 @click.option(
-    "--write", type=click.Path(file_okay=False, path_type=Path), help="Write both files into this folder instead of stdout."
+    "--write",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write each schema into a file in this folder. Without this option, print the schemas.",
 )
 def schema(_context: IndexContext, write: Path | None) -> None:
-    """Print the JSON schemas of matrices and certificates, for programs that upload them.
+    """Print the JSON schemas of matrices and certificates.
+
+    A matrix is a list of wheels with the state of their builds. A certificate says that the GPU code of a wheel has passed
+    a test. The schemas are for programs that upload these documents to the index.
 
     \b
+    # Print both schemas.
     index schema
+    # Write the schemas into docs/schema.
     index schema --write docs/schema
     """
     show_schemas(schemas(), write)

@@ -17,11 +17,18 @@ from index.web.export import export_tree
 @click.command("export")
 @in_context
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--url", help="Address at which the exported folder will be served; the web pages show it.")
+@click.option(
+    "--url",
+    help="Address to show on the web pages: the address at which the folder will be served.",
+)
 def export(context: IndexContext, folder: Path, url: str | None) -> None:
-    """Write or update static files for nginx or an object store.
+    """Write the index as static files.
+
+    nginx or an object store can then serve FOLDER to pip and uv, without `index serve`. FOLDER must be new, empty, or an
+    earlier export. In an earlier export, the command writes only the files that have changed.
 
     \b
+    # Write the files into /srv/wheels.
     index export /srv/wheels --url https://wheels.example.com
     """
     with context.console.progress("export") as tick:
@@ -35,11 +42,19 @@ def export(context: IndexContext, folder: Path, url: str | None) -> None:
 @click.command("import")
 @in_context
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--variants", is_flag=True, help="Also accept variant wheels (PEP 825, a draft).")
+@click.option(
+    "--variants",
+    is_flag=True,
+    help="Also accept wheels with a variant label in their file name (PEP 825, a draft).",
+)
 def import_(context: IndexContext, folder: Path, variants: bool) -> None:
-    """Import the wheels and sdists of a folder, such as the folder of pypiserver. Refused files are listed with the reason.
+    """Import the wheels and sdists in a folder.
+
+    FOLDER can be the package folder of pypiserver. The command also reads the folders in FOLDER. It prints the number of
+    imported files, and the reason for each file that it refuses.
 
     \b
+    # Import all packages in ~/packages.
     index import ~/packages
     """
     with context.store.using_staging(), context.console.progress("import") as tick:

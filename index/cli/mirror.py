@@ -16,24 +16,44 @@ from index.sets import machines, mirroring, staged
 @click.command("mirror")
 @in_context
 @click.argument("lock", type=click.Path(path_type=Path))
-@click.option("--set", "set_name", required=True, help="Name of the set. The set is created if it does not exist.")
 @click.option(
-    "--link", is_flag=True, help="Store links to the upstream files instead of copies. Each file is fetched once, to check it."
+    "--set",
+    "set_name",
+    required=True,
+    help="Set to add the files to. If it does not exist, the command creates it.",
+)
+@click.option(
+    "--link",
+    is_flag=True,
+    help="Do not store the files. The set then links to the files on the Python index. Each file is downloaded once, to check "
+    "it.",
 )
 @click.option(
     "--platform",
     "platforms",
     multiple=True,
-    help="Mirror only files for this platform, such as aarch64 or manylinux_2_34_aarch64. Repeatable.",
+    help="Add only files for this platform, such as aarch64 or manylinux_2_34_aarch64. The option can be repeated.",
 )
-@click.option("--python", "pythons", multiple=True, help="Mirror only files for this Python, such as 3.11. Repeatable.")
+@click.option(
+    "--python",
+    "pythons",
+    multiple=True,
+    help="Add only files for this Python, such as 3.11. The option can be repeated.",
+)
 def mirror(
     context: IndexContext, lock: Path, set_name: str, link: bool, platforms: tuple[str, ...], pythons: tuple[str, ...]
 ) -> None:
-    """Mirror the wheels of a lock into a set. They come from the configured Python index, and are selected by sha256.
+    """Add the packages of a lock file to a set.
+
+    A set is a group of wheels that become visible together (see `index stage`). LOCK is a requirements file with a sha256
+    hash for each file. The command downloads the files with these hashes from a Python index, and stores them. The setting
+    GRACEFARM_PYTHON_INDEX is the address of this Python index. Default: the index that uv or pip uses. Files that were
+    uploaded to your own index are not downloaded.
 
     \b
+    # Add all files of the lock to the set spring.
     index mirror requirements.lock --set spring
+    # Add only the files for Python 3.11 on aarch64.
     index mirror requirements.lock --set spring --platform aarch64 --python 3.11
     """
     manner = mirroring.Manner(link=link, selection=machines.select(platforms, pythons))
@@ -61,12 +81,16 @@ def mirror(
 @click.command("withdraw")
 @in_context
 @click.argument("filename")
-@click.option("--reason", default="", help="Reason for the audit log.")
-@click.option("--undo", is_flag=True, help="Undo the withdrawal.")
+@click.option("--reason", default="", help="Reason to write into the audit log.")
+@click.option("--undo", is_flag=True, help="Add the file to its sets again.")
 def withdraw(context: IndexContext, filename: str, reason: str, undo: bool) -> None:
-    """Remove a mirrored file from every set, including published sets. The index then answers 410 for this file.
+    """Remove a mirrored file from every set, including published sets.
+
+    FILENAME is the name of a file that `index mirror` added. The index then answers requests for this file with the HTTP
+    status 410 (Gone).
 
     \b
+    # Withdraw a wheel with a vulnerability.
     index withdraw requests-2.32.3-py3-none-any.whl --reason CVE-2026-1234
     """
     sets = mirroring.withdraw(context.catalogue(), context.actor, filename, reason, undo=undo)

@@ -13,11 +13,14 @@ from index.store import projects
 @click.command("host")
 @in_context
 @click.argument("names", nargs=-1)
-@click.option("--remove", is_flag=True, help="Do not accept further uploads for these projects. Existing files stay.")
+@click.option("--remove", is_flag=True, help="Refuse uploads for these projects from now on. Existing files stay.")
 def host(context: IndexContext, names: tuple[str, ...], remove: bool) -> None:
-    """Accept uploads for projects. Without NAMES, list the hosted projects.
+    """Allow uploads for projects, or list these projects.
+
+    NAMES are names of projects (packages). Without NAMES, the command lists the projects that accept uploads.
 
     \b
+    # Allow uploads for two projects.
     index host causal-conv1d flash-attn
     """
     catalogue = context.catalogue()
@@ -31,11 +34,20 @@ def host(context: IndexContext, names: tuple[str, ...], remove: bool) -> None:
 @in_context
 @click.argument("name")
 @click.argument("status", type=click.Choice(["active", "archived", "deprecated", "quarantined"]))
-@click.option("--reason", default="", help="Reason to show on the project's page.")
+@click.option("--reason", default="", help="Reason to show on the page of the project.")
 def status(context: IndexContext, name: str, status: str, reason: str) -> None:
-    """Set a project's status (PEP 792). A quarantined project offers no files.
+    """Set the status of a project, such as deprecated.
+
+    NAME is the name of a project (a package). The page of the project and the package index API (PEP 792) show the status:
 
     \b
+    active       the default
+    deprecated   users should use a different project
+    archived     the index refuses uploads
+    quarantined  the index refuses uploads, and offers no files of the project
+
+    \b
+    # Mark flash-attn as deprecated.
     index status flash-attn deprecated --reason "use flash-attn-3"
     """
     projects.set_status(context.catalogue(), context.actor, normalise(name), status, reason)
@@ -46,11 +58,15 @@ def status(context: IndexContext, name: str, status: str, reason: str) -> None:
 @in_context
 @click.argument("name")
 @click.argument("version")
-@click.option("--reason", default="", help="Reason that installers print.")
+@click.option("--reason", default="", help="Reason that pip and uv show to users who install the release.")
 def yank(context: IndexContext, name: str, version: str, reason: str) -> None:
-    """Yank a release, so that new installs do not select it (PEP 592). Installs that pin it still work.
+    """Mark a release as yanked, so that installers do not choose it (PEP 592).
+
+    A release is all files of one version of the project NAME. An install that requires exactly this version still works.
+    `index unyank` undoes the command.
 
     \b
+    # Yank version 1.7.0 of causal-conv1d.
     index yank causal-conv1d 1.7.0 --reason "wrong results on sm 100"
     """
     count = projects.yank(context.catalogue(), context.actor, normalise(name), version, reason)
@@ -62,9 +78,12 @@ def yank(context: IndexContext, name: str, version: str, reason: str) -> None:
 @click.argument("name")
 @click.argument("version")
 def unyank(context: IndexContext, name: str, version: str) -> None:
-    """Undo a yank.
+    """Undo `index yank` for a release.
+
+    A release is all files of one version of the project NAME. Installers can then choose this version again.
 
     \b
+    # Make version 1.7.0 of causal-conv1d available again.
     index unyank causal-conv1d 1.7.0
     """
     count = projects.yank(context.catalogue(), context.actor, normalise(name), version, None)
@@ -77,9 +96,13 @@ def unyank(context: IndexContext, name: str, version: str) -> None:
 @click.argument("version")
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 def delete(context: IndexContext, name: str, version: str, yes: bool) -> None:
-    """Delete a release permanently. Its file names cannot be used again.
+    """Delete all files of a release permanently.
+
+    A release is all files of one version of the project NAME. Files with the same names can never be uploaded again. The
+    command asks for confirmation. `index gc` then frees the disk space.
 
     \b
+    # Delete version 1.7.0 of causal-conv1d.
     index delete causal-conv1d 1.7.0
     """
     if not yes:

@@ -15,10 +15,15 @@ from index.trust.publishers import GITHUB, GITLAB, TrustedPublisher
 
 @click.group("publisher", cls=CommandGroup)
 def publisher() -> None:
-    """Manage the workflows that may upload without a stored token (docs/howto/index-trust.md).
+    """Allow CI workflows to upload without a stored token.
+
+    A publisher is a workflow on GitHub or GitLab that may upload to a project. The workflow proves its identity with a
+    token of the CI system, and receives a short-lived upload token. docs/howto/index-trust.md describes the steps.
 
     \b
+    # Allow the workflow nightly.yml to upload to flash-attn.
     index publisher add flash-attn github OWNER/NAME nightly.yml
+    # List all publishers.
     index publisher list
     """
 
@@ -29,19 +34,26 @@ def publisher() -> None:
 @click.argument("kind", type=click.Choice(["github", "gitlab"]))
 @click.argument("repository")
 @click.argument("workflow")
-@click.option("--environment", default="", help="Accept only jobs of this deployment environment.")
+@click.option("--environment", default="", help="Accept only CI jobs in this deployment environment.")
 @click.option(
     "--issuer",
-    help="Issuer of the identity tokens, if the server is self-hosted: https://HOST/_services/token for GitHub, "
-    "https://HOST for GitLab.",
+    help="Only for your own GitHub or GitLab server: address of the issuer of its identity tokens. GitHub: "
+    "https://HOST/_services/token. GitLab: https://HOST.",
 )
 def add(
     context: IndexContext, project: str, kind: str, repository: str, workflow: str, environment: str, issuer: str | None
 ) -> None:
-    """Allow a WORKFLOW of a REPOSITORY to upload to PROJECT, and accept attestations of this workflow.
+    """Allow a CI workflow to upload to a project, and accept its attestations.
+
+    PROJECT is the name of the project on the index. REPOSITORY is OWNER/NAME on GitHub, or GROUP/NAME on GitLab. WORKFLOW is
+    the file name of the workflow in .github/workflows on GitHub, or the path of the CI file on GitLab. Attestations are
+    signatures of the uploaded files. The command prints the audience. The workflow must request its identity token
+    for this audience.
 
     \b
+    # Allow the workflow nightly.yml on GitHub to upload to flash-attn.
     index publisher add flash-attn github OWNER/NAME nightly.yml
+    # Allow the GitLab CI of GROUP/NAME to upload to flash-attn.
     index publisher add flash-attn gitlab GROUP/NAME .gitlab-ci.yml
     """
     is_github = kind == "github"
@@ -63,7 +75,9 @@ def add(
 @publisher.command("list")
 @in_context
 def list_(context: IndexContext) -> None:
-    """List the publishers of all projects.
+    """List the CI workflows that may upload.
+
+    Each line shows a project, github or gitlab, the repository and the workflow.
 
     \b
     index publisher list
@@ -83,9 +97,13 @@ def list_(context: IndexContext) -> None:
 @click.argument("project")
 @click.argument("repository")
 def remove(context: IndexContext, project: str, repository: str) -> None:
-    """Remove the publishers with this repository from the project. Their upload tokens expire immediately.
+    """Stop uploads from the workflows of a repository to a project.
+
+    PROJECT is the name of the project on the index. REPOSITORY is OWNER/NAME on GitHub, or GROUP/NAME on GitLab. Upload
+    tokens that these workflows already have are no longer valid for the project.
 
     \b
+    # Remove all workflows of OWNER/NAME from flash-attn.
     index publisher remove flash-attn OWNER/NAME
     """
     count = publishers.remove(context.catalogue(), context.actor, normalise(project), repository)

@@ -19,7 +19,11 @@ from index.store import auth, htpasswd
 @click.command("serve")
 @in_context
 @click.option(
-    "--host", "-i", default="127.0.0.1", show_default=True, help="Address to listen on. 0.0.0.0 listens on all networks."
+    "--host",
+    "-i",
+    default="127.0.0.1",
+    show_default=True,
+    help="Network address to listen on. With 0.0.0.0, other machines can connect.",
 )
 @click.option(
     "--port",
@@ -27,26 +31,26 @@ from index.store import auth, htpasswd
     default=8080,
     show_default=True,
     type=click.IntRange(0, 65535),
-    help="Port to listen on. 0 selects a free port.",
+    help="Port to listen on. With 0, the server chooses a free port.",
 )
 @click.option(
     "--port-file",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the port to this file as soon as clients can connect.",
+    help="Write the port number to this file when clients can connect.",
 )
 @click.option(
     "--passwords",
     "-P",
     type=click.Path(path_type=Path),
-    help="Import this htpasswd file: its users can upload with their passwords. Users who were removed from the file can "
-    "no longer upload.",
+    help="Import the users of this htpasswd file. They can upload with their user name and password. If a user of an "
+    "earlier file is missing in this file, the user can no longer upload.",
 )
 @click.option(
     "--authenticate",
     "-a",
     default="update",
     show_default=True,
-    help="Accepted for compatibility with pypiserver. The only valid value is update.",
+    help="Has no effect. It exists because pypiserver has this option. The only valid value is update.",
 )
 @click.option(
     "--disable-fallback",
@@ -58,26 +62,49 @@ from index.store import auth, htpasswd
 @click.option(
     "--allow-new",
     is_flag=True,
-    help="Accept uploads for every project. Without this option, projects must be named with `index host`.",
+    help="Accept uploads for all projects. Without this option, allow each project with `index host NAME` first.",
 )
-@click.option("--variants", is_flag=True, help="Also accept variant wheels (PEP 825, a draft).")
-@click.option("--access-log", metavar="FILE|-", help="Append the access log to FILE. With '-', write it to standard output.")
-@click.option("--tls-cert", type=click.Path(exists=True, path_type=Path), help="Serve https with this certificate (PEM).")
-@click.option("--tls-key", type=click.Path(exists=True, path_type=Path), help="Private key of the TLS certificate (PEM).")
+@click.option(
+    "--variants",
+    is_flag=True,
+    help="Also accept wheels with a variant label in their file name (PEP 825, a draft).",
+)
+@click.option(
+    "--access-log",
+    metavar="FILE|-",
+    help="Append a line to FILE for each request. With -, write these lines to standard output.",
+)
+@click.option(
+    "--tls-cert",
+    type=click.Path(exists=True, path_type=Path),
+    help="Certificate for https (PEM file). Requires --tls-key.",
+)
+@click.option(
+    "--tls-key",
+    type=click.Path(exists=True, path_type=Path),
+    help="Private key of the certificate (PEM file). Requires --tls-cert.",
+)
 @click.option(
     "--trusted-proxy",
     multiple=True,
     metavar="ADDRESS|NETWORK",
-    help="Trust X-Forwarded-* headers from this proxy. Repeatable.",
+    help="Use the X-Forwarded-* headers of this reverse proxy. The option can be repeated.",
 )
-@click.option("--url", help="Address of the index, which the web pages show. Default: the address of the request.")
+@click.option(
+    "--url",
+    help="Address of the index to show on the web pages. Default: the address that the browser uses.",
+)
 @click.option(
     "--cache-size",
     default="20GiB",
     show_default=True,
-    help="Maximum size of the shared compiler cache, or off to disable the cache.",
+    help="Maximum size of the compiler cache that build machines share through this index, such as 20GiB. off: no cache.",
 )
-@click.option("--sigstore-offline", is_flag=True, help="Verify attestations with the Sigstore keys on this machine.")
+@click.option(
+    "--sigstore-offline",
+    is_flag=True,
+    help="Check attestations (signatures of CI systems) with the Sigstore keys on this machine. Do not download newer keys.",
+)
 @click.option(
     "--max-upload",
     "upload",
@@ -91,44 +118,44 @@ from index.store import auth, htpasswd
     default=Limits.idle,
     show_default=True,
     type=float,
-    help="Close a connection after this many seconds without data.",
+    help="Close a connection if it transfers no data for this many seconds.",
 )
 @click.option(
     "--connections-per-client",
     default=Limits.connections_per_client,
     show_default=True,
     type=click.IntRange(1),
-    help="Maximum number of connections from one address. If there are more, the connections that are idle for longest "
-    "are closed.",
+    help="Maximum number of open connections from one client address. If there are more, the server closes the connections "
+    "that have been idle for the longest time.",
 )
 @click.option(
     "--open-uploads",
     default=Limits.open_uploads,
     show_default=True,
     type=click.IntRange(1),
-    help="Maximum number of concurrent uploads.",
+    help="Maximum number of uploads at the same time.",
 )
 @click.option(
     "--open-uploads-per-client",
     default=Limits.open_uploads_per_client,
     show_default=True,
     type=click.IntRange(1),
-    help="Maximum number of concurrent uploads from one address.",
+    help="Maximum number of uploads at the same time from one client address.",
 )
 @click.option(
     "--waiting-uploads",
     default=Limits.waiting_uploads,
     show_default=True,
     type=click.IntRange(0),
-    help="Maximum number of uploads that wait for other uploads to end. At most half of the waiting uploads may come "
-    "from one address.",
+    help="Maximum number of uploads that wait until another upload ends. At most half of them may come from one client "
+    "address.",
 )
 @click.option(
     "--writes-per-second",
     default=Limits.writes_per_second,
     show_default=True,
     type=float,
-    help="Maximum number of write requests per second from one address.",
+    help="Maximum number of requests per second that upload or change data, from one client address.",
 )
 def serve(
     context: IndexContext,
@@ -148,10 +175,15 @@ def serve(
     sigstore_offline: bool,
     **limits: Any,
 ) -> None:
-    """Serve the index until interrupted.
+    """Run the index server until Ctrl-C.
+
+    pip and uv install packages from http://HOST:PORT/simple/. twine and uv upload to http://HOST:PORT/legacy/. Each upload
+    requires a token (see `index token create`) or a password. Downloads require no token.
 
     \b
+    # Serve this machine on port 8080.
     index serve
+    # Serve other machines with https.
     index serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
     """
     if set(authenticate.replace(",", " ").split()) != {"update"}:

@@ -15,11 +15,17 @@ from index.sets import pylock, staged
 
 @click.group("stage", cls=CommandGroup)
 def stage() -> None:
-    """Create, fill and publish sets of wheels. All wheels of a set become visible together.
+    """Create, fill and publish sets of wheels.
+
+    A set is a group of wheels that become visible together. A new set is staged: pip and uv do not see its wheels. After
+    `index stage publish`, pip and uv can install all of them from /NAME/simple/.
 
     \b
+    # Create the set spring, which must contain one wheel.
     index stage create spring --expect 'causal-conv1d==1.7.0 cp311 aarch64'
+    # Show which wheels are missing.
     index stage list
+    # Publish the set.
     index stage publish spring
     """
 
@@ -31,26 +37,33 @@ def stage() -> None:
     "--expect",
     multiple=True,
     metavar="LINE",
-    help="Wheel that the set must contain, such as 'causal-conv1d==1.7.0 cp311 aarch64'. Repeatable.",
+    help="Wheels that the set must contain. Format: PROJECT==VERSION PYTHONS ARCHITECTURES. Commas separate several Pythons "
+    "or architectures. The option can be repeated.",
 )
 @click.option(
     "--matrix",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="File with the expected wheels, one per line.",
+    help="File with wheels that the set must contain. Each line has the format of --expect.",
 )
 @click.option(
     "--without",
     multiple=True,
     metavar="PROJECT",
-    help="Project that the set may lack, although wheels of the set require it. Repeatable.",
+    help="Project that the set need not contain, even if wheels of the set require it. The option can be repeated.",
 )
-@click.option("--nightly", is_flag=True, help="Publish the files of the set in the nightly channel.")
+@click.option(
+    "--nightly", is_flag=True, help="Publish the wheels in the nightly channel (/nightly/simple/) instead of /simple/."
+)
 def create(
     context: IndexContext, name: str, expect: tuple[str, ...], matrix: Path | None, without: tuple[str, ...], nightly: bool
 ) -> None:
-    """Create a staged set. Uploads to /stage/NAME/legacy/ add wheels to it.
+    """Create the staged set NAME.
+
+    A set is a group of wheels that become visible together, when you publish the set. Upload its wheels to
+    /stage/NAME/legacy/ of the index. The command prints this path, and a secret path where you can preview the set.
 
     \b
+    # The set must contain causal-conv1d 1.7.0 for two Pythons on aarch64.
     index stage create spring --expect 'causal-conv1d==1.7.0 cp311,cp312 aarch64'
     """
     lines = [*expect, *(matrix.read_text().splitlines() if matrix else [])]
@@ -73,7 +86,11 @@ def create(
 def list_(context: IndexContext) -> None:
     """List all sets, with the state and the missing wheels of each.
 
+    A set is a group of wheels that become visible together. The states are staged
+    (not visible yet), published, and dropped (deleted).
+
     \b
+    # Print the sets as JSON, with all of their files.
     index stage list --json
     """
     sets = staged.all_sets(context.catalogue())
@@ -91,10 +108,14 @@ def list_(context: IndexContext) -> None:
 @click.argument("name")
 @click.argument("filenames", nargs=-1, required=True)
 def add(context: IndexContext, name: str, filenames: tuple[str, ...]) -> None:
-    """Add files of this index to a set.
+    """Add files of this index to the staged set NAME.
+
+    A set is a group of wheels that become visible together. FILENAMES are complete names of files that were uploaded to this
+    index.
 
     \b
-    index stage add spring causal_conv1d-1.7.0-cp311-*.whl
+    # Add a wheel to the set spring.
+    index stage add spring causal_conv1d-1.7.0-cp311-cp311-linux_aarch64.whl
     """
     staged.add(context.catalogue(), context.actor, name, list(filenames))
     context.console.result({"name": name, "added": len(filenames)}, f"{name}: {len(filenames)} added")
@@ -104,9 +125,14 @@ def add(context: IndexContext, name: str, filenames: tuple[str, ...]) -> None:
 @in_context
 @click.argument("name")
 def publish(context: IndexContext, name: str) -> None:
-    """Make the whole set visible at /NAME/simple/. Its uploaded files also become visible at /simple/ and on the other pages.
+    """Make all wheels of the set NAME visible at /NAME/simple/.
+
+    The uploaded wheels of the set also become visible at /simple/ and on the web pages. If the set was created with
+    --nightly, they become visible at /nightly/simple/ instead of /simple/. The command fails if the set does not contain
+    an expected wheel, or does not contain a package that its wheels require. A published set cannot be changed.
 
     \b
+    # Publish the set spring.
     index stage publish spring
     """
     published = staged.publish(context.store, context.catalogue(), context.actor, name)
@@ -118,9 +144,13 @@ def publish(context: IndexContext, name: str) -> None:
 @click.argument("name")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def put_pylock(context: IndexContext, name: str, file: Path) -> None:
-    """Store the pylock.toml (PEP 751) of a staged set. The index serves it as /NAME/pylock.toml.
+    """Store the pylock.toml of the staged set NAME.
+
+    FILE is a lock file in the format of PEP 751. The index serves it as /NAME/pylock.toml. Before you publish the
+    set, it must contain the packages in this file.
 
     \b
+    # Store pylock.toml of the set spring.
     index stage pylock spring pylock.toml
     """
     staged.put_pylock(context.catalogue(), context.actor, name, file.read_bytes())
@@ -131,9 +161,12 @@ def put_pylock(context: IndexContext, name: str, file: Path) -> None:
 @in_context
 @click.argument("name")
 def drop(context: IndexContext, name: str) -> None:
-    """Drop a staged set, and delete its unpublished files that no other set contains.
+    """Drop the staged set NAME, and delete its unpublished files.
+
+    Files that another set also contains stay. A published set cannot be dropped. The name NAME cannot be used for a new set.
 
     \b
+    # Drop the set spring.
     index stage drop spring
     """
     staged.drop(context.catalogue(), context.actor, name)

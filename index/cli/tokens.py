@@ -17,20 +17,25 @@ from index.store import auth, htpasswd
 def token() -> None:
     """Create, list and revoke upload tokens.
 
+    An upload token is a secret that allows uploads to the index. Clients send it as the password, with the user name
+    __token__.
+
     \b
+    # Create the token ci, which is valid for 90 days.
     index token create --name ci --expires 90d
+    # Revoke the token ci.
     index token revoke ci
     """
 
 
 @token.command("create")
 @in_context
-@click.option("--name", required=True, help="Name of the token in the audit log.")
-@click.option("--project", help="Valid only for this project.")
-@click.option("--set", "set_name", help="Valid only for this set.")
-@click.option("--nightly", is_flag=True, help="Valid only for the nightly channel.")
-@click.option("--cache", is_flag=True, help="Valid only for the shared compiler cache.")
-@click.option("--expires", help="Lifetime, such as 90d or 12h. Default: the token does not expire.")
+@click.option("--name", required=True, help="Name of the token. The audit log shows this name for each upload.")
+@click.option("--project", help="Accept the token only for this project.")
+@click.option("--set", "set_name", help="Accept the token only for this set of wheels (see `index stage`).")
+@click.option("--nightly", is_flag=True, help="Accept the token only for the nightly channel, uploads to /nightly/legacy/.")
+@click.option("--cache", is_flag=True, help="Accept the token only for the compiler cache that build machines share.")
+@click.option("--expires", help="Lifetime of the token, such as 90d (days) or 12h (hours). Default: no limit.")
 def create(
     context: IndexContext,
     name: str,
@@ -40,9 +45,13 @@ def create(
     cache: bool,
     expires: str | None,
 ) -> None:
-    """Create a token and print it. It is not shown again.
+    """Create an upload token and print it.
+
+    Store the token: the index cannot show it again. Clients send the token as the password, with the user name __token__.
+    Without --project, --set, --nightly and --cache, the token is valid for all uploads.
 
     \b
+    # Create a token for uploads to one project, which is valid for 90 days.
     index token create --name ci --project causal-conv1d --expires 90d
     """
     if (set_name is not None) + nightly + cache > 1 or (cache and project):
@@ -74,14 +83,16 @@ def create(
 @token.command("import")
 @in_context
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--project", help="Valid only for this project.")
-@click.option("--set", "set_name", help="Valid only for this set.")
+@click.option("--project", help="Let the users upload only to this project.")
+@click.option("--set", "set_name", help="Let the users upload only to this set of wheels (see `index stage`).")
 def import_(context: IndexContext, file: Path, project: str | None, set_name: str | None) -> None:
-    """Import an htpasswd file: its users can upload with their passwords.
+    """Import the users of an htpasswd file, who can then upload with their passwords.
 
-    If you import the file again, users that were removed from it can no longer upload.
+    FILE is a file that the program htpasswd has written. If a user of an earlier import is missing in this file, the
+    user can no longer upload.
 
     \b
+    # Let the users in htpasswd.txt upload.
     index token import htpasswd.txt
     """
     added, revoked = auth.import_users(
@@ -97,7 +108,10 @@ def import_(context: IndexContext, file: Path, project: str | None, set_name: st
 @token.command("list")
 @in_context
 def list_(context: IndexContext) -> None:
-    """List tokens, without their secrets.
+    """List the upload tokens and users.
+
+    Each line shows the name, the projects and sets that the token is valid for, its kind, and when it expires. The kinds
+    are token, user (from an htpasswd file) and short (for a CI workflow). The secrets are not shown.
 
     \b
     index token list
@@ -118,9 +132,12 @@ def list_(context: IndexContext) -> None:
 @in_context
 @click.argument("name")
 def revoke(context: IndexContext, name: str) -> None:
-    """Revoke a token immediately.
+    """Revoke all tokens and users that have the name NAME.
+
+    The index refuses later uploads with these tokens and passwords. `index token list` shows the names.
 
     \b
+    # Revoke the token ci.
     index token revoke ci
     """
     count = auth.revoke(context.catalogue(), context.actor, name)

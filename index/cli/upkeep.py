@@ -14,12 +14,21 @@ from index.store import upkeep
 
 @click.command("fsck")
 @in_context
-@click.option("--set-aside", is_flag=True, help="Remove damaged files from the index, so that they can be uploaded again.")
+@click.option(
+    "--set-aside",
+    is_flag=True,
+    help="Remove damaged files from the index. The same files can then be uploaded again.",
+)
 def fsck(context: IndexContext, set_aside: bool) -> None:
     """Check the sha256 of every stored file.
 
+    The command prints the number of damaged files, and the number of stored files that the index no longer needs. If files
+    are damaged, it fails and lists them.
+
     \b
+    # Check all files.
     index fsck
+    # Check all files, and remove the damaged files from the index.
     index fsck --set-aside
     """
     with context.console.progress("fsck") as tick:
@@ -39,9 +48,12 @@ def fsck(context: IndexContext, set_aside: bool) -> None:
 @click.command("gc")
 @in_context
 def gc(context: IndexContext) -> None:
-    """Delete stored files that nothing refers to.
+    """Delete stored files that the index no longer needs.
+
+    These are, for example, the files of deleted releases. The command prints how much disk space becomes free.
 
     \b
+    # Delete these files.
     index gc
     """
     count, size = upkeep.gc(context.store, context.catalogue(), context.actor)
@@ -55,13 +67,17 @@ def gc(context: IndexContext) -> None:
     default=14,
     show_default=True,
     type=click.IntRange(1),
-    help="Number of nightlies to keep for each project, CUDA version, Python and platform.",
+    help="Number of newest versions to keep for each project, CUDA version, Python and platform.",
 )
-@click.option("--dry-run", is_flag=True, help="Only list the files that would be deleted.")
+@click.option("--dry-run", is_flag=True, help="List the files that would be deleted. Do not delete them.")
 def prune(context: IndexContext, keep: int, dry_run: bool) -> None:
-    """Delete old nightlies.
+    """Delete old wheels of the nightly channel.
+
+    The nightly channel contains the wheels at /nightly/simple/. Wheels in staged or published sets stay. `index gc` then
+    frees the disk space.
 
     \b
+    # List the wheels that are older than the newest 14 versions.
     index prune --keep 14 --dry-run
     """
     names = upkeep.prune(context.catalogue(), context.actor, keep, dry_run=dry_run)
@@ -71,7 +87,9 @@ def prune(context: IndexContext, keep: int, dry_run: bool) -> None:
 @click.command("stats")
 @in_context
 def stats(context: IndexContext) -> None:
-    """Show projects with their number of releases, files and bytes.
+    """List the projects, with the number and size of their files.
+
+    Each line shows a project, and the number of its releases, files and bytes.
 
     \b
     index stats
@@ -89,11 +107,14 @@ def stats(context: IndexContext) -> None:
 
 @click.command("log")
 @in_context
-@click.option("--since", default=0, type=int, help="Show only entries after this serial.")
+@click.option("--since", default=0, type=int, help="Show only the changes with a higher serial number than this.")
 def log(context: IndexContext, since: int) -> None:
-    """Show the audit log: the changes, with time and user.
+    """Show the audit log: all changes of the index.
+
+    Each line shows the serial number of a change, its time, the user or token, the action, and what was changed.
 
     \b
+    # Show the changes with serial number 121 and higher.
     index log --since 120
     """
     rows = context.catalogue().rows("SELECT * FROM audit WHERE serial > ? ORDER BY serial", (since,))
