@@ -18,24 +18,39 @@ from deploy.measure.bench import find_model, query
 
 @click.command()
 @click.argument("question", nargs=-1, required=True)
-@click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Maximum tokens of the answer.")
-@click.option("--api", type=click.Choice(["chat", "completions"]), default="chat", show_default=True, help="API to use.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Maximum number of tokens of the answer.",
+)
+@click.option(
+    "--api",
+    type=click.Choice(["chat", "completions"]),
+    default="chat",
+    show_default=True,
+    help="API to use. chat: the model answers the prompt. completions: the model continues the text.",
+)
 @click.option(
     "--patience",
     type=click.FloatRange(min=1),
     default=120.0,
     show_default=True,
-    help="Stop if no text arrives for this many seconds.",
+    help="Stop with an error if no text arrives for this many seconds.",
 )
 @click.option(
     "--url",
     metavar="URL",
-    help="Ask this OpenAI-compatible server instead of the engine. Its key is taken from OPENAI_API_KEY.",
+    help="Use this OpenAI-compatible server instead of the engine. The environment variable OPENAI_API_KEY contains the key "
+    "of this server.",
 )
 @click.option(
-    "--key-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="With --url: file with the server's key."
+    "--key-file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="With --url: file with the key of the server.",
 )
-@click.option("--model", help="Model to ask, if the server has several models. Default: the first model.")
+@click.option("--model", help="Model to use, if the server has several models. Default: the first model.")
 @reporting
 def ask(
     context: DeployContext,
@@ -47,10 +62,15 @@ def ask(
     key_file: Path | None,
     model: str | None,
 ) -> None:
-    """Send a prompt to the engine through SSH, stream the answer, and show tokens/s.
+    """Send a prompt to the model, and show the answer and its speed.
+
+    QUESTION is the prompt. The command reaches the engine (the program that serves the model) through ssh. It prints
+    the answer while the model generates it, then the number of tokens per second.
 
     \b
+    # Ask the model a question.
     deploy ask "Why is the sky blue?"
+    # Let the model continue a text.
     deploy ask --api completions "Once upon a time"
     """
     key = key_file.read_text().strip() if key_file else os.environ.get("OPENAI_API_KEY")

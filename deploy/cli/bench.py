@@ -45,12 +45,12 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
     metavar="N,N,…",
     default="1,4,16",
     show_default=True,
-    help="Numbers of concurrent requests.",
+    help="Numbers of concurrent requests. The command makes one measurement for each number.",
 )
 @click.option(
     "--requests",
     type=click.IntRange(1),
-    help="Number of requests for each number of concurrent requests. Default: 4 x concurrency, but at least 8.",
+    help="Number of requests in each measurement. Default: 4 times the number of concurrent requests, but at least 8.",
 )
 @click.option(
     "--prompt-tokens",
@@ -63,30 +63,37 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
     "--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Maximum number of tokens of each answer."
 )
 @click.option(
-    "--api", type=click.Choice(["completions", "chat"]), default="completions", show_default=True, help="API to use."
+    "--api",
+    type=click.Choice(["completions", "chat"]),
+    default="completions",
+    show_default=True,
+    help="API of the engine to use.",
 )
 @click.option(
     "--client",
     type=click.Choice(["auto", "vllm", "own"]),
     default="auto",
     show_default=True,
-    help="Program that sends the requests. vllm: `vllm bench serve` on the head. own: the client of `deploy`, on this "
-    "machine and through the tunnel. auto: vllm if the engine has it, else own.",
+    help="Program that sends the requests. vllm: the program `vllm bench serve` on the head. own: this program, on this "
+    "machine, through ssh. auto: vllm if the engine is vLLM and has `vllm bench serve`, else own.",
 )
 @click.option(
     "--patience",
     type=click.FloatRange(min=1),
     default=120.0,
     show_default=True,
-    help="With the client `own`: stop a request if no text arrives for this many seconds.",
+    help="With the client own: a request fails if no text arrives for this many seconds.",
 )
 @click.option(
     "--url",
     metavar="URL",
-    help="Measure this OpenAI-compatible server instead of the engine. Its key is taken from OPENAI_API_KEY.",
+    help="Measure this OpenAI-compatible server instead of the engine. The environment variable OPENAI_API_KEY contains the "
+    "key of this server.",
 )
 @click.option(
-    "--key-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="With --url: file with the server's key."
+    "--key-file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="With --url: file with the key of the server.",
 )
 @click.option("--model", help="Model to measure, if the server has several models. Default: the first model.")
 @reporting
@@ -103,20 +110,22 @@ def bench(
     key_file: Path | None,
     model: str | None,
 ) -> None:
-    """Measure the speed with several concurrent requests, and compare it with the plan's prediction.
+    """Measure the speed with several requests at the same time.
+
+    The command sends requests to the engine (the program that serves the model). For each number of concurrent
+    requests, it shows tokens/s, latencies, the prediction of `deploy plan`, and the cost ($/Mtok). The cost is computed
+    from price_per_node_hour in deploy.toml, or from the prices of the GPUs in `deploy plan`. The results are stored in
+    the folder .deploy/bench beside deploy.toml, except with --url.
 
     \b
+    # Measure with 1, 4 and 16 concurrent requests.
     deploy bench
+    # Measure with up to 32 concurrent requests.
     deploy bench --concurrency 1,2,4,8,16,32
+    # Send the requests from this machine.
     deploy bench --client own
+    # Measure a different server.
     deploy bench --url http://127.0.0.1:8000/v1 --concurrency 1,4
-
-    If the engine is vLLM, `vllm bench serve` measures on the head, without the tunnel. Otherwise, this machine measures
-    through the tunnel. The output names the client that measured.
-
-    The server counts the tokens (usage), because a chunk of the stream may contain several tokens. Results are
-    stored in .deploy/bench. $/Mtok is computed from price_per_node_hour in deploy.toml. Without this key, it is
-    computed from the prices of the GPUs in `deploy plan`.
     """
     plan = None if url else plan_of(context.deployment.folder)
     key = key_file.read_text().strip() if key_file else os.environ.get("OPENAI_API_KEY")

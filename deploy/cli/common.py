@@ -41,8 +41,8 @@ nodes_option = click.option(
     "words",
     multiple=True,
     metavar="WORDS",
-    help="Nodes, separated by commas: a name (k1), numbers (2-5), an address, a group, head (the first node), rest (all "
-    "nodes except the head).",
+    help="Nodes, separated by commas. Each word is a name (k1), a range of numbers (2-5), an address, a group in deploy.toml, "
+    "head (the first node) or rest (all nodes except the head).",
 )
 "Chooses nodes; the command receives `words`."
 

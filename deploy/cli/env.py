@@ -17,8 +17,13 @@ from gracefarm.cli import CommandGroup
 def env() -> None:
     """Build, list, roll back and remove environments in the shared folder.
 
+    An environment is a Python environment with the engine (the program that serves the model) and all packages of its
+    lock file. It is in the folder that all nodes share.
+
     \b
+    # Build the environment of deploy.toml and activate it.
     deploy env up
+    # List all environments.
     deploy env list
     """
 
@@ -27,9 +32,14 @@ def env() -> None:
 @no_wait_option
 @reporting
 def env_up(context: DeployContext, no_wait: bool) -> None:
-    """Build the environment of the set's lock if it does not exist, import its modules on all nodes, and activate it.
+    """Build the environment if it does not exist, test it on all nodes, and activate it.
+
+    An environment is a Python environment with the engine (the program that serves the model) and all packages of its
+    lock file. It is in the folder that all nodes share. The test imports the modules of the engine on each node. The
+    next `deploy serve` uses the active environment.
 
     \b
+    # Build the environment of deploy.toml and activate it.
     deploy env up
     """
     others = [name for name in order.UP if name not in ("environment", "proof")]
@@ -46,9 +56,14 @@ def env_up(context: DeployContext, no_wait: bool) -> None:
 @env.command("list")
 @reporting
 def env_list(context: DeployContext) -> None:
-    """List complete environments, newest first, with the nodes on which each environment is active.
+    """List the environments in the shared folder, newest first.
+
+    An environment is a Python environment with the engine (the program that serves the model) or with the program that
+    downloads models. Each line shows its id, the name of its set of wheels, and its state. env: active for the engine.
+    download: active for downloads. -: not active.
 
     \b
+    # List all environments.
     deploy env list
     """
     root = paths.environment_root(context.deployment)
@@ -63,11 +78,14 @@ def env_list(context: DeployContext) -> None:
 @env.command("matrix")
 @reporting
 def env_matrix(context: DeployContext) -> None:
-    """Repeat the import matrix on every node.
+    """Test the active environment on every node again.
 
-    The command imports the engine's modules from the active environment, and runs its test commands.
+    The active environment is the Python environment with the engine, the program that serves the model. On each node,
+    the command imports the modules of the engine, and runs the engine's test commands. It prints a line for each test,
+    with the duration.
 
     \b
+    # Repeat the tests.
     deploy env matrix
     """
     deployment = context.deployment
@@ -86,9 +104,14 @@ def env_matrix(context: DeployContext) -> None:
 @env.command("rollback")
 @reporting
 def env_rollback(context: DeployContext) -> None:
-    """Activate the previous environment. A running engine keeps its environment.
+    """Activate the environment that was active before.
+
+    An environment is a Python environment with the engine (the program that serves the model) and all packages of its
+    lock file. The next `deploy serve` uses the activated environment. A running engine keeps its environment. `deploy
+    env up` undoes the rollback.
 
     \b
+    # Activate the previous environment.
     deploy env rollback
     """
     with held(context) as keeper:
@@ -103,13 +126,17 @@ def env_rollback(context: DeployContext) -> None:
     default=2,
     show_default=True,
     type=click.IntRange(1),
-    help="Number of latest environments to keep. The active environment is always kept.",
+    help="Number of environments to keep, the last activated ones. The active environment is always kept.",
 )
 @reporting
 def env_gc(context: DeployContext, keep: int) -> None:
     """Remove old environments that no process on any node uses.
 
+    Environments are Python environments in the folder that all nodes share. The active environment always stays.
+    Environments that are less than an hour old also stay.
+
     \b
+    # Keep only the active environment, and those in use.
     deploy env gc --keep 1
     """
     root = paths.environment_root(context.deployment)

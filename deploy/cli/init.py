@@ -32,24 +32,40 @@ GIB = 1 << 30
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path), required=False)
-@click.option("--user", help="User name on the nodes. Default: the user in ~/.ssh/config, else the local user.")
+@click.option(
+    "--user",
+    help="User name on the nodes. Default: the user in ~/.ssh/config, else your user name on this machine.",
+)
 @click.option(
     "--key",
     metavar="PATH",
-    help="Private key. Default: the key in ~/.ssh/config, the keys of the SSH agent, or the usual files in ~/.ssh.",
+    help="File with the private ssh key. Default: the key in ~/.ssh/config, the keys of the ssh agent, or the usual files in "
+    "~/.ssh.",
 )
-@click.option("--port", type=click.IntRange(1, 65535), help="Port of sshd. Default: 22.")
-@click.option("--jump", metavar="[USER@]HOST[:PORT]", help="Jump host.")
 @click.option(
-    "--share", metavar="PATH", help="Shared folder on the nodes. Default: the network file system that all nodes have mounted."
+    "--port",
+    type=click.IntRange(1, 65535),
+    help="Port of the ssh server on the nodes. Default: the port in ~/.ssh/config, else 22.",
+)
+@click.option("--jump", metavar="[USER@]HOST[:PORT]", help="Host through which ssh reaches the nodes (jump host).")
+@click.option(
+    "--share",
+    metavar="PATH",
+    help="Folder on the nodes for the software and the model, on a file system that all nodes share. Default: the network "
+    "file system that all nodes have mounted.",
 )
 @click.option(
     "--model",
     metavar="REPO",
-    help="Model on the Hub, in the form ORG/NAME. Default: the command asks; without a terminal, Llama 3.1 405B.",
+    help="Model on the Hugging Face Hub, such as Qwen/Qwen3-32B. Without this option, the command asks. If there is no "
+    "terminal, it uses Llama 3.1 405B.",
 )
-@click.option("--accept", is_flag=True, help="Pin new host keys without asking. Compare the fingerprints first.")
-@click.option("--repin", is_flag=True, help="Also ask about host keys that differ from the pinned keys.")
+@click.option("--accept", is_flag=True, help="Trust new host keys without asking. Compare the fingerprints first.")
+@click.option(
+    "--repin",
+    is_flag=True,
+    help="Also ask about host keys that have changed. Without this option, a changed key is an error.",
+)
 @reporting
 def init(
     context: DeployContext,
@@ -63,16 +79,22 @@ def init(
     accept: bool,
     repin: bool,
 ) -> None:
-    """Write deploy.toml for a list of addresses (one per line, the head first), pin host keys, and collect facts.
+    """Write deploy.toml, trust the nodes' host keys, and collect facts of all nodes.
+
+    FILE is a text file with the address of one machine (node) per line. The first node is the head, where the engine
+    (the program that serves the model) accepts requests. The command writes deploy.toml in the working directory, shows
+    the ssh host key of each node, and asks whether to trust the keys. Later commands refuse a node with a different
+    host key. Facts are, for example, the GPUs, the memory and the network of a node.
+
+    FILE can also be an existing deploy.toml. The command then uses the nodes in this file. Without FILE, it uses the
+    deploy.toml in the working directory or in a parent folder. At the end, the command lists everything that is still
+    missing for `deploy serve`.
 
     \b
+    # Write deploy.toml for the addresses in ips.txt.
     deploy init ips.txt --user ubuntu --model Qwen/Qwen3-32B
+    # Trust all new host keys of the nodes in deploy.toml.
     deploy init deploy.toml --accept
-
-    FILE is the list of addresses, or an existing deploy.toml. With a deploy.toml, or without FILE, the command pins the
-    host keys and collects the facts of the nodes in deploy.toml, and does not write a new deploy.toml.
-
-    The end of the output lists everything that is missing for `deploy serve`.
     """
     console = context.console
     if jump is not None:
@@ -221,13 +243,19 @@ def _propose(deployment: Deployment, asked: Facts, console: Console) -> None:
 
 
 @click.command()
-@click.option("--kept", is_flag=True, help="Show the stored facts without contacting the nodes.")
+@click.option("--kept", is_flag=True, help="Show the facts that are already stored. Do not connect to the nodes.")
 @reporting
 def facts(context: DeployContext, kept: bool) -> None:
-    """Collect the facts of all nodes, store them for `deploy plan`, and show them.
+    """Collect and show the facts of all nodes.
+
+    Nodes are the machines in deploy.toml. Facts are, for example, the GPUs, the memory and the network of a node. The
+    command stores the facts on this machine.
+    `deploy plan` uses them.
 
     \b
+    # Collect the facts of all nodes.
     deploy facts
+    # Show the stored facts.
     deploy facts --kept
     """
     deployment = context.deployment

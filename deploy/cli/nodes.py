@@ -33,18 +33,25 @@ COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @nodes_option
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Stop the command after this many seconds.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Stop the command after this many seconds. Default: no limit.",
+)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @reporting
 def run(context: DeployContext, words: tuple[str, ...], timeout: float | None, command: tuple[str, ...]) -> None:
-    """Run a command in parallel on all nodes, or on the nodes of -k. Each line of output starts with the name of the node.
+    """Run a command on all or some nodes in parallel.
+
+    Nodes are the machines in deploy.toml. If COMMAND is one word, the shell of each node runs it. If COMMAND has
+    several words, it is run without a shell. Write -- before COMMAND. Each line of the output starts with the name of
+    the node. The exit code is 0 if the command returned 0 on all nodes.
 
     \b
+    # List the GPUs of all nodes.
     deploy run -- nvidia-smi -L
+    # Run a shell command on the head and on the nodes 2 to 5.
     deploy run -k head,2-5 -- 'df -h | grep share'
-
-    If COMMAND is a single word, the node's shell runs it. If COMMAND has several words, they are run as an argument list,
-    without a shell. The exit code is 0 if the command's exit code is 0 on all nodes.
     """
     deployment = context.deployment
     nodes = deployment.select([part for word in words for part in word.split(",") if part]) if words else deployment.nodes
@@ -96,10 +103,16 @@ def _matrix(results: dict[str, CommandResult]) -> None:
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @reporting
 def ssh(context: DeployContext, node: str, command: tuple[str, ...]) -> None:
-    """Open an ssh session on a node, with the deployment's pinned host keys, user, key and jump host.
+    """Open an ssh session on a node.
+
+    NODE is the name of a node (k3), its number, its address, or head (the first node). The command uses the user, key
+    and jump host in deploy.toml, and refuses a node with an unknown host key. With COMMAND, ssh runs COMMAND instead of
+    a shell.
 
     \b
+    # Open a shell on the head.
     deploy ssh head
+    # Run a command on the node k3.
     deploy ssh k3 -- nvidia-smi
     """
     deployment = context.deployment

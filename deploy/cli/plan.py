@@ -24,47 +24,64 @@ from gracefarm.errors import ConfigError, UsageError
 
 
 @click.command()
-@click.option("--commands", is_flag=True, help="Also show environment and commands of every node.")
-@click.option("--shell", is_flag=True, help="Print the plan as a bash script.")
-@click.option("--accuracy", "accurate", is_flag=True, help="Compare the planner's predictions with measurements.")
+@click.option("--commands", is_flag=True, help="Also show the commands and the environment variables of every node.")
+@click.option("--shell", is_flag=True, help="Print a bash script that starts the engine as the plan describes.")
+@click.option(
+    "--accuracy",
+    "accurate",
+    is_flag=True,
+    help="Show instead how exact earlier predictions were: predicted and measured speeds.",
+)
 @click.option(
     "--objective",
     type=click.Choice(["speed", "throughput", "cost"]),
-    help="What the planner optimises. speed: tokens/s of one stream. throughput: tokens/s of all streams. cost: tokens "
-    "per dollar. Default: the value in deploy.toml, else speed.",
+    help="What the plan is optimised for. speed: tokens/s of one request. throughput: tokens/s of all requests together. "
+    "cost: tokens per dollar. Default: the value in deploy.toml, else speed.",
 )
 @click.option(
     "--price",
     type=click.FloatRange(0),
     metavar="USD",
-    help="Price of a node per hour. Default: price_per_node_hour in deploy.toml, else the sum of the prices of its GPUs.",
+    help="Price of a node per hour, in US dollars. Default: price_per_node_hour in deploy.toml, else the sum of the prices of "
+    "its GPUs.",
 )
 @click.option(
     "--nodes",
     "count",
     type=click.IntRange(1),
     metavar="N",
-    help="Plan for N assumed nodes instead of the nodes in deploy.toml.",
+    help="Make a plan for N assumed nodes instead of the nodes in deploy.toml.",
 )
-@click.option("--gpu", "kind", metavar="KIND", help="With --nodes: kind of the GPUs. Default: gh200-96.")
+@click.option("--gpu", "kind", metavar="KIND", help="With --nodes: kind of the GPUs, such as h200. Default: gh200-96.")
 @click.option(
     "--engine",
     "engine_name",
     type=click.Choice(["aphrodite", "vllm"]),
-    help="With --nodes: engine. Default: the engine in deploy.toml. Without deploy.toml: vllm, as `deploy init` writes.",
+    help="With --nodes: engine (the program that serves the model). Default: the engine in deploy.toml, else vllm.",
 )
 @click.option(
-    "--model", "repo", metavar="REPO", help="With --nodes: model on the Hub, or a folder with the model's config.json."
+    "--model",
+    "repo",
+    metavar="REPO",
+    help="With --nodes: model on the Hugging Face Hub (ORG/NAME), or a folder with the model's config.json.",
 )
-@click.option("--tp", type=click.IntRange(1), help="With --nodes: number of GPUs that share every layer (tensor parallel).")
-@click.option("--pp", type=click.IntRange(1), help="With --nodes: number of stages (pipeline parallel).")
-@click.option("--dp", type=click.IntRange(1), help="With --nodes: number of replicas (data parallel).")
+@click.option(
+    "--tp",
+    type=click.IntRange(1),
+    help="With --nodes: number of GPUs that compute each layer together (tensor parallel).",
+)
+@click.option(
+    "--pp",
+    type=click.IntRange(1),
+    help="With --nodes: number of groups that the layers are divided into (pipeline parallel).",
+)
+@click.option("--dp", type=click.IntRange(1), help="With --nodes: number of copies of the model (data parallel).")
 @click.option(
     "--ep/--no-ep",
     "ep",
     default=None,
-    help="With --nodes: give each GPU whole experts, or a part of each expert (expert parallel). Default: whole experts only "
-    "if the engine cannot split these experts.",
+    help="With --nodes, for models with experts: --ep gives each GPU whole experts (expert parallel). --no-ep gives each GPU "
+    "a part of every expert. Default: --no-ep if the engine can split the experts, else --ep.",
 )
 @reporting
 def plan(
@@ -83,15 +100,25 @@ def plan(
     dp: int | None,
     ep: bool | None,
 ) -> None:
-    """Show layout, memory, predicted speed and cost, and rejected layouts. The command starts nothing and does not contact the
-    nodes.
+    """Show the layout, memory, predicted speed and cost, and the rejected layouts.
+
+    The layout says how the model is divided among the GPUs of the machines (nodes) in
+    deploy.toml. The command starts nothing, and does
+    not connect to the nodes. It uses the facts that `deploy init` or `deploy facts` has stored. With --nodes, it plans for
+    nodes that you do not have yet.
 
     \b
+    # Show the plan for the nodes in deploy.toml.
     deploy plan
+    # Also show the commands that `deploy serve` would run on each node.
     deploy plan --commands
+    # Write a bash script that starts the engine without `deploy serve`.
     deploy plan --shell > serve.sh
+    # Show the plan for 10 nodes with a GH200 each.
     deploy plan --nodes 10 --gpu gh200-96
+    # Show the plan for another model on 2 nodes with H200 GPUs.
     deploy plan --nodes 2 --gpu h200 --model deepseek-ai/DeepSeek-V3
+    # Compare earlier predictions with measured speeds.
     deploy plan --accuracy
     """
     if accurate:
@@ -126,12 +153,19 @@ def plan(
 
 
 @click.command("schema")
-@click.option("--write", type=click.Path(file_okay=False, path_type=Path), help="Write both files to this folder.")
+@click.option(
+    "--write",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write each schema into a file in this folder. Without this option, print the schemas.",
+)
 @json_option
 def schema_command(write: Path | None) -> None:
-    """Print the JSON schemas of deploy.toml and of the plan, for editors and programs.
+    """Print the JSON schemas of deploy.toml and of the plan.
+
+    The schemas are for editors, and for programs that read the output of `deploy plan --json`.
 
     \b
+    # Write both schemas into docs/schema.
     deploy schema --write docs/schema
     """
     show_schemas(schemas(), write)

@@ -33,18 +33,20 @@ LOOKS = (
     type=click.IntRange(1, 89),
     help="Number of nodes. Each node simulates one GPU.",
 )
-@click.option("--keep", is_flag=True, help="Keep the nodes running until Ctrl-C or SIGTERM.")
+@click.option("--keep", is_flag=True, help="Do not stop the nodes at the end. They run until Ctrl-C.")
 @reporting
 def rehearse(context: DeployContext, count: int, keep: bool) -> None:
-    """Rehearse a deployment on simulated nodes, from ips.txt to streamed tokens. Each node is a set of Linux namespaces.
+    """Try all steps on this machine with simulated nodes, from `deploy init` to an answer of the model.
+
+    Each node is a group of Linux namespaces with its own ssh server. Ray is real. The engine (the program that serves the
+    model) is simulated: it accepts the options of the engine Aphrodite, but loads no model. The command requires root, but
+    no GPU. It shows the duration of each step. At the end, it stops all processes that it has started.
 
     \b
+    # Try all steps with 3 nodes.
     deploy rehearse
+    # Try all steps with 10 nodes.
     deploy rehearse --nodes 10
-
-    Every node has a real OpenSSH server. Ray is real: it is installed from a local index, and the hashes of its wheels are
-    checked. The engine is simulated: it accepts aphrodite's options and reproduces aphrodite's failures. The
-    command requires root, but no GPU. It stops all processes that it started.
     """
     extras.require("index")
     console, here = context.console, settings.load()

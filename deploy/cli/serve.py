@@ -22,22 +22,43 @@ from gracefarm.errors import UsageError
 
 
 @click.command()
-@click.option("--from", "start", metavar="STEP", type=click.Choice(order.UP), help="Repeat this step and the later steps.")
-@click.option("--skip", multiple=True, metavar="STEP", type=click.Choice(order.UP), help="Skip a step. Repeatable.")
+@click.option(
+    "--from",
+    "start",
+    metavar="STEP",
+    type=click.Choice(order.UP),
+    help="Repeat this step and all later steps, even if they are finished.",
+)
+@click.option(
+    "--skip",
+    multiple=True,
+    metavar="STEP",
+    type=click.Choice(order.UP),
+    help="Do not run this step. The option can be repeated.",
+)
 @no_wait_option
 @reporting
 def up(context: DeployContext, start: str | None, skip: tuple[str, ...], no_wait: bool) -> None:
-    """Prepare the nodes. Finished steps are not repeated.
+    """Prepare the nodes (the machines in deploy.toml) for `deploy serve`.
+
+    The command runs these steps, and does not repeat finished steps:
 
     \b
+    preflight    check the nodes and the network between them
+    cache        set up a cache on each node's disk, if the shared folder is NFS
+    environment  install the engine (the program that serves the model)
+    weights      download the model; runs at the same time as environment
+    proof        check the nodes again, with the installed software
+
+    After Ctrl-C, builds and downloads on the nodes continue. Run the same command again to wait for them.
+
+    \b
+    # Run all steps that are not finished.
     deploy up
+    # Repeat the steps weights and proof.
     deploy up --from weights
+    # Run all unfinished steps except cache.
     deploy up --skip cache
-
-    The steps are preflight, cache (a local cache of a shared folder on NFS), environment, weights, and proof (preflight
-    again, with the environment). environment and weights run at the same time.
-
-    After Ctrl-C or kill -9, the same command continues where it stopped.
     """
 
     async def go(work: Work) -> bool:
@@ -49,17 +70,19 @@ def up(context: DeployContext, start: str | None, skip: tuple[str, ...], no_wait
 
 
 @click.command()
-@click.option("--skip-up", is_flag=True, help="Do not run the steps of `deploy up` first.")
+@click.option("--skip-up", is_flag=True, help="Do not prepare the nodes first (`deploy up`).")
 @no_wait_option
 @reporting
 def serve(context: DeployContext, skip_up: bool, no_wait: bool) -> None:
-    """Start Ray and the engine, and wait until the engine has answered a completion. The unfinished steps of
-    `deploy up` run first.
+    """Start the engine, and wait until it has answered a test request.
+
+    The engine is the program that serves the model. The command first runs the unfinished steps of `deploy up`, and
+    starts Ray, which connects the nodes. If the engine already runs or loads the model, the command only waits for it.
+    Ctrl-C does not stop the engine; `deploy down` stops it.
 
     \b
+    # Prepare the nodes, and start the engine.
     deploy serve
-
-    If the engine already runs or loads the model, the command waits for it. Ctrl-C does not stop the engine.
     """
 
     async def go(work: Work) -> Served:
@@ -96,16 +119,18 @@ def curl_line(key: Path, port: int) -> str:
 
 
 @click.command()
-@click.option("--keep-ray", is_flag=True, help="Stop only the engine.")
+@click.option("--keep-ray", is_flag=True, help="Stop only the engine. Ray continues to run.")
 @no_wait_option
 @reporting
 def down(context: DeployContext, keep_ray: bool, no_wait: bool) -> None:
-    """Stop the engine, Ray, builds, downloads and tunnels, and check that no process is left.
+    """Stop the engine and Ray on all nodes, and check that no process is left.
+
+    The engine is the program that serves the model. The command also stops running builds, downloads and tunnels, and
+    removes the copies of keys from the nodes. It skips nodes that it cannot reach, and lists them at the end.
 
     \b
+    # Stop everything.
     deploy down
-
-    Unreachable nodes are skipped and listed at the end. The command also removes copies of secrets from the nodes.
     """
     with held(context, no_wait=no_wait) as keeper:
         try:
@@ -120,19 +145,28 @@ def down(context: DeployContext, keep_ray: bool, no_wait: bool) -> None:
 
 
 @click.command()
-@click.option("--share", is_flag=True, help="Also remove the deployment's environments in the shared folder.")
-@click.option("--weights", is_flag=True, help="Also remove the model's files, which other deployments may use.")
+@click.option(
+    "--share",
+    is_flag=True,
+    help="Also remove the Python environments of this deployment in the folder that all nodes share.",
+)
+@click.option(
+    "--weights",
+    is_flag=True,
+    help="Also remove the files of the model. Other deployments on these nodes may use the same files.",
+)
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @no_wait_option
 @reporting
 def purge(context: DeployContext, share: bool, weights: bool, yes: bool, no_wait: bool) -> None:
-    """Stop everything as `deploy down` does, then remove the deployment's files from the nodes: logs, secrets, Ray's files,
-    uv.
+    """Stop the engine and Ray as `deploy down` does, and remove files from the nodes.
+
+    The command removes logs, keys, files of Ray, and the program uv. Without --weights, the model stays. Without
+    --share, the Python environments stay. The folder .deploy on this machine stays. The command asks for confirmation.
 
     \b
+    # Remove the files, including the Python environments.
     deploy purge --share
-
-    The folder .deploy on this machine stays.
     """
     console, deployment = context.console, context.deployment
     what = ["jobs, logs, secrets and uv"] + (["environments"] if share else []) + (["the model's files"] if weights else [])
@@ -163,9 +197,13 @@ def purge(context: DeployContext, share: bool, weights: bool, yes: bool, no_wait
 @click.command("preflight")
 @reporting
 def preflight_command(context: DeployContext) -> None:
-    """Run all checks on all nodes and pairs of nodes, and show failures with their remedy. The command changes nothing.
+    """Check all nodes and the network between them.
+
+    Nodes are the machines in deploy.toml. The command shows each check with its result, and how to fix each problem. It
+    changes nothing on the nodes.
 
     \b
+    # Run all checks.
     deploy preflight
     """
 

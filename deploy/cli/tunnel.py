@@ -29,21 +29,35 @@ def _prepare(folder: Folder) -> None:
 
 
 @click.command()
-@click.option("--port", type=click.IntRange(0, 65535), help="Local port of the engine. Default: the remote port (2242).")
 @click.option(
-    "--dashboard-port", type=click.IntRange(0, 65535), help="Local port of Ray's dashboard. Default: the remote port (8265)."
+    "--port",
+    type=click.IntRange(0, 65535),
+    help="Port for the engine on this machine. Default: its port on the head (2242).",
 )
-@click.option("--background", is_flag=True, help="Run in the background until --end or `deploy down`.")
+@click.option(
+    "--dashboard-port",
+    type=click.IntRange(0, 65535),
+    help="Port for Ray's dashboard on this machine. Default: its port on the head (8265).",
+)
+@click.option(
+    "--background",
+    is_flag=True,
+    help="Return at once. The tunnel stays open until `deploy tunnel --end` or `deploy down`.",
+)
 @click.option("--end", is_flag=True, help="Close all tunnels of this deployment on this machine.")
 @reporting
 def tunnel(context: DeployContext, port: int | None, dashboard_port: int | None, background: bool, end: bool) -> None:
-    """Forward the engine (2242) and Ray's dashboard (8265) to this machine's loopback until Ctrl-C.
+    """Make the engine and Ray's dashboard available on this machine, until Ctrl-C.
+
+    The engine (the program that serves the model) accepts requests only on the head, the first node. The tunnel
+    forwards a port of this machine to the head through ssh. The command prints the addresses to use. If a port is in
+    use, the command chooses a free port. If the connection is lost, the command connects again.
 
     \b
+    # Open the tunnel until Ctrl-C.
     deploy tunnel
+    # Open the tunnel in the background.
     deploy tunnel --background
-
-    If a local port is not available, the command uses a free port instead. It restores a lost connection automatically.
     """
     deployment = context.deployment
     if end:

@@ -39,21 +39,36 @@ _BAD = "bold red"
 
 @click.command()
 @click.option(
-    "--canary", default=30.0, show_default=True, type=click.FloatRange(min=0.1), help="Maximum seconds for the completion."
+    "--canary",
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(min=0.1),
+    help="Maximum number of seconds to wait for the answer to the test request.",
 )
 @reporting
 def status(context: DeployContext, canary: float) -> None:
-    """Show the state of all nodes and of the service. The command tests the service with a completion of one token,
-    because /health does not detect a dead engine.
+    """Show the state of the nodes and of the engine.
+
+    The engine is the program that serves the model. The command sends a test request to the engine, and waits for one
+    token. The first word of the output is the state of the engine. The exit code depends on this state:
 
     \b
+    STATE         EXIT CODE  MEANING
+    READY         0          the engine answers
+    BUSY          0          the engine answers other requests
+    PLANNED       65         nothing was started yet
+    LOADING       65         the engine loads the model, or a step is running
+    STOPPED       65         the engine is not running
+    DEGRADED      63         the engine answers, but Ray has lost a node
+    WEDGED        63         the engine accepts requests but generates no tokens
+    DEAD(engine)  63         the engine has ended, or it answers with errors
+    DEAD(node)    63         a node is lost
+    FAILED(step)  63         the engine did not start, or a different step failed
+    UNREACHABLE   60         no ssh connection to the head (the first node)
+
+    \b
+    # Show the state.
     deploy status
-
-    \b
-    exit code  0  READY, BUSY (the engine answers other requests)
-              65  PLANNED, LOADING, STOPPED: not serving, without a fault
-              63  DEGRADED, WEDGED, DEAD(node), DEAD(engine), FAILED(phase)
-              60  UNREACHABLE: no ssh connection to the head
     """
 
     async def go() -> Status:
@@ -155,25 +170,33 @@ def speed_of(moment: Moment) -> str:
 
 
 @click.command()
-@click.option("--every", default=2.0, show_default=True, type=click.FloatRange(min=0.2), help="Seconds between two refreshes.")
+@click.option(
+    "--every",
+    default=2.0,
+    show_default=True,
+    type=click.FloatRange(min=0.2),
+    help="Seconds between two updates of the screen.",
+)
 @click.option(
     "--canary-every",
     default=30.0,
     show_default=True,
     type=click.FloatRange(min=1),
-    help="Seconds between two test completions.",
+    help="Seconds between two test requests.",
 )
-@click.option("--count", type=click.IntRange(1), help="Stop after this many refreshes. Default: run until Ctrl-C.")
+@click.option("--count", type=click.IntRange(1), help="Stop after this many updates. Default: run until Ctrl-C.")
 @reporting
 def top(context: DeployContext, every: float, canary_every: float, count: int | None) -> None:
-    """Show the state, tokens/s, requests and cost live, until Ctrl-C.
+    """Show the state live, with tokens/s and cost, until Ctrl-C.
+
+    Every 2 seconds by default, the command shows the counters of the engine (the program that serves the model), and
+    the GPUs and disks of the nodes. Every 30 seconds, it also sends a test request for one token to the engine.
 
     \b
+    # Update the screen every 2 seconds.
     deploy top
+    # Update the screen every 10 seconds.
     deploy top --every 10
-
-    Each test completion generates one token. Refreshes without a test completion read only the engine's counters and the
-    nodes' GPUs and disks.
     """
     console = context.console
 
@@ -215,9 +238,13 @@ async def _live(moments: AsyncIterator[Moment]) -> None:
 @click.argument("names", nargs=-1, metavar="[NODE]…")
 @nodes_option
 @click.option(
-    "-f", "--follow", is_flag=True, help="Follow the logs until Ctrl-C. The engine's log is followed until the engine ends."
+    "-f",
+    "--follow",
+    is_flag=True,
+    help="Also show new lines. The command ends with Ctrl-C, or when the engine ends. If the connection is lost, it connects "
+    "again.",
 )
-@click.option("--ray", "only_ray", is_flag=True, help="Show Ray's logs of the named nodes, or of all nodes if none is named.")
+@click.option("--ray", "only_ray", is_flag=True, help="Show only the logs of Ray. Without NODE, show those of all nodes.")
 @click.option(
     "-n", "--lines", default=50, show_default=True, type=click.IntRange(0), help="Show the last N lines of each log."
 )
@@ -225,14 +252,19 @@ async def _live(moments: AsyncIterator[Moment]) -> None:
 def logs(
     context: DeployContext, names: tuple[str, ...], words: tuple[str, ...], follow: bool, only_ray: bool, lines: int
 ) -> None:
-    """Show the engine's log. If nodes are named, show Ray's logs on these nodes, and for the head also the engine's log.
+    """Show the logs of the engine and of Ray.
+
+    The engine is the program that serves the model, and Ray connects the nodes. Without NODE, the command shows the log
+    of the engine. With NODE, such as k3, it shows the logs of Ray on this node. For the head (the first node), it shows
+    the log of the engine too. API keys and access tokens are hidden in the output.
 
     \b
+    # Show the last lines of the engine's log, then follow the log.
     deploy logs -f
+    # Show the logs of Ray on all nodes.
     deploy logs --ray
+    # Show the logs of Ray on the node k3.
     deploy logs k3
-
-    With -f, the command reconnects after a lost connection. Keys and tokens are redacted.
     """
     deployment = context.deployment
     chosen = [name for word in (*names, *words) for name in word.split(",") if name]
@@ -325,17 +357,19 @@ async def _all(tasks: Sequence[asyncio.Task[None]]) -> None:
     "--into",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     default=".",
-    help="Folder for the archive. Default: this folder.",
+    help="Folder to write the archive to. Default: the working directory.",
 )
 @reporting
 def collect(context: DeployContext, into: Path) -> None:
-    """Collect logs of all nodes, plan, state and facts in one redacted archive. The summary.md in the archive starts with the
-    first cause of a failure.
+    """Collect all logs in one archive, without secrets.
+
+    The archive also contains the plan, the state and the facts of the nodes. API keys and access tokens are hidden in
+    all files. summary.md in the archive starts with the first cause of a failure. If the command cannot reach a node,
+    the archive says so, and contains the files of the other nodes.
 
     \b
+    # Write the archive into /tmp.
     deploy collect --into /tmp
-
-    The command also works if nodes are unreachable. The archive lists these nodes.
     """
     deployment, folder = context.deployment, into.absolute()
 

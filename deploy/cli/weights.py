@@ -14,21 +14,28 @@ from gracefarm.errors import ConfigError, InstallError
 
 @click.group("weights", cls=CommandGroup)
 def weights_group() -> None:
-    """Verify the model's files in the shared folder.
+    """Check the model's files in the folder that all nodes share.
 
     \b
+    # Compare the hash of every file with the hash on the Hugging Face Hub.
     deploy weights verify
     """
 
 
 @weights_group.command("verify")
-@click.option("--remove", is_flag=True, help="Remove damaged files, so that `deploy up` fetches them again.")
+@click.option("--remove", is_flag=True, help="Remove damaged files. `deploy up` then downloads them again.")
 @reporting
 def weights_verify(context: DeployContext, remove: bool) -> None:
-    """Hash every file of the model again. Each node hashes a part of the files.
+    """Compare the hash of every file of the model with the hash on the Hugging Face Hub.
+
+    The files are in the folder that all nodes share. Each node reads a part of them. If a file is wrong or missing, the
+    command fails and names it.
 
     \b
+    # Check all files.
     deploy weights verify
+    # Check all files, and remove the damaged files.
+    deploy weights verify --remove
     """
     deployment = context.deployment
     with held(context) as keeper:

@@ -67,4 +67,8 @@ def at_work(context: DeployContext, keeper: Keeper, do: Callable[[Work], Awaitab
         sys.exit(ExitCode.INTERRUPTED)
 
 
-no_wait_option = click.option("--no-wait", is_flag=True, help="Fail immediately if another command uses the deployment.")
+no_wait_option = click.option(
+    "--no-wait",
+    is_flag=True,
+    help="If another deploy command is working on these nodes, fail instead of waiting for its end.",
+)
