@@ -29,44 +29,44 @@ TRAP = "raise ImportError('imported from the working directory: the import did n
 
 
 class SmokeResult(Table):
-    """Modules that were imported in the clean environment."""
+    """Result of a smoke test."""
 
     modules: dict[str, str]
-    "Imported modules and their files"
+    "Paths of the imported modules. The key is the name of the module"
     script: str | None = None
-    "Output of smoke.py"
+    "Output of smoke.py. null: there is no smoke.py"
 
 
 class ComparedResult(Table):
-    """One result that a GPU computed with the wheel, compared with a reference."""
+    """A result that the wheel computed on a GPU, compared with a reference."""
 
     name: str = Field(min_length=1, max_length=200)
-    "Name of the computed result, for example 'forward float16'"
+    "Name of the result, for example `forward float16`"
     error: float = Field(ge=0, allow_inf_nan=False)
     "Largest difference from the reference"
     tolerance: float = Field(gt=0, allow_inf_nan=False)
-    "Largest allowed difference"
+    "Largest difference that is accepted"
 
 
 class GpuResult(Table):
-    """The result of smoke_gpu.py; if it fails, the build fails."""
+    """Result of smoke_gpu.py. If the script fails, the build fails."""
 
     status: Literal["passed", "not run"]
-    "Whether the script ran on a GPU"
+    "`passed`: the script ran on a GPU and succeeded"
     reason: str = ""
-    "Reason why the script was not run"
+    "Why the script did not run"
     device: str | None = None
-    "Name of the GPU on which the script ran"
+    "Name of the GPU"
     sm: str | None = None
-    "Architecture of this GPU, for example 90"
+    "sm value of the GPU, for example `90`"
     driver: str = ""
-    "Version of NVIDIA's driver. Empty if the version is unknown"
+    "Version of NVIDIA's driver. Empty: unknown"
     script: str | None = None
     "Output of smoke_gpu.py"
     comparisons: tuple[ComparedResult, ...] = ()
     "Results that were compared with a reference"
     negative_control: str | None = None
-    "Description of a wrong result that the comparison detected"
+    "Description of a deliberately wrong result that the comparison refused"
     wall_s: float | None = None
     "Duration in seconds"
 

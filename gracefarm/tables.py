@@ -96,7 +96,7 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def read(path: Path, schema: type[T], *, docs: str = "docs/reference/recipes.md") -> T:
+def read(path: Path, schema: type[T], *, docs: str = "docs/reference/files.md") -> T:
     """Read the table in `path`; `docs` is the page that describes its keys.
 
     Raises:

@@ -15,16 +15,16 @@ SHOWN = 3
 
 
 class Verdict(Table):
-    """The verdict of one gate. The record contains all verdicts."""
+    """Result of one gate."""
 
     gate: str
     "Name of the gate"
     status: GateStatus
-    "Result of the gate"
+    "`not applicable`: the gate does not apply to this wheel"
     summary: str
-    "The result in one sentence, or why the gate does not apply"
+    "Result in one sentence"
     details: tuple[str, ...] = ()
-    "All complaints, and further facts"
+    "Complaints and other facts"
 
 
 def passed(gate: str, summary: str, details: Sequence[str] = ()) -> Verdict:

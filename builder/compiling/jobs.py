@@ -16,10 +16,10 @@ OTHERS = 512 << 20
 
 
 class Jobs(Table):
-    """The number of parallel compilations, and its reason."""
+    """Number of parallel compile jobs, and the reason."""
 
     count: int
-    "Number of parallel compilations"
+    "Number of parallel compile jobs"
     reason: str
     "Reason for this number"
 

@@ -31,37 +31,37 @@ class Unit(Table):
 
 
 class CacheStatistics(Table):
-    """Use of the compiler cache; the numbers count compilations."""
+    """Use of the compiler cache. The numbers count compilations."""
 
     hits: int
-    "Compilations taken from the cache"
+    "Compilations whose result was in the cache"
     misses: int
-    "Compilations not in the cache"
+    "Compilations whose result was not in the cache"
     uncacheable: int
-    "Calls that cannot be cached"
+    "Compilations that ccache cannot cache"
     reasons: dict[str, int] = Field(default_factory=dict)
-    "Number of uncacheable calls for each reason, in ccache's words"
+    "Number of these compilations. The key is the reason in ccache's words"
     saved_cpu_s: float
-    "CPU seconds that the cached compilations took when they ran. An unknown time counts as 0"
+    "CPU seconds that the `hits` took when they were compiled. Unknown times count as 0"
 
 
 class DeviceStatistics(Table):
-    """Costs of nvcc's device passes (cicc, ptxas, fatbinary), and use of the device store; the numbers count passes."""
+    """Use of the device store. The numbers count runs of cicc and ptxas, which are the compilers inside nvcc."""
 
     text: int
-    "cicc passes whose result was found in the device store by the preprocessed text"
+    "Runs of cicc that were not necessary, because the store had a result for the same source text"
     nvvm: int
-    "Optimizer passes of cicc whose result was found by the front end's NVVM code"
+    "Runs of cicc's optimizer that were not necessary, because the store had a result for the same NVVM code"
     ptx: int
-    "ptxas passes whose result was found by the PTX"
+    "Runs of ptxas that were not necessary, because the store had a result for the same PTX"
     misses: int
-    "Passes of cicc and ptxas that ran, and whose results can be stored"
+    "Runs whose result was not in the store, and can be stored"
     not_kept: dict[str, int] = Field(default_factory=dict)
-    "Number of passes of cicc and ptxas that ran and whose results cannot be stored, for each reason"
+    "Number of runs whose result cannot be stored. The key is the reason"
     cpu_s: float
-    "CPU seconds of all device passes, including the lookups in the device store"
+    "CPU seconds of all runs, and of the lookups in the store"
     saved_cpu_s: float
-    "CPU seconds that the passes with a found result took when they ran"
+    "CPU seconds that the found results took when they were compiled"
 
     @property
     def taken(self) -> int:

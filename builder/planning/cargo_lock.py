@@ -20,7 +20,7 @@ INDEXES = ("registry+https://github.com/rust-lang/crates.io-index", "sparse+http
 
 
 class Crate(Table):
-    """One crate of crates.io.
+    """A Rust crate.
 
     Name and version are validated, because the name of a folder is composed of them.
     """
@@ -30,9 +30,9 @@ class Crate(Table):
     version: Annotated[str, StringConstraints(pattern=r"^\d[0-9A-Za-z.+-]*$")]
     "Exact version"
     sha256: Sha256
-    "Checksum in Cargo.lock, the sha256 of the .crate file"
+    "sha256 of the .crate file, from Cargo.lock"
     license: str | None = None
-    "SPDX expression in the crate's Cargo.toml. null: Cargo.toml has no such expression"
+    "SPDX expression in Cargo.toml of the crate. null: there is none"
 
     @property
     def title(self) -> str:

@@ -11,16 +11,16 @@ from gracefarm.tables import Sha256, Table, Url
 
 
 class Witness(Table):
-    """An independent source for the same digest."""
+    """A publication of the same digest that does not depend on the download."""
 
     source: str = Field(min_length=1)
-    "URL where the digest is published, or the name of a document and the location in it"
+    "URL of the publication, or the name of a document and the place in it"
     value: Sha256
-    "Digest in that source; it must equal `sha256`"
+    "Digest in the publication. It must be equal to `sha256`"
 
 
 class FirstUse(Table):
-    """A digest that was read at first use from the URL of the file."""
+    """When and where `--accept-new` read the digest."""
 
     date: Annotated[date, Field(description="Day on which the digest was read")]
     url: Url
@@ -31,13 +31,13 @@ class DigestFields(Table):
     """The keys of a download that is pinned by sha256, or whose sha256 is still unknown."""
 
     sha256: Sha256 | None = None
-    "sha256 of the file. The key is absent while the digest is unknown"
+    "sha256 of the file. Give this key, or `sha256_unknown` if you do not know the digest"
     sha256_unknown: str | None = None
-    "Reason why the digest is unknown. `builder lock` or `builder build --accept-new` replaces this key with `sha256`"
+    "Why the digest is unknown. `builder lock` or `builder build --accept-new` replaces this key with `sha256`"
     accepted: FirstUse | None = None
-    "Date and URL of the first use, written by `--accept-new`. The digest is unconfirmed until `witness` has an entry"
+    "Date and URL of the download from which `--accept-new` read `sha256`"
     witness: tuple[Witness, ...] = ()
-    "Independent sources that confirm this digest"
+    "Publications of the same digest. Without a witness, a digest that `--accept-new` read is reported as unconfirmed"
 
     @property
     def unconfirmed(self) -> FirstUse | None:

@@ -61,9 +61,9 @@ class MatrixTable(Table):
     """matrix.toml."""
 
     keep_torch: int = Field(default=4, ge=1)
-    "Number of torch releases to keep. `builder matrix --prune` lists the builds for older releases"
+    "Number of torch releases to keep. `builder matrix --prune` lists the builds for all older releases"
     selectors: dict[str, Annotated[str, AfterValidator(_selector)]] = Field(default_factory=dict)
-    "Selectors by name, such as `default`"
+    "Selectors. The key is a name for the option `--matrix`, for example `default`"
 
 
 def read(project: Path) -> MatrixTable:

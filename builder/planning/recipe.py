@@ -44,59 +44,59 @@ ToolchainKind = Literal["sandbox", "host", "container"]
 
 
 class Substitution(Table):
-    """Replaces a text in the source. Unlike a patch, it requires no context lines; a wrong number of matches is an error."""
+    """Replaces a text in a file of the source tree. Unlike a patch, a substitution has no context lines."""
 
     path: InsidePath
-    "File to change, relative to the source tree"
+    "File in the source tree"
     find: str = Field(min_length=1)
     "Text to replace"
     replace: str
-    "Replacement"
+    "New text"
     count: int = Field(default=1, ge=1)
-    "Required number of occurrences; a different number is an error"
+    "How often `find` must occur in the file. Any other number is an error"
 
 
 class Build(Table):
     """How the wheel is compiled."""
 
     requires: tuple[RequirementText, ...] = ()
-    "Build requirements in addition to the stack's environment; `builder lock NAME` pins them"
+    "Build requirements that the stack's environment does not have. `builder lock NAME` pins them"
     subdirectory: InsidePath = "."
-    "Folder of pyproject.toml or setup.py in the source"
+    "Folder of pyproject.toml or setup.py in the source tree"
     environment: dict[str, str] = Field(default_factory=dict)
     (
-        "Variables for the build; they enter the build id. {sm} is replaced with the architectures to compile for in the form "
-        "90;100a, {sm_dotted} with 9.0;10.0a, and {sm_gencode} with -gencode=arch=compute_90,code=sm_90. The values of "
-        "config_settings and cmake can contain the same placeholders"
+        "Environment variables for the build. `{sm}` is replaced with the architectures in the form `90;100a`. `{sm_dotted}` "
+        "gives `9.0;10.0a`, and `{sm_gencode}` gives `-gencode=arch=compute_90,code=sm_90`. These three also work in "
+        "`config_settings` and `cmake`"
     )
     config_settings: dict[str, str] = Field(default_factory=dict)
-    "PEP 517 config settings"
+    "Config settings for the build backend, as PEP 517 defines them"
     cmake: dict[str, str] = Field(default_factory=dict)
-    "CMake cache variables, for packages whose build backend does not forward CMake options. The toolchain file sets them"
+    "CMake cache variables, for a package whose build backend does not pass options to CMake"
     cuda: bool = True
     (
-        "The build requires the CUDA compiler and torch. With false, the environment has torch only if `requires` of the "
-        "build or of the wheel names it"
+        "`true`: the build requires the CUDA compiler and torch. `false`: the environment has torch only if a requirement of "
+        "the recipe names torch"
     )
     rust: bool = False
     (
-        "The build requires Rust: the root has cargo, rustc and the target's standard library, and the crates of the source's "
-        "Cargo.lock are fetched by their checksums before the build"
+        "`true`: the build requires Rust. The root then has cargo and rustc. The builder fetches the crates in Cargo.lock "
+        "before the build"
     )
     memory_per_job: Size = "4GiB"
-    "Peak memory of one compile job; limits the number of jobs"
+    "Memory for one compile job, which limits the number of parallel jobs"
     unit_memory: dict[str, Size] = Field(default_factory=dict)
     (
-        "Peak memory of source files that need more than memory_per_job. The key is a glob that matches a file or a folder. "
-        "The value is used until a build has measured the file"
+        "Memory for source files that need more than `memory_per_job`. The key is a pattern for files or folders, for example "
+        "`*_sm90.cu`. After the first successful build, the builder uses measured values instead"
     )
     unit_seconds: dict[str, int] = Field(default_factory=dict)
     (
-        "Seconds for source files that take much longer than others. The key is a glob that matches a file or a folder. "
-        "The value is used until a build has measured the file"
+        "Seconds for source files that take the longest to compile. The key is a pattern for files or folders. The first "
+        "build compiles these files first. Later builds use measured times"
     )
     binfmt: bool = False
-    "The build executes programs of the target other than Python"
+    "`true`: the build runs programs, other than Python, that are compiled for the target"
 
     @model_validator(mode="after")
     def _known_placeholders(self) -> Self:
@@ -110,16 +110,16 @@ class Build(Table):
 
 
 class Bundled(Table):
-    """A third-party file that the wheel may contain."""
+    """A third-party file that the wheel may contain. Give either `sha256` or `origin`."""
 
     path: InsidePath
-    "Path in the wheel. If `origin` is set, this is a glob"
+    "Path in the wheel. With `origin`, the path may be a pattern such as `*/lib*.so`"
     sha256: Sha256 | None = None
-    "sha256 of the file; use either sha256 or origin"
+    "sha256 of the file"
     origin: str | None = None
     (
-        "URL or package URL (pkg:pypi/NAME@VERSION) of the [[files]] entry that the file comes from; 'source' if it comes "
-        "from the source tree"
+        "Where the file comes from: the URL or package URL (pkg:pypi/NAME@VERSION) of an entry of `[[files]]`, or `source` "
+        "for the source tree"
     )
     license: SpdxExpression
     "SPDX expression of the file's licence"
@@ -132,39 +132,36 @@ class Bundled(Table):
 
 
 class Wheel(Table):
-    """Required properties of the finished wheel."""
+    """Requirements on the finished wheel, and changes of its metadata."""
 
     appends: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$")] | None = None
     (
-        "Text that upstream's build appends to the local version, for example 'd20261129'. The builder removes this text. "
-        "Text for CUDA and torch is always removed"
+        "Text that the package's build appends to the local version, for example `d20261129`. The builder removes this text. "
+        "Text for CUDA and torch, such as `cu130`, is always removed"
     )
     sm_extra: dict[str, tuple[Sm, ...]] = Field(default_factory=dict)
-    "Additional sm values for source files or folders. The key is a glob, for example {'hopper/*.cu' = ['90a']}"
+    "Additional sm values for some source files. The key is a pattern for files or folders, for example `*hopper*`"
     sm_supported: tuple[Sm, ...] = ()
-    "sm values that the source supports. `--sm` may name only these. Default: all that CUDA supports"
+    "sm values that the source supports. Other sm values are refused. Default: all that CUDA supports"
     allow_sm_fallback: bool = False
-    "A source that requests 90a, or a family such as 100f, may be compiled for 90 or 100 instead"
+    "`true`: a source that requests 90a may be compiled for 90, and a source that requests 100f for 100"
     ptx: Ptx | None = None
-    "Replaces `ptx` of the stack. With 'none', the wheel has no PTX"
+    "sm value of the PTX in the wheel, instead of `ptx` of the stack. `none`: no PTX"
     requires: dict[str, StackRequirement] = Field(default_factory=dict)
     (
-        "Replacements for the package's Requires-Dist lines. The key is the distribution, for example "
-        "{'triton' = 'triton==3.2.0'}. {torch} is replaced with the version of the stack's torch"
+        "Replacements for requirements in the wheel's metadata (Requires-Dist). The key is the distribution, for example `{ "
+        "triton = 'triton==3.2.0' }`. `{torch}` is replaced with the version of the stack's torch"
     )
     source_archive: bool = False
-    "Publish the patched source next to the wheel, as licences such as the AGPL require"
+    "`true`: publish the patched source next to the wheel. Licences such as the AGPL require this"
     licenses: tuple[InsidePath, ...] = ()
-    (
-        "Licence texts of code that is compiled into the wheel: paths in the source tree. The builder copies these files to "
-        ".dist-info/licenses"
-    )
+    "Paths of licence texts in the source tree. The builder copies these files to .dist-info/licenses of the wheel"
     bundled: tuple[Bundled, ...] = ()
-    "Third-party files that the wheel may contain; others are refused"
+    "Third-party files that the wheel may contain. Other third-party files are refused"
     max_size: Size = "500MiB"
     "Maximum size of the wheel"
     may_publish: str | None = None
-    "Why the wheel may be redistributed although the recipe's licence does not allow it"
+    "Why the wheel may be published although its licence does not allow redistribution"
 
     @model_validator(mode="after")
     def _requires_by_its_own_name(self) -> Self:
@@ -175,14 +172,14 @@ class Wheel(Table):
 
 
 class StackDifference(Table):
-    """Changes of the recipe that apply only to stacks with certain CUDA releases."""
+    """Changes of the recipe for certain CUDA releases."""
 
     cuda: Specifiers
-    "CUDA releases of the stack to which these changes apply, for example '>=13'"
+    "CUDA releases of the stack, for example `>=13`"
     substitutions: tuple[Substitution, ...] = ()
-    "Applied after the recipe's own substitutions"
+    "Substitutions that are applied after the substitutions of the recipe"
     requires: dict[str, StackRequirement] | None = None
-    "Replaces the table `requires` of [wheel]"
+    "Value that replaces `requires` of `[wheel]`"
 
 
 class Smoke(Table):
@@ -193,43 +190,43 @@ class Smoke(Table):
 
 
 class KnownBad(Table):
-    """A combination whose wheel computes wrong results or does not run; `plan` refuses it."""
+    """A combination that is refused because its wheel does not work. A combination must match all given keys."""
 
     sm: tuple[Sm, ...] = ()
-    "Architectures of the device code. Default: all"
+    "sm values. Letters are ignored, so `90` also matches 90a. Default: all"
     cuda: Specifiers = ""
-    "Releases of CUDA, for example '<13.1'. Default: all"
+    "CUDA releases, for example `<13.1`. Default: all"
     torch: Specifiers = ""
-    "Releases of torch, for example '>=2.9,<2.11'. Default: all"
+    "torch releases, for example `>=2.9,<2.11`. Default: all"
     reason: str = Field(min_length=1)
     "What is wrong with the wheel"
     link: Url
-    "URL where the problem was reported or measured"
+    "URL of a report or measurement of the problem"
 
 
 class TreeProduct(Table):
-    """A build that produces a tree of files for other recipes instead of a wheel, for example an LLVM installation."""
+    """A tree of files that the recipe builds instead of a wheel, for example an LLVM installation."""
 
     commands: tuple[str, ...] = Field(min_length=1)
     (
-        "Lines of a shell script that runs in the source tree and installs into $OUT. CC and CXX compile for the target, "
-        "CC_FOR_BUILD and CXX_FOR_BUILD for the build machine"
+        "Lines of a shell script. It runs in the source tree and installs the files into the folder $OUT. CC and CXX are "
+        "compilers for the target. CC_FOR_BUILD and CXX_FOR_BUILD are compilers for the host"
     )
     holds: tuple[InsidePath, ...] = Field(min_length=1)
     "Paths that must exist in the finished tree"
 
 
 class TakenTree(Table):
-    """A file tree that another recipe builds. It is built before this recipe. Its build id enters this recipe's build id."""
+    """A tree of files that another recipe builds. Its build id is an input of the build of this recipe."""
 
     recipe: str
-    "Folder in recipes/ of the recipe that builds the tree"
+    "Name of the other recipe, which is its folder in recipes/"
     path: InsidePath
-    "Destination, relative to the source tree. The tree is added before [[files]]"
+    "Destination in the source tree"
     replaces: InsidePath | None = None
     (
-        "`path` of the [[files]] entry that downloads the same files. The tree replaces this download only if an option "
-        "such as `--llvm source` is given"
+        "`path` of an entry of `[[files]]` that downloads the same files. The download is used by default. With the option "
+        "`--llvm source`, the build uses the tree instead"
     )
 
 
@@ -237,41 +234,41 @@ class Recipe(Table):
     """recipe.toml."""
 
     name: str
-    "Distribution name"
+    "Name of the distribution"
     version: VersionText
-    "Version of the wheel; a wheel with a different version is an error"
+    "Version of the package. A build that produces another version fails"
     summary: str = ""
     "Description in one line"
     license: SpdxExpression
-    "SPDX expression"
+    "SPDX expression of the package's licence"
     stack: str = "cu130"
-    "Default stack"
+    "Stack that a build uses by default"
     superseded: str | None = None
-    "What to use instead of this package"
+    "What to use instead of this package. `builder list` and `builder plan` print this text"
     known_bad: tuple[KnownBad, ...] = ()
-    "Combinations that `builder plan` refuses"
+    "Combinations of architectures, CUDA and torch that are refused"
     refuses: dict[ToolchainKind, str] = Field(default_factory=dict)
-    "Toolchains that cannot build the package. The value is the reason, for example {'container' = 'why'}"
+    "Toolchains that cannot build the package. The key is `sandbox`, `host` or `container`, and the value is the reason"
     source: Annotated[SdistSource | GitSource | FileSource, Field(discriminator="kind")]
-    "Where the source comes from"
+    "Source of the package"
     repositories: tuple[Repository, ...] = ()
     "Additional git repositories"
     files: tuple[File, ...] = ()
     "Additional files"
     trees: tuple[TakenTree, ...] = ()
-    "File trees, for example an LLVM installation, that other recipes build. They are built before this recipe"
+    "Trees of files that other recipes build, for example an LLVM installation"
     substitutions: tuple[Substitution, ...] = ()
-    "Replacements of text in the source; applied after the patches, in this order"
+    "Replacements of text in the source tree, in this order. They are applied after the patches"
     build: Build = Build()
     "How to compile"
     wheel: Wheel = Wheel()
-    "Required properties of the wheel"
+    "Requirements on the wheel"
     differences: tuple[StackDifference, ...] = ()
-    "Changes that apply only to stacks with certain CUDA releases"
+    "Changes of the recipe for certain CUDA releases"
     smoke: Smoke | None = None
-    "Smoke test of the wheel"
+    "Test of the wheel. Give either `[smoke]` or `[tree]`"
     tree: TreeProduct | None = None
-    "The tree that is built instead of a wheel"
+    "Tree of files that is built instead of a wheel"
 
     @model_validator(mode="after")
     def _one_product(self) -> Self:

@@ -27,14 +27,14 @@ SpdxExpression = Annotated[str, AfterValidator(canonicalize_license_expression)]
 
 
 class SdistSource(PinnedDownload):
-    """A source distribution from the Python index. It is fetched with the simple API and not executed."""
+    """A source distribution (sdist) from the Python index."""
 
     kind: Literal["sdist"]
     "Selects this kind of source"
     name: str
     "Project on the Python index"
     version: VersionText
-    "Exact version"
+    "Exact version of the project"
 
     @property
     def origin(self) -> str:
@@ -43,50 +43,50 @@ class SdistSource(PinnedDownload):
 
 
 class Submodule(Table):
-    """A git submodule, pinned by commit."""
+    """A git submodule of the source, at one commit."""
 
     url: Url
     "URL of the repository"
     commit: Commit
     "Full commit id"
     tree: Commit | None = None
-    "Tree id of that commit; optional additional check"
+    "Git's tree id of that commit, as an additional check"
     license: SpdxExpression | None = None
-    "SPDX expression of its licence. If absent, the gate `licence` refuses the wheel"
+    "SPDX expression of its licence. Without this key, the gate `licence` refuses the wheel"
 
 
 class Repository(Table):
-    """An additional git repository in the source tree, instead of CMake's FetchContent."""
+    """An additional git repository in the source tree, for example a repository that CMake's FetchContent would download."""
 
     url: Url
     "URL of the repository"
     commit: Commit
-    "Full commit id; never a branch or a tag"
+    "Full commit id. Branches and tags are refused"
     tree: Commit | None = None
-    "Tree id of that commit"
+    "Git's tree id of that commit, as an additional check"
     path: InsidePath
-    "Destination, relative to the source tree"
+    "Destination in the source tree"
     license: SpdxExpression | None = None
-    "SPDX expression of its licence. If absent, the gate `licence` refuses the wheel"
+    "SPDX expression of its licence. Without this key, the gate `licence` refuses the wheel"
 
 
 class GitSource(Table):
-    """A git repository at one commit; names of branches and tags are refused."""
+    """A git repository at one commit."""
 
     kind: Literal["git"]
     "Selects this kind of source"
     url: Url
     "URL of the repository"
     commit: Commit
-    "Full commit id; never a branch or a tag"
+    "Full commit id. Branches and tags are refused"
     tree: Commit | None = None
-    "Tree id of that commit; optional additional check"
+    "Git's tree id of that commit, as an additional check"
     submodules: dict[str, Submodule] = Field(default_factory=dict)
-    "Submodules to check out. The key is the path in the repository. Folders of other submodules stay empty"
+    "Submodules to fetch. The key is the path of the submodule. Other submodules are not fetched"
 
 
 class FileSource(PinnedDownload):
-    """A source archive (.tar.gz, .tar.xz, .zip) by URL and digest."""
+    """A source archive (.tar.gz, .tar.xz or .zip)."""
 
     kind: Literal["file"]
     "Selects this kind of source"
@@ -100,7 +100,7 @@ class FileSource(PinnedDownload):
 
 
 class File(DigestFields):
-    """An additional download, or a text, that the build requires in the source tree.
+    """An additional file in the source tree. Give one of `url`, `name`, `deb` and `text`.
 
     It comes from a URL (`url`), from the Python index (`name`, `version`) or from Debian's archive (`deb`, `suite`).
     """
@@ -108,30 +108,30 @@ class File(DigestFields):
     url: Url | None = None
     "URL of the file"
     name: str | None = None
-    "Project on the Python index. The digest selects one of the project's files"
+    "Project on the Python index. `sha256` selects one file of this project"
     version: VersionText | None = None
-    "Exact version of that project"
+    "Exact version of the project. Required with `name`"
     deb: InsidePath | None = None
-    "Path of a package in Debian's archive, in the form that toolchain.lock uses"
+    "Path of a package in Debian's archive. The path ends in NAME_VERSION_ARCH.deb"
     suite: str | None = None
-    "Debian suite that contains the package"
+    "Debian suite of the package. Required with `deb`"
     text: str | None = None
-    "Content of the file, instead of a download"
+    "Content of the file"
     path: InsidePath
-    "Destination, relative to the source tree"
+    "Destination in the source tree"
     unpack: bool = False
-    "Unpack the archive into `path` instead of copying it"
+    "`true`: the file is an archive, which is unpacked into `path`"
     members: dict[str, InsidePath | tuple[InsidePath, ...]] = Field(default_factory=dict)
     (
         "Unpack only these files and folders of the archive. The key is the path in the archive. The value is one destination "
-        "or several destinations below `path`"
+        "below `path`, or a list of destinations"
     )
     license: SpdxExpression | None = None
-    "SPDX expression of its licence. If absent, the gate `licence` refuses the wheel"
+    "SPDX expression of its licence. Without this key, the gate `licence` refuses the wheel"
     binfmt: bool = False
-    "The build executes programs from this file that are compiled for the target"
+    "`true`: the build runs programs of this file that are compiled for the target"
     host: Arch | None = None
-    "Architecture of the build machine that needs the file. Default: every architecture"
+    "The file is used only on hosts with this architecture. Default: all hosts"
 
     @property
     def origin(self) -> str:

@@ -70,16 +70,16 @@ HOST_SUFFIX = "@host"
 
 
 class Torch(Table):
-    """The torch that the wheels link against."""
+    """The torch that wheels are compiled and linked against."""
 
     version: str
     "Version of torch, for example 2.11.0"
     cuda: str | None = None
-    "Required value of torch.version.cuda. It distinguishes the CUDA build from the CPU build of the same version"
+    "Required value of torch.version.cuda, for example 12.4. It is needed if a CPU build of torch has the same version"
 
 
 class OwnWheel(PinnedDownload):
-    """A wheel from a different index than the Python index. Each architecture has its own entry."""
+    """A wheel that does not come from the Python index. Each architecture has a separate entry."""
 
     name: str
     "Name of the distribution"
@@ -88,7 +88,7 @@ class OwnWheel(PinnedDownload):
     arch: Arch
     "Architecture of the wheel"
     index: Url
-    "URL of that index's simple API. GRACEFARM_MIRRORS can redirect it"
+    "URL of the simple API of the index that has the wheel. With `GRACEFARM_MIRRORS`, a mirror is used instead"
 
     @property
     def title(self) -> str:
@@ -97,51 +97,51 @@ class OwnWheel(PinnedDownload):
 
 
 class Environment(Table):
-    """The target's site-packages, at build time and at run time. The lock pins every distribution in it."""
+    """The Python packages that a build and its smoke test use. requirements.lock pins all of them."""
 
     requirements: tuple[RequirementText, ...]
-    "Requirements that are resolved into the lock"
+    "Requirements of the environment. `builder lock` resolves them"
     resolved_before: str | None = None
-    "Ignore files that were uploaded after this date (RFC 3339), so that the lock can be reproduced"
+    "`builder lock` ignores files that were uploaded after this date (RFC 3339). The same date gives the same lock"
     left_out: tuple[str, ...] = ()
-    "Required distributions that the lock omits. A comment above the key gives the reason"
+    "Required distributions that the lock omits. Write the reason into a comment"
     wheels: tuple[OwnWheel, ...] = ()
-    "Wheels from other indexes, instead of the Python index"
+    "Wheels that do not come from the Python index"
 
 
 class DebianToolkit(Table):
-    """The CUDA compiler from Debian packages, unpacked into the layout of the wheels of newer releases."""
+    """The CUDA compiler from Debian packages, for CUDA releases whose compiler has no wheel."""
 
     suite: str
     "Debian suite of the packages"
     component: str = "non-free"
     "Component of the suite"
     packages: tuple[str, ...] = Field(min_length=1)
-    "Packages to unpack. Their dependencies are not unpacked. toolchain.lock pins the packages"
+    "Packages to unpack, without their dependencies. toolchain.lock pins them"
 
 
 class Compilers(Table):
-    """Compilers. The CUDA compiler comes from wheels or Debian packages for the host, other compilers from the root."""
+    """The compilers. The CUDA compiler comes from wheels or Debian packages. All other compilers come from the root."""
 
     requirements: tuple[RequirementText, ...] = ()
-    "Wheels of the CUDA compiler, locked with the environment"
+    "Requirements of the CUDA compiler and of other build tools. requirements.lock pins them"
     debian: DebianToolkit | None = None
-    "Debian packages of the CUDA compiler, if it has no wheels"
+    "Debian packages of the CUDA compiler"
     path: tuple[InsidePath, ...] = ()
-    "Folders of the toolchain that come first on PATH"
+    "Folders in these wheels or packages that are put first into PATH, for example `cmake/data/bin`"
     gcc: int
-    "Major version of Debian's gcc in the root"
+    "Major version of gcc in the root"
 
 
 class Image(PinnedDownload):
-    """A container image with the layout of manylinux, for `--toolchain container`. `sha256` is the digest of its manifest."""
+    """A container image for builds with `--toolchain container`. `sha256` is the digest of the image's manifest."""
 
     name: str
-    "Name with registry, for example quay.io/pypa/manylinux_2_28_aarch64"
+    "Name with the registry, for example quay.io/pypa/manylinux_2_28_aarch64"
     tag: str
-    "Tag of the image. `builder lock` reads the digest of this tag; builds use only the digest"
+    "Tag of the image. `builder lock` reads the digest of this tag. Builds use the digest and not the tag"
     cuda: str | None = None
-    "Folder of CUDA in the image. If absent, the image has no CUDA"
+    "Folder of CUDA in the image. Without this key, the image has no CUDA"
 
     @property
     def reference(self) -> str:
@@ -156,68 +156,71 @@ class Image(PinnedDownload):
 
 
 class RustPackages(Table):
-    """Packages with Rust. Only the roots of recipes with `rust = true` contain them."""
+    """Debian packages of Rust. A root has them if the recipe has `rust = true`."""
 
     host: tuple[str, ...] = Field(min_length=1)
-    "Packages of the host's architecture, with rustc and cargo"
+    "Packages for the host's architecture, with rustc and cargo"
     target: tuple[str, ...] = Field(min_length=1)
-    "Packages of the target's architecture, with Rust's standard library; unpacked without their dependencies"
+    "Packages for the target, with Rust's standard library. Their dependencies are not unpacked"
 
 
 class RootSpec(Table):
-    """The Debian suite and packages of the root file system."""
+    """The Debian packages of the root."""
 
     suite: str
-    "One stable suite, without -updates and -security"
+    "Stable Debian suite, without -updates and -security"
     host: tuple[str, ...]
-    "Packages of the host's architecture. {triplet} is replaced with the target's GNU triplet, in which '_' is written as '-'"
+    (
+        "Packages for the host's architecture. `{triplet}` is replaced with the GNU triplet of the target, for example "
+        "`aarch64-linux-gnu` or `x86-64-linux-gnu`"
+    )
     target: tuple[str, ...]
-    "Packages of the target's architecture"
+    "Packages for the target"
     cross: tuple[str, ...]
-    "Additional packages of the host's architecture for a cross build. {triplet} is replaced as in `host`"
+    "Additional packages for the host's architecture, if host and target differ. `{triplet}` is replaced as in `host`"
     native: tuple[str, ...]
-    "Additional packages of the host's architecture for a native build. {triplet} is replaced as in `host`"
+    "Additional packages for the host's architecture, if host and target are the same. `{triplet}` is replaced as in `host`"
     alone: tuple[str, ...] = ()
-    "Packages to unpack without their dependencies, for example data for the interpreter"
+    "Packages that are unpacked without their dependencies"
     rust: RustPackages | None = None
-    "Packages with Rust. If absent, the stack has no Rust"
+    "Debian packages of Rust. Without this key, recipes with `rust = true` cannot use the stack"
     hosts: dict[Arch, tuple[Arch, ...]]
-    "Targets to lock for each host"
+    "Targets that root.lock has packages for. The key is the architecture of the host"
 
 
 class Stack(Table):
     """stack.toml."""
 
     name: str
-    "Name of the stack; must be the name of its folder"
+    "Name of the stack. It must be the name of the folder"
     summary: str = ""
     "Description in one line"
     python: Annotated[str, StringConstraints(pattern=r"^3\.\d+$")]
-    "Version of the root's Python. Builds use this Python unless `--python` names an interpreter"
+    "Version of the root's Python, for example 3.11. A build uses this Python unless the command has `--python`"
     torch: Torch | None = None
-    "The torch of the stack. If absent, the stack is for packages that do not link torch"
+    "torch of the stack. Without this table, the stack is for packages that do not use torch"
     cuda: Annotated[str, StringConstraints(pattern=r"^\d+\.\d+$")]
-    "Version of the CUDA toolkit, for example 13.0"
+    "Version of CUDA, for example 13.0"
     sm: tuple[Sm, ...] = Field(min_length=1)
-    "List of the real architectures to compile for. `--sm` replaces this list"
+    "sm values to compile for. The option `--sm` replaces this list"
     ptx: Ptx | None = None
-    "Architecture of the PTX that each object includes for newer GPUs, for example '90'. If absent, objects include no PTX"
+    "sm value of the PTX in each object, for example `90`. Without this key, objects have no PTX"
     glibc: dict[Arch, Glibc]
-    "Highest manylinux level for each target, for example '2_34'"
+    "Highest manylinux level of a wheel, for example `2_34`. The key is the target"
     environment: Environment
-    "The target's site-packages"
+    "Python packages for builds and tests"
     toolchain: Compilers
-    "The compilers"
+    "Compilers"
     root: RootSpec | None = None
-    "The root file system. Give either `root` or `root_of`"
+    "Debian packages of the root. Give either `root` or `root_of`"
     root_of: str | None = None
-    "Name of another stack. This stack uses the root and the root.lock of that stack"
+    "Name of another stack whose root this stack uses"
     container: dict[Arch, Image] = Field(default_factory=dict)
-    "Container image for each target, for `--toolchain container`"
+    "Container images for `--toolchain container`. The key is the target"
     objects_only: bool = False
     (
-        "Wheels can be compiled against this stack, but not loaded, for example because it has only headers. These wheels "
-        "are never published and cannot be part of a set"
+        "`true`: wheels can be compiled against this stack but not loaded, for example because the stack has only headers. "
+        "Such wheels are not published and cannot be part of a set"
     )
 
     @model_validator(mode="after")

@@ -29,28 +29,28 @@ Likeness = tuple[object, ...]
 
 
 class Stage(Table):
-    """One stage of the flow."""
+    """One step of the build."""
 
     name: str
-    "Name of the stage"
+    "Name of the step"
     command: tuple[str, ...] = ()
-    "Command that ran in the sandbox, if the stage has one"
+    "Command that ran in the sandbox. The list is empty if the step ran no command"
     wall_s: float
     "Duration in seconds"
     cpu_s: float | None = None
-    "CPU seconds of the whole process tree"
+    "CPU seconds of the command and all its child processes"
     peak_memory: int | None = None
-    "Peak memory of the whole process tree, in bytes"
+    "Peak memory of the command and all its child processes, in bytes"
     memory_bound: int | None = None
-    "Memory limit in bytes"
+    "Memory limit of the command, in bytes"
     memory_by: str | None = None
-    "What enforced the memory limit: cgroup2, watchdog, podman or docker; cgroup1 in older records"
+    "What enforced the limit: cgroup2, watchdog, podman or docker. Older records can also have cgroup1"
     note: str = ""
-    "Remark about the stage"
+    "Remark about the step"
 
 
 class BuiltFile(Table):
-    """The file that a build produced."""
+    """A file that the build produced."""
 
     filename: str
     "File name"
@@ -61,12 +61,12 @@ class BuiltFile(Table):
 
 
 class Failure(Table):
-    """Why the build has no wheel."""
+    """Why the build failed."""
 
     kind: str
-    "Failure class, one of the classes in docs/reference/errors.md"
+    "Class of the failure. docs/reference/errors.md lists the classes"
     exit_code: int
-    "Exit code of the command"
+    "Exit code of `builder build`"
     cause: str
     "Cause, in one sentence"
     remedy: str = ""
@@ -82,94 +82,91 @@ def _none(values: tuple[object, ...]) -> bool:
 
 
 class Publication(Table):
-    """Where the wheel was published."""
+    """One upload of the wheel to an index."""
 
     url: str
-    "Upload address"
+    "Upload address of the index"
     at: str
     "Time of the upload (UTC, ISO 8601)"
     filename: str = Field(default="", exclude_if=_empty)
-    "File name on the index, if this name has a build tag"
+    "File name on the index, if the builder added a build tag to it"
     reason: str = Field(default="", exclude_if=_empty)
-    "Reason for the build tag"
+    "Why the builder added the build tag"
 
 
 class Record(Table):
     """record.json; docs/schema/record.json is its schema."""
 
     format: Literal[1] = 1
-    "Version of the format"
+    "Version of the format of this document"
     build_id: str
-    "Digest of all inputs"
+    "Build id: the digest of all inputs of the build"
     recipe: str
     "Name of the recipe"
     name: str
     "Name of the distribution"
     version: str
-    "Version of the wheel, with its local part. If the build failed, this is the version in the recipe"
+    "Full version of the wheel. If the build failed, the version in the recipe"
     stack: str
     "Name of the stack"
     interpreter: str | None = None
-    "Name of the interpreter. null: the Python of the stack's root"
+    "Name of the interpreter that `--python` selected. null: the Python of the stack"
     asked_sm: tuple[str, ...] | None = None
-    "Value of `--sm`. null: the stack's architectures"
+    "Value of the option `--sm`. null: the option was not given"
     asked_ptx: str | None = None
-    "Value of `--ptx`. null: the value of `ptx` in the recipe or the stack"
+    "Value of the option `--ptx`. null: the option was not given"
     from_source: tuple[str, ...] = ()
-    "Recipes whose file trees replaced downloads, for example llvm with `--llvm source`"
+    "Recipes whose file trees were used instead of downloads, for example llvm with `--llvm source`"
     asked_variant: bool = False
-    "Whether the wheel was built with `--variant`"
+    "`true`: the option `--variant` was given"
     inputs: dict[str, object]
-    "All inputs of the build id. The file .dist-info/gracefarm.json of the wheel also contains them"
+    "All inputs of the build id. The wheel contains the same object in .dist-info/gracefarm.json"
     toolchain: ToolchainKind = "sandbox"
-    "Kind of toolchain"
+    "Kind of toolchain that compiled the wheel"
     unconfirmed: tuple[str, ...] = ()
-    (
-        "Digests that were taken from the first download, and that no second source confirmed (trust on first use). "
-        "One sentence for each"
-    )
+    "Sentences about digests that `--accept-new` read from a download, and that no second source confirms"
     outcome: Literal["built", "failed"]
-    "Whether the build produced a wheel"
+    "Result of the build"
     failure: Failure | None = None
-    "Why the build failed"
+    "Why the build failed. null: the build succeeded"
     wheel: BuiltFile | None = None
-    "The wheel"
+    "The wheel. null: the build produced no wheel"
     tree: str | None = None
-    "For a recipe with [tree]: sha256 of the paths, modes and digests of the files in the tree"
+    "sha256 of the file tree that the build produced. null: the recipe builds a wheel"
     source: BuiltFile | None = None
-    "The patched source, if the recipe publishes it next to the wheel"
+    "Archive with the patched source. null: the recipe does not publish its source"
     torch_cxx11_abi: bool | None = None
-    "C++ ABI of the torch in the build environment"
+    "Value of torch._C._GLIBCXX_USE_CXX11_ABI in the build environment"
     crates: tuple[Crate, ...] = Field(default=(), exclude_if=_none)
-    "Crates of the source's Cargo.lock, for a recipe that requires Rust"
+    "Rust crates in the Cargo.lock of the source"
     jobs: Jobs | None = None
-    "Number of parallel compilations"
+    "Number of parallel compile jobs"
     stages: tuple[Stage, ...] = ()
     "Steps of the build, in order"
     units: dict[str, Unit] = Field(default_factory=dict)
-    "Costs of each source file. The key is its path, relative to the source tree"
+    "Cost of each compiled source file. The key is the path of the file in the source tree"
     compiler_cache: CacheStatistics | None = None
-    "Use of the compiler cache. null: the cache was off, or nothing was compiled"
+    "Use of the compiler cache (ccache). null: the cache was off, or nothing was compiled"
     device_code: DeviceStatistics | None = None
-    "Use of the device store, which caches the output of nvcc's device passes. null: no device code"
+    "Use of the device store, a cache for the device code that nvcc produces. null: no device code was compiled"
     shared_cache: SharedCacheUse | None = None
-    "Use of the shared cache. null: the cache was off, or nothing was compiled"
+    "Use of the compiler cache on an index. null: this cache was off, or nothing was compiled"
     verdicts: tuple[Verdict, ...] = ()
-    "Verdicts of the gates"
+    "Results of the gates"
     judged_by: str = ""
-    "Digest of the gates and smoke tests with which the wheel was checked; see docs/explanation/building.md"
+    "Digest of the code of all gates and smoke tests. If it changes, `builder build` tests the finished wheel again"
     smoke: SmokeResult | None = None
     "Result of the smoke test"
     device_digests: dict[str, str] = Field(default_factory=dict)
-    "Digest of the wheel's device code for each sm. A certificate belongs to a digest (docs/howto/gpu.md)"
+    "Digest of the wheel's device code. The key is the sm value. A certificate is for one such digest"
     gpu: GpuResult | None = None
-    "Result of smoke_gpu.py. null: the recipe has no such script"
+    "Result of the test on a GPU, smoke_gpu.py. null: the recipe has no such script"
     published: tuple[Publication, ...] = ()
-    "Indexes to which the wheel was published"
+    "Uploads of the wheel"
     provenance: dict[str, Any] | None = None
-    "DSSE envelope of the in-toto statement. The file next to the wheel has the same content"
+    "Signed statement about the build: a DSSE envelope with an in-toto statement"
     finished: str
-    "Time of the end (UTC, ISO 8601)"
+    "Time at which the build ended (UTC, ISO 8601)"
 
     @property
     def like(self) -> Likeness:

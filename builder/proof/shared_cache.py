@@ -50,22 +50,22 @@ NAMED = 10
 
 
 class SharedCacheUse(Table):
-    """Use of the shared cache in one compile. The numbers count entries; a translation unit has one or two entries."""
+    """Use of the compiler cache on an index. The numbers count entries. A source file has one or two entries."""
 
     url: str
     "URL of the index"
     mode: Mode
-    "Value of --shared-cache"
+    "Value of the option `--shared-cache`"
     hits: int = 0
     "Entries that were used"
     misses: int = 0
-    "Entries that did not exist or were refused"
+    "Entries that the index did not have, or that were refused"
     written: int = 0
     "Entries that were uploaded"
     refused: tuple[str, ...] = ()
-    "Names of refused entries, with the reason"
+    "Names of refused entries, each with the reason"
     off: str = ""
-    "Reason why reading or writing was stopped during the compile"
+    "Why the cache was no longer used after an error during the build"
 
     @property
     def title(self) -> str:

@@ -22,35 +22,35 @@ from gracefarm.tables import Table
 
 
 class Together(Table):
-    """The test of all wheels of the set in one clean environment. After the imports, it runs smoke.py next to set.toml."""
+    """The test of all wheels of the set in one clean environment."""
 
     imports: tuple[str, ...] = Field(min_length=1)
-    "Modules to import, including extension modules"
+    "Modules to import, including extension modules. If the set's folder has a smoke.py, it runs after the imports"
     commands: tuple[tuple[str, ...], ...] = ()
-    "Commands that must succeed in the environment, for example [['aphrodite', 'run', '--help']]"
+    "Commands that must succeed, for example [['aphrodite', 'run', '--help']]"
 
 
 class WheelSet(Table):
     """set.toml."""
 
     name: str
-    "Name of the set and of its folder"
+    "Name of the set. It must be the name of the folder"
     summary: str = ""
     "Description in one line"
     stack: str
-    "Stack that the recipes are built against"
+    "Stack that the wheels are built against"
     target: Arch = Arch.AARCH64
     "Architecture of the wheels"
     recipes: tuple[str, ...] = Field(min_length=1)
-    "Recipes of the wheels to build. A wheel that another wheel requires is built first"
+    "Recipes of the wheels to build. If a wheel requires another wheel of the list, the required wheel is built first"
     requirements: tuple[RequirementText, ...] = ()
-    "Requirements that are resolved into the set's lock. If absent, the set runs in the stack's environment"
+    "Requirements of the set. `builder lock` resolves them. Without this key, the set uses the stack's environment"
     resolved_before: str | None = None
-    "Ignore files that were uploaded after this date (RFC 3339), so that the lock can be reproduced"
+    "`builder lock` ignores files that were uploaded after this date (RFC 3339). Required with `requirements`"
     left_out: tuple[str, ...] = ()
     "Required distributions that the lock omits"
     together: Together
-    "Common test of all wheels"
+    "Test of all wheels together"
 
     @model_validator(mode="after")
     def _dated(self) -> Self:
@@ -119,7 +119,7 @@ def load(name: str, settings: Settings) -> LoadedSet:
     place = folder(settings) / name
     if not (place / "set.toml").is_file():
         raise stack.unknown("set", name, folder(settings), names(settings))
-    data = tables.read(place / "set.toml", WheelSet, docs="docs/reference/sets.md")
+    data = tables.read(place / "set.toml", WheelSet)
     if data.name != name:
         raise ConfigError(
             f"{place / 'set.toml'}:1: `name` is {data.name!r}, which differs from the name of the set's folder",

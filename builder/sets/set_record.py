@@ -13,7 +13,7 @@ from gracefarm.tables import Table
 
 
 class Locked(Table):
-    """One wheel of the lock."""
+    """One wheel of the environment."""
 
     name: str
     "Name of the distribution"
@@ -24,40 +24,40 @@ class Locked(Table):
     sha256: str
     "sha256 of the wheel"
     own: bool = False
-    "Whether a recipe of the set built the wheel"
+    "`true`: a recipe of the set built the wheel"
     index: str = ""
-    "URL of the index that the wheel comes from. Empty: the index that serves the set, or the Python index"
+    "URL of the index that has the wheel. Empty: the Python index, or the index on which the set is published"
 
 
 class Command(Table):
-    """A command that succeeded."""
+    """A command of the test. All commands succeeded."""
 
     command: tuple[str, ...]
     "The command"
     wall_s: float
     "Duration in seconds"
     output: str
-    "End of its output"
+    "Last part of the output"
 
 
 class Tested(Table):
-    """The result of the common test."""
+    """Result of the test of all wheels together."""
 
     smoke: SmokeResult
     "Result of the imports and of smoke.py"
     wall_s: float
     "Duration in seconds"
     commands: tuple[Command, ...] = ()
-    "Commands that succeeded"
+    "Commands of the test"
 
 
 class SetRecord(Table):
     """set.json."""
 
     format: Literal[1] = 1
-    "Version of the format"
+    "Version of the format of this document"
     set_id: str
-    "Digest of all inputs of the set"
+    "Set id: the digest of all inputs of the set"
     name: str
     "Name of the set"
     stack: str
@@ -65,13 +65,13 @@ class SetRecord(Table):
     target: str
     "Architecture of the wheels"
     builds: dict[str, str]
-    "Build id of each recipe"
+    "Build ids. The key is the recipe"
     wheels: tuple[Locked, ...]
     "All wheels of the set's environment"
     tested: Tested
-    "Result of the common test"
+    "Result of the test of all wheels together"
     finished: str
-    "Time of the end (UTC, ISO 8601)"
+    "Time at which the test ended (UTC, ISO 8601)"
 
 
 def folder(settings: Settings, set_id: str) -> Path:

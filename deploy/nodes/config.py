@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, PositiveInt, StringConstraints
 
 from gracefarm.tables import Table
 
-DOCS = "docs/reference/deploy.md"
+DOCS = "docs/reference/deploy-toml.md"
 FILE = "deploy.toml"
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
 
@@ -91,68 +91,71 @@ class Access(Table):
     """SSH settings and hardware of nodes. Groups and nodes inherit missing keys from [nodes]."""
 
     user: str | None = None
-    "User name on the nodes. Default: the user in ~/.ssh/config, else the local user."
+    "User name for SSH. Default: the user in ~/.ssh/config, else the name of the local user."
     key: str | None = None
-    "Private key. Default: the key in ~/.ssh/config, the keys of the SSH agent, or the usual files in ~/.ssh."
+    "Path of the private key. Default: the key in ~/.ssh/config, the SSH agent, or the usual files in ~/.ssh."
     port: Port | None = None
-    "Port of sshd. Default: 22."
+    "Port of the SSH server. Default: 22."
     jump: Jump | None = None
-    "Jump host, in the form [user@]host[:port]."
+    "Jump host, in the form `[user@]host[:port]`."
     nic: str | None = None
-    "Network interface between the nodes. Default: `deploy init` finds it."
+    "Network interface for the traffic between the nodes, for example `eth0`. Default: `deploy init` finds it."
     gpus: PositiveInt | None = None
-    "Number of GPUs to use on each node. Default: all."
+    "Number of GPUs to use on a node. Default: all."
 
 
 class NodesConfig(Access):
-    """[nodes]: the addresses of the nodes, and settings for all nodes."""
+    """Addresses of nodes, and settings for all nodes. The first node of deploy.toml is the head."""
 
     file: str | None = None
     "File with one address per line, such as ips.txt. The path is relative to deploy.toml."
     hosts: tuple[Address, ...] = ()
-    "Addresses of the nodes, as an alternative to `file`. The first node is the head."
+    "Addresses of nodes. With `file` and `hosts`, the nodes of the file come first."
 
 
 class GroupConfig(Access):
-    """[[group]]: nodes that need different SSH settings (user, key, port, jump host)."""
+    """Nodes with different settings. A missing key has the value of `[nodes]`."""
 
     name: Name
-    "Name of the group. The option `-k` of `deploy` commands, which selects nodes, accepts this name."
+    "Name of the group. The option `-k GROUP` selects the nodes of the group."
     hosts: tuple[Address, ...]
-    "Addresses of the group's nodes."
+    "Addresses of the nodes. They follow the nodes of `[nodes]`."
 
 
 class NodeConfig(Access):
-    """[[node]]: settings of one node."""
+    """One node with different settings. A missing key has the value of `[nodes]`."""
 
     address: Address
-    "Address that `deploy` connects to with SSH."
+    "Address for SSH."
     name: Name | None = None
-    "Name of the node. Default: k1, k2 and so on."
+    "Name of the node. Default: k0 for the first node of deploy.toml, k1 for the second, and so on."
     private: Address | None = None
     "Address at which the other nodes reach this node. Default: `deploy init` finds it."
     group: Name = "nodes"
-    "Group whose SSH settings the node uses."
+    "Group to which the node belongs for the option `-k GROUP`. The node does not use the settings of the group."
 
 
 class ModelConfig(Table):
-    """[model]: the model to serve."""
+    """The model to serve."""
 
     repo: str = "meta-llama/Llama-3.1-405B-Instruct"
-    "Repository on the Hub."
+    "Repository on the Hugging Face Hub."
     revision: Annotated[str, StringConstraints(min_length=1)] = "main"
-    "Commit, branch or tag. A branch or tag is resolved once, and its commit is stored in the state."
+    "Commit, branch or tag. `deploy up` resolves a branch or tag once and stores the commit."
     config: str | None = None
-    "Path of a local config.json, relative to deploy.toml. With it, `deploy plan` does not need the Hub."
+    (
+        "Path of the model's config.json on this machine, relative to deploy.toml. With this key, `deploy plan` does not use "
+        "the Hub."
+    )
 
 
 class Ports(Table):
-    """[ports]: TCP ports on every node."""
+    """TCP ports on every node."""
 
     engine: Port = 2242
     "HTTP port of the engine on the head."
     ray: Port = 6379
-    "Port of Ray's head."
+    "Port of Ray's control service on the head."
     dashboard: Port = 8265
     "Port of Ray's dashboard."
     object_manager: Port = 8076
@@ -174,60 +177,63 @@ class Ports(Table):
     workers_to: Port = 20999
     "Last port of Ray's workers."
     store: Port = 29500
-    "Port of torch's rendezvous store. Preflight also uses this port for its test of collectives."
+    "Port for the start of torch's process groups. `deploy preflight` also uses it for a test of the network."
     engine_store: Port = 29501
-    "Value of APHRODITE_PORT. vLLM does not use this port: it finds free ports itself."
+    "Value of the variable APHRODITE_PORT. vLLM does not use it."
 
 
 Objective = Literal["speed", "throughput", "cost"]
 
 
 class LayoutConfig(Table):
-    """[layout]: choices for the planner. The planner checks all values, and chooses the missing ones."""
+    """How the model is split over the GPUs. The planner checks these values and chooses the missing values."""
 
     objective: Objective = "speed"
     (
-        "What the planner optimises: tokens/s of one stream (speed), tokens/s of all streams (throughput), or tokens per "
-        "dollar (cost). Among similar layouts, the planner chooses the layout with the fewest nodes."
+        "What the planner maximises: tokens/s of one request (`speed`), tokens/s of all requests (`throughput`), or tokens/s "
+        "of all requests per dollar (`cost`)."
     )
     trust: bool = False
-    "Serve a model that the planner does not know, without predictions. Requires tensor_parallel and pipeline_parallel."
+    (
+        "`true`: serve a model that the planner does not know. There are no predictions. Requires `tensor_parallel` and "
+        "`pipeline_parallel`."
+    )
     tensor_parallel: PositiveInt | None = None
     "Number of GPUs that share every layer."
     pipeline_parallel: PositiveInt | None = None
-    "Number of stages. Each stage has different layers."
+    "Number of stages. Each stage has a part of the layers."
     data_parallel: PositiveInt | None = None
-    "Number of replicas, each with all layers (only vLLM). Replicas of a model with experts share the experts."
+    "Number of replicas. Each replica has all layers. Only with vLLM."
     expert_parallel: bool | None = None
-    "Give each GPU whole experts instead of a part of each expert. Default: only if the engine cannot split these experts."
+    (
+        "`true`: each GPU has whole experts. `false`: each GPU has a part of every expert. Default: `true` if the engine "
+        "cannot split the experts, else `false`."
+    )
     partition: tuple[PositiveInt, ...] | None = None
     "Number of layers of each stage."
     cpu_offload_gib: Annotated[float, Field(ge=0)] | None = None
-    "GiB of weights in host memory for each GPU."
+    "GiB of weights that each GPU keeps in host memory."
     max_model_len: PositiveInt | None = None
-    "Maximum number of tokens of a request (prompt and answer together)."
+    "Maximum number of tokens of a request. Prompt and answer count together."
     max_num_seqs: PositiveInt | None = None
-    "Maximum number of concurrent requests of each replica."
+    "Maximum number of concurrent requests of a replica."
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.90
-    "Share of a GPU's memory that the engine uses."
+    "Share of a GPU's memory that the engine uses, from 0 to 1."
 
 
 class OptionsConfig(Table):
-    """[options]: timeouts and prices."""
+    """Timeouts and prices."""
 
     price_per_node_hour: Annotated[float, Field(ge=0)] | None = None
-    (
-        "Price of a node per hour in dollars. `deploy` computes $/h and $/Mtok from it. Without this key, `deploy plan` uses "
-        "its own prices of GPUs."
-    )
+    "Price of a node in dollars per hour. Default: the price of the node's GPUs in gracefarm's list."
     connect_timeout: Annotated[float, Field(gt=0)] = 10.0
-    "Seconds to wait for a connection. After this time, the node counts as unreachable."
+    "Seconds until a node that does not answer counts as unreachable."
     load_timeout: Annotated[float, Field(gt=0)] = 7200.0
-    "Maximum seconds from the start of the engine to the first completion."
+    "Maximum seconds from the start of the engine to the first answer of the model."
     ray_wave: PositiveInt | None = None
-    "Number of Ray workers to start at the same time. The default depends on the number of cores of the head."
+    "Number of nodes on which Ray is started at the same time. Default: depends on the CPU cores of the head."
     rehearsal: bool = False
-    "Whether the nodes are namespaces of one machine, with declared GPUs (`deploy rehearse`)."
+    "`true`: the nodes are simulated on one machine. `deploy rehearse` sets this key."
 
 
 class Config(Table):
@@ -237,52 +243,52 @@ class Config(Table):
     "Name of the deployment."
     # The defaults of engine and set are those of the first versions, so that a deploy.toml keeps its meaning.
     engine: Literal["aphrodite", "vllm"] = "aphrodite"
-    "The engine. `deploy init` writes vllm."
+    "Engine. `deploy init` writes `vllm`."
     set: Name = "gh200-cu124"
-    "Name of the set of wheels. `deploy init` writes gh200-cu130."
+    "Name of the set of wheels that is installed on the nodes. `deploy init` writes `gh200-cu130`."
     index: Index | None = None
-    "URL of the set's simple API on your index. Default: PyPI. The configuration of pip and uv on a node is ignored."
+    (
+        "URL of the set on your index: `http://HOST:8080/SET/simple/`. Default: PyPI. The nodes ignore the configuration of "
+        "pip and uv."
+    )
     lock: str | None = None
     (
-        "Path of a requirements.lock to use instead of SET.lock, relative to deploy.toml. Without this key, a missing "
-        "SET.lock is fetched from the index."
+        "Path of the set's lock, relative to deploy.toml. Default: SET.lock beside deploy.toml. If SET.lock is missing, it is "
+        "copied from `index`, or from gracefarm if `index` is not set."
     )
     python: Literal["managed", "system", "conda"] = "managed"
     (
-        "Python of the environments: a Python that uv installs in the shared folder (managed), the python3 of every node "
-        "(system), or a Python from conda (conda)."
+        "Source of the Python for the environments. `managed`: uv installs a pinned Python in the shared folder. `system`: "
+        "Python is installed on all nodes. `conda`: conda installs Python in the shared folder."
     )
     python_version: Annotated[str, StringConstraints(pattern=r"^3\.[0-9]+$")] = "3.11"
-    "Version of the Python in `python`. The lock's wheels must be for this version. A managed Python is always 3.11."
+    "Version of the Python for the environments. The wheels in the lock must be for this version. `managed` requires 3.11."
     python_mirror: Annotated[str, StringConstraints(pattern=r"^(https?|file)://[^@]+$")] | None = None
-    (
-        "Mirror of the releases of python-build-standalone, from which uv installs the managed Python. With a mirror, uv "
-        "checks the same sha256."
-    )
+    "URL of a mirror of the releases of python-build-standalone. uv downloads the managed Python from there."
     launcher: Literal["ray", "native"] = "ray"
-    "What connects the engine's nodes: Ray, or the engine itself (vLLM's --nnodes)."
+    "What connects the engine's nodes. `ray`: Ray. `native`: vLLM itself, with its option --nnodes."
     share: RemotePath | None = None
-    "Shared folder for environments and weights, at the same path on all nodes."
+    "Shared folder for environments and weights. It must have the same path on all nodes."
     local: str = "/tmp/gracefarm-{user}"  # noqa: S108 - its owner is checked before each write
     (
-        "Folder on each node's disk for logs, process ids and Ray's files. {user} is replaced with the user name, {node} "
-        "with the node's name."
+        "Folder on the local disk of each node, for logs, process ids and Ray's files. `{user}` is replaced with the user "
+        "name, `{node}` with the name of the node."
     )
     nodes: NodesConfig = NodesConfig()
-    "The nodes."
+    "Addresses of nodes, and settings for all nodes."
     group: tuple[GroupConfig, ...] = ()
-    "Groups of nodes that need different SSH settings (user, key, port, jump host)."
+    "Groups of nodes with different settings."
     node: tuple[NodeConfig, ...] = ()
     "Single nodes with different settings."
     model: ModelConfig = ModelConfig()
-    "The model."
+    "Model to serve."
     ports: Ports = Ports()
-    "TCP ports on every node."
+    "TCP ports."
     layout: LayoutConfig = LayoutConfig()
-    "How the model is split over the GPUs. The planner chooses missing values."
+    "How the model is split over the GPUs."
     options: OptionsConfig = OptionsConfig()
-    "Timeouts and prices."
+    "Timeouts, prices and the rehearsal mode."
     engine_options: dict[str, str | int | float | bool | list[str]] = Field(default_factory=dict)
-    "Further options of the engine, without leading dashes, such as max-log-len = 0."
+    "Further options of the engine, without leading dashes, for example `max-log-len = 0`."
     env: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(default_factory=dict)
-    "Environment variables of Ray and of the engine on every node."
+    "Further environment variables of Ray and of the engine on every node."

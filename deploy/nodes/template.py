@@ -47,7 +47,7 @@ def render(ips: str, *, access: Access, share: str | None, repo: str) -> str:
     """The text of deploy.toml. Keys with a good default are left out."""
     quoted = json.dumps
     lines = [
-        f"name = {quoted(name_of(repo))}    # `deploy schema` prints every key; docs/reference/files.md lists them",
+        f"name = {quoted(name_of(repo))}    # `deploy schema` prints every key; docs/reference/deploy-toml.md lists them",
         f"engine = {quoted(ENGINE)}",
         f"set = {quoted(SET)}",
         NO_INDEX,

@@ -41,34 +41,34 @@ MOST_SEQS = 256
 
 
 class Layout(BaseModel):
-    """A way to split a model over nodes. The global rank is stage * tp + the rank within the stage."""
+    """How the model is split over the GPUs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     tp: PositiveInt
-    "Tensor parallel: number of GPUs that share every layer."
+    "Tensor parallel: the number of GPUs that share every layer."
     pp: PositiveInt
-    "Pipeline parallel: number of stages; each stage has different layers."
+    "Pipeline parallel: the number of stages. Each stage has a part of the layers."
     partition: tuple[PositiveInt, ...]
-    "Number of layers of each stage. The list is empty if the planner does not know the model; then the engine chooses."
+    "Number of layers of each stage. Empty: the planner does not know the model, and the engine chooses."
     offload_gib: float = Field(default=0, ge=0)
-    "GiB of weights in host memory for each GPU."
+    "GiB of offloaded weights of each GPU."
     max_model_len: PositiveInt | None
-    "Maximum number of tokens of a request (prompt and answer together). null: the engine chooses."
+    "Maximum number of tokens of a request. Prompt and answer count together. null: the engine chooses."
     max_num_seqs: PositiveInt | None
-    "Maximum number of concurrent requests of each replica. null: the engine chooses."
+    "Maximum number of concurrent requests of a replica. null: the engine chooses."
     max_num_batched_tokens: PositiveInt
-    "Maximum number of tokens of one step. The engine splits longer prompts into chunks."
+    "Maximum number of tokens that the engine processes in one step. Longer prompts are split."
     gmu: float = Field(gt=0, le=1)
-    "Share of a GPU's memory that the engine uses."
+    "Share of a GPU's memory that the engine uses, from 0 to 1."
     dp: PositiveInt = 1
-    "Data parallel: number of replicas. Each replica has all layers. Replicas of a model with experts share the experts."
+    "Data parallel: the number of replicas."
     expert_parallel: bool = False
-    "Whether each GPU of a stage (of all replicas) has whole experts instead of a part of each expert."
+    "`true`: each GPU has whole experts. `false`: each GPU has a part of every expert."
     local_replicas: PositiveInt = 1
-    "Number of replicas on each node; the last node may have fewer. The value is 1 if a replica spans several nodes."
+    "Number of replicas on each node. The last node may have fewer. If a replica uses several nodes, the value is 1."
     spans: bool = False
-    "Whether a replica requires several nodes."
+    "`true`: a replica uses several nodes."
 
     @property
     def world(self) -> int:
@@ -85,45 +85,41 @@ class Layout(BaseModel):
 
 
 class MemoryPlan(BaseModel):
-    """GPU memory and host memory in GiB, and the number of tokens that fit."""
+    """Predicted use of memory."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     weights_gib: float
-    "Weights of the GPU with the most weights, including offloaded weights."
+    "GiB of weights of the GPU with the most weights. Offloaded weights are included."
     by_stage_gib: tuple[tuple[float, ...], ...]
-    "Weights of each rank of each stage."
+    "GiB of weights of each GPU. Each inner list is one stage."
     budget_gib: float
-    "Memory that the engine may use on a GPU: the smallest value of all GPUs."
+    "GiB that the engine may use on a GPU: the smallest value of all GPUs."
     reserve_gib: float
-    "Reserve for activations and other buffers."
+    "GiB that are kept free on a GPU for activations and other buffers."
     cache_gib: float
-    "KV cache of the GPU whose KV cache holds the fewest tokens."
+    "GiB of KV cache on the GPU whose cache holds the fewest tokens."
     token_bytes: int
-    "Bytes of one token in the KV cache of that GPU."
+    "Bytes of KV cache for one token on this GPU."
     cache_tokens: int
-    "Number of tokens that fit into the KV cache of all GPUs."
+    "Number of tokens that fit into the KV cache of all replicas."
     request_tokens: int
-    (
-        "Number of tokens of the largest possible request: the tokens that fit into the KV cache of one replica "
-        "(`cache_tokens` / dp). If the engine has a separate cache for each stage, this number is also divided by pp, and "
-        "rounded down to a whole block."
-    )
+    "Number of tokens of the longest request that fits into the KV cache of one replica."
     full_length: int
-    "Number of requests with max_model_len tokens that fit at the same time."
+    "Number of requests with `max_model_len` tokens that fit into the KV cache at the same time."
     host_gib: float
-    "Pinned host memory of the node that pins the most."
+    "GiB of pinned host memory on the node that pins the most."
 
 
 class Rejected(BaseModel):
-    """A layout that does not fit, and the reason."""
+    """A layout that does not fit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     layout: str
-    "Name of the layout."
+    "Name of the layout, for example `tp3`."
     reason: str
-    "Reason, in one sentence."
+    "Why the layout does not fit."
 
 
 @dataclass(frozen=True, kw_only=True)

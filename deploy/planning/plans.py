@@ -43,47 +43,47 @@ LATER: Mapping[str, object] = MappingProxyType({"dp": 1, "expert_parallel": Fals
 
 
 class NodePlan(BaseModel):
-    """The part of one node, with the exact command that starts Ray or the engine there."""
+    """The part of one node, and the commands that run there."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str
     "Name of the node."
     address: str
-    "Address that `deploy` connects to with SSH."
+    "Address for SSH."
     private: str
-    "Address at which the other nodes reach this node: Ray's node address and the engine's host address."
+    "Address at which the other nodes reach this node. Ray and the engine use it."
     interface: str
-    "Network interface that has the address in `private`."
+    "Network interface with the address in `private`."
     gpus: PositiveInt
-    "Number of GPUs that Ray uses on this node. The sum over all nodes is tp * pp."
+    "Number of GPUs that the engine uses on this node. The sum over all nodes is tp * pp * dp."
     env: Mapping[str, str]
-    "Environment variables of `ray start` and of Ray's workers on this node, or of the engine on this node."
+    "Environment variables. With Ray, they are set for `ray start`. With `launcher = native`, they are set for the engine."
     ray: tuple[str, ...] = ()
-    "Arguments of `ray start`. The list is empty with `launcher = native`."
+    "Command that starts Ray. Empty with `launcher = native`."
     engine: tuple[str, ...] = ()
-    "Arguments of the engine on this node, if `launcher = native` and the node is not the head."
+    "Command that starts the engine on a node that is not the head. Empty with Ray."
 
 
 class Alternative(BaseModel):
-    """An alternative layout that fits these nodes. It is the best layout for its value of tp."""
+    """Another layout that fits on the nodes. It is the best layout with its value of tp."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     layout: str
-    "Name of the layout."
+    "Name of the layout, for example `tp4 pp2`."
     partition: tuple[int, ...]
     "Number of layers of each stage."
     offload_gib: float
-    "GiB of weights in host memory for each GPU."
+    "GiB of offloaded weights of each GPU."
     weights_gib: float
-    "GiB of weights on the GPU with the most weights."
+    "GiB of weights of the GPU with the most weights."
     request_tokens: int
     "Number of tokens of the longest possible request."
     tokens_per_s: float
     "Predicted tokens/s of one stream."
     usd_per_mtok: float | None
-    "Predicted dollars per million tokens. null if no price is set."
+    "Predicted dollars per million tokens. null: a GPU has no known price."
 
 
 class ServePlan(BaseModel):
@@ -93,42 +93,41 @@ class ServePlan(BaseModel):
 
     id: str = ""
     (
-        "sha256 of the fields that determine what runs (deployment, engine, launcher, model, revision, layout, nodes, serve, "
-        "serve_env, secret_env), as canonical JSON. The engine's processes carry a mark that is computed from this id. If the "
-        "id changes, the model is loaded again."
+        "Digest of everything in the plan that is executed. Prices, predictions and notes do not change the id. If the id "
+        "changes, `deploy serve` starts the engine again."
     )
     deployment: str
     "Name of the deployment."
     engine: Literal["aphrodite", "vllm"]
-    "The engine."
+    "Engine."
     launcher: Literal["ray", "native"] = "ray"
-    "What connects the engine's nodes."
+    "What connects the engine's nodes: Ray, or the engine itself (`native`)."
     model: str
-    "Repository on the Hub."
+    "Repository on the Hugging Face Hub."
     revision: str
-    "Commit; or a branch, if the branch is not resolved yet."
+    "Commit of the model. Before `deploy up`, it can be a branch or tag."
     layout: Layout
     "How the model is split."
     nodes: tuple[NodePlan, ...]
-    "Nodes in the engine's rank order, the head first."
+    "Nodes that run the engine. The head is the first node."
     spares: tuple[str, ...] = ()
-    "Names of nodes that Ray must not use."
+    "Names of nodes that the plan does not use."
     serve: tuple[str, ...]
-    "Arguments of the engine, which runs on the head and listens on 127.0.0.1."
+    "Command that starts the engine on the head. The engine listens on 127.0.0.1."
     serve_env: Mapping[str, str]
-    "Environment variables of the engine, in addition to those of the login."
+    "Environment variables for this command, in addition to the variables of the SSH session."
     secret_env: tuple[str, ...]
-    "Names of secret variables; `deploy serve` passes their values on stdin."
+    "Names of environment variables with secrets. `deploy serve` sends their values on stdin."
     memory: MemoryPlan | None
-    "Use of memory. null if the planner does not know the model."
+    "Predicted use of memory. null: the planner does not know the model."
     prediction: Prediction | None
-    "Predicted speed. null if the planner does not know the model."
+    "Predicted speed. null: the planner does not know the model."
     alternatives: tuple[Alternative, ...] = ()
-    "Other possible layouts."
+    "Other layouts that fit."
     rejected: tuple[Rejected, ...] = ()
     "Layouts that do not fit."
     notes: tuple[str, ...] = ()
-    "Remarks for the user, for example about nodes that cannot serve, or about assumptions."
+    "Notes for the user, for example about nodes that cannot be used."
 
     @property
     def head(self) -> NodePlan:

@@ -126,7 +126,7 @@ class StageLoad:
 
 
 class StreamLevel(BaseModel):
-    """Prediction for a number of concurrent streams."""
+    """Predicted speed with several streams."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -135,34 +135,34 @@ class StreamLevel(BaseModel):
     tokens_per_s: float
     "Tokens/s of all streams together."
     usd_per_mtok: float | None = None
-    "Dollars per million tokens. null if no price is set."
+    "Dollars per million tokens. null: a GPU has no known price."
 
 
 class Prediction(BaseModel):
-    """Prediction for a layout. The values in milliseconds apply to one token of one stream, except `first_token_ms`."""
+    """Predicted speed of the layout."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     tokens_per_s: float
-    "Tokens/s of one stream."
+    "Tokens/s with one stream."
     weights_ms: float
-    "Milliseconds per token for reading weights from GPU memory."
+    "Milliseconds per token to read weights from GPU memory."
     offload_ms: float
-    "Milliseconds per token for reading offloaded weights from host memory."
+    "Milliseconds per token to read offloaded weights from host memory."
     collectives_ms: float
-    "Milliseconds per token for all-reduces, and for the exchange of tokens between replicas that share experts."
+    "Milliseconds per token for all communication inside the stages, including `exchange_ms`."
     exchange_ms: float = 0
-    "The part of `collectives_ms` for this exchange of tokens."
+    "Milliseconds per token to exchange tokens between replicas that share experts."
     hops_ms: float = 0
-    "Milliseconds per token for transfers between stages."
+    "Milliseconds per token to send data from stage to stage."
     first_token_ms: float = 0
-    "Milliseconds from a prompt of 512 tokens to the first token, without other requests."
+    "Milliseconds until the first token of the answer to a prompt of 512 tokens, without other requests."
     levels: tuple[StreamLevel, ...] = ()
-    "Predictions for several concurrent streams."
+    "Predicted speed with several streams."
     usd_per_hour: float | None = None
-    "Dollars per hour of all nodes. null if no price is set."
+    "Dollars per hour for all nodes. null: a GPU has no known price."
     usd_per_mtok: float | None = None
-    "Dollars per million tokens with one stream. null if no price is set."
+    "Dollars per million tokens with one stream. null: a GPU has no known price."
 
     def at(self, streams: int) -> float:
         """Tokens/s for any number of streams: interpolated, and beyond the last prediction equal to it."""

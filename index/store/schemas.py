@@ -31,39 +31,42 @@ class SentDocument(BaseModel):
 
 
 class MatrixCell(SentDocument):
-    """One cell: recipe x stack x Python x target x sm list. Each cell is one wheel."""
+    """One cell. Each cell is one wheel."""
 
     recipe: RecipeName
     "Name of the recipe."
     version: ShortText = ""
-    "Version of the recipe's project, for example 1.7.0."
+    "Version of the package, for example 1.7.0."
     stack: RecipeName
     "Name of the stack."
     torch: ShortText = ""
     "Version of torch, for example 2.11.0. Empty if the wheel does not depend on torch."
     cuda: ShortText = ""
-    "Version of CUDA, for example 13.0. Empty for a wheel without device code."
+    "Version of CUDA, for example 13.0. Empty if the wheel has no device code."
     python: CellPython
     "Version of Python, for example 3.13. 3.14t is the free-threaded build."
     target: CellTarget
     "Architecture of the wheel."
     sm: tuple[SmName, ...] = Field(default=(), max_length=64)
-    "GPU architectures, for example 90, 90a, 100f."
+    "sm values, for example 90, 90a and 100f."
     state: CellState
-    "State of the cell. `served`: the wheel of a different cell can be installed for this cell, so nothing is built."
+    (
+        "State of the cell. `built` and `failed`: the result of the build. `served`: the wheel of another cell also works for "
+        "this cell. `blocked`: the build is not possible."
+    )
     build_id: BuildId | None = None
-    "Id of the build. null before the cell is built."
+    "Build id. null: not built yet."
     wheel: WheelName | None = None
-    "File name of the built wheel. null before the cell is built."
+    "File name of the wheel. null: not built yet."
     reason: str = ""
     (
-        "For a failed cell, the error; for a blocked cell, the cause; for a served cell, the wheel of the other cell. The "
-        "board shows the first 2,000 characters."
+        "Explanation of the state: the error of a failed cell, the cause for a blocked cell, or the wheel for a served cell. "
+        "The page `/board/` shows its first 2,000 characters."
     )
     cpu_seconds: float | None = Field(default=None, ge=0, lt=1e15, allow_inf_nan=False)
-    "CPU seconds that the build took, or is expected to take."
+    "Measured or expected CPU seconds of the build."
     disk_bytes: int | None = Field(default=None, ge=0, lt=10**15)
-    "Bytes of disk space that the build used, or is expected to use."
+    "Measured or expected disk space of the build, in bytes."
 
 
 class MatrixDocument(SentDocument):
@@ -72,9 +75,9 @@ class MatrixDocument(SentDocument):
     name: DocumentName
     "Name of the matrix. It must be equal to NAME in the address."
     selector: str = ""
-    "Selector of the cells, for example 'python=3.10..3.14 stack=cu130,cu132 target=aarch64'."
+    "Selector of the cells, for example `python=3.10..3.14 stack=cu130,cu132 target=aarch64`."
     made: AwareDatetime
-    "Time at which the cells were listed."
+    "Time at which the document was made (ISO 8601, with time zone)."
     cells: tuple[MatrixCell, ...] = Field(max_length=MAX_CELLS)
     "The cells."
 
@@ -84,14 +87,14 @@ class MatrixDocument(SentDocument):
 
 
 class GpuComparison(SentDocument):
-    """A result that a GPU computed with the wheel, compared with a reference."""
+    """A result that the wheel computed on a GPU, compared with a reference."""
 
     name: ShortText
-    "Name of the computed result, for example forward float16."
+    "Name of the result, for example `forward float16`."
     error: float | None = Field(default=None, ge=0, lt=1e15, allow_inf_nan=False)
     "Largest difference from the reference."
     tolerance: float | None = Field(default=None, ge=0, lt=1e15, allow_inf_nan=False)
-    "Largest accepted difference."
+    "Largest difference that is accepted."
 
 
 class CertifiedWheel(SentDocument):
@@ -107,16 +110,16 @@ class DeviceCertificate(SentDocument):
     """Body of `PUT /certificates/DIGEST`: device code whose results on a GPU match a reference."""
 
     device_digest: DeviceDigest
-    "Digest of the wheel's device code for one sm. It must be equal to DIGEST in the address."
+    "Digest of the wheel's device code for one sm value. It must be equal to DIGEST in the address."
     sm: SmName
-    "Architecture of the device code, for example 90."
+    "sm value of the device code, for example `90`."
     gpu: ShortText
-    "Name of the GPU, for example NVIDIA H100 80GB HBM3."
+    "Name of the GPU, for example `NVIDIA H100 80GB HBM3`."
     driver: ShortText = ""
-    "Version of NVIDIA's driver."
+    "Version of NVIDIA's driver. Empty: unknown."
     certified: AwareDatetime
-    "Time of the test."
+    "Time of the test (ISO 8601, with time zone)."
     wheel: CertifiedWheel
     "The tested wheel."
     comparisons: tuple[GpuComparison, ...] = Field(default=(), max_length=1000)
-    "Comparisons with a reference."
+    "Results that were compared with a reference."

@@ -36,4 +36,4 @@ def test_each_field_of_a_schema_has_a_description(path: Path) -> None:
 
 
 def test_each_schema_is_in_the_reference() -> None:
-    assert {*reference.FILES, *reference.DOCUMENTS} == {path.stem for path in SCHEMAS}
+    assert {*reference.FILES, *reference.DEPLOY_FILE, *reference.DOCUMENTS} == {path.stem for path in SCHEMAS}

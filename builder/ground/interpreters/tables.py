@@ -12,7 +12,7 @@ from gracefarm.tables import Sha256, Table, Url
 
 
 class Archive(Table):
-    """A standalone CPython for one architecture: a .tar.gz with the folder python/."""
+    """An archive (.tar.gz) that contains CPython in the folder python/."""
 
     url: Url
     "URL of the archive"
@@ -21,34 +21,34 @@ class Archive(Table):
 
 
 class ArchiveSource(Table):
-    """Standalone CPython of python-build-standalone. It contains its libraries and runs on glibc 2.17 and later."""
+    """CPython from the project python-build-standalone. It runs on glibc 2.17 and later."""
 
     kind: Literal["archive"]
     "Selects this kind of source"
     archives: dict[Arch, Archive]
-    "Archive for each architecture that the interpreter runs on"
+    "Archives. The key is the architecture that the interpreter runs on"
 
 
 class DebianSource(Table):
-    """The Python of a Debian suite, with the C library and the loader of that suite. They may be newer than the root's."""
+    """The Python of a Debian suite, with the C library of that suite. This C library may be newer than that of the root."""
 
     kind: Literal["debian"]
     "Selects this kind of source"
     suite: str
     "Debian suite, for example trixie"
     packages: tuple[str, ...] = Field(min_length=1)
-    "Packages to unpack. Their dependencies are unpacked too. packages.lock pins all of them"
+    "Packages to unpack, together with their dependencies. packages.lock pins them"
 
 
 class InterpreterTable(Table):
     """interpreter.toml."""
 
     python: Annotated[str, StringConstraints(pattern=r"^3\.\d+t?$")]
-    "Major and minor version, for example 3.13; 3.13t is the free-threaded build"
+    "Major and minor version, for example 3.13. 3.13t is the free-threaded build of 3.13"
     version: str
     "Full version, for example 3.13.15"
     source: Annotated[ArchiveSource | DebianSource, Field(discriminator="kind")]
-    "Where the interpreter comes from"
+    "Source of the interpreter"
 
 
 class InterpreterLock(Table):
