@@ -1,4 +1,4 @@
-"""The weights and cache of each rank of a split, by the engine's rules. docs/reference/deploy.md has the formulas."""
+"""The weights and cache of each rank of a split, by the engine's rules. docs/explanation/planner.md has the formulas."""
 
 from __future__ import annotations
 
