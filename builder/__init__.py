@@ -1,1 +1,1 @@
-"""From a recipe to a proven, published wheel."""
+"""Build wheels from recipes, test them, and publish them."""

@@ -1,1 +1,1 @@
-"""From a list of GH200 nodes to a served model."""
+"""Serve a model on a list of nodes."""

@@ -1,1 +1,1 @@
-"""Code that builder, index and deploy share, such as errors, output, files and settings. It has no work of one program."""
+"""Code that builder, index and deploy share, such as errors, output, files and settings. It belongs to no single program."""

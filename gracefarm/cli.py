@@ -1,4 +1,4 @@
-"""The common style of the command lines: lazy commands, whole help texts, `--json` before or after the command's name."""
+"""What the command lines share: commands that are imported late, complete help texts, `--json` before or after the name."""
 
 from __future__ import annotations
 

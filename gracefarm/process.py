@@ -1,4 +1,7 @@
-"""Run other programs so that they end with this process, and extract their messages. Runs on nodes: standard library only."""
+"""Run other programs so that they end with this process, and extract their messages.
+
+The module also runs on nodes, so it uses only the standard library.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Classify failures of uv: the kind of failure, and a sentence. Runs on nodes: standard library only."""
+"""Classify failures of uv: the kind of failure, and a sentence.
+
+The module also runs on nodes, so it uses only the standard library.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--accept-new`: accept unknown digests at first use after a confirmation, as ssh does with host keys."""
+"""`--accept-new`: store unknown digests at first use, after a confirmation, as ssh does with host keys."""
 
 from __future__ import annotations
 

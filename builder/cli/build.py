@@ -37,7 +37,8 @@ from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageErr
 @click.option(
     "--changed",
     is_flag=True,
-    help="Build each recipe that was not built successfully with its current inputs. With --matrix: each such cell.",
+    help="Build each recipe that was not built successfully with its current sources, options and compilers. With --matrix: "
+    "build each such cell.",
 )
 @click.option(
     "--matrix",
@@ -97,10 +98,10 @@ def build_command(
 ) -> None:
     """Build wheels from recipes, test them, and publish them.
 
-    NAMES are recipes (folders in recipes/). To select recipes in a different way, use --changed or --matrix. The steps for
-    each wheel are: fetch the sources, compile them in a sandbox without network, check the files of the wheel (audit),
-    import the wheel in a new environment (smoke test), and upload it if --publish is given. A wheel that was already built
-    from the same sources, options and compilers is not built again.
+    NAMES are recipes (folders in recipes/). To select recipes in a different way, use --changed or --matrix. The steps
+    for each wheel are: fetch the sources, compile them in a sandbox without network, check the files of the wheel
+    (audit), import the wheel in a new environment (smoke test), and upload it if --publish is given. A wheel that was
+    already built from the same sources, options and compilers is not built again.
 
     With --matrix, a recipe is built several times, for example for several Pythons. Each of these wheels is a cell. A
     selector names the cells as a list of AXIS=VALUES. The axes are recipe, stack, torch, cuda, python, target and sm. A
@@ -121,7 +122,7 @@ def build_command(
     builder build triton --accept-new
     # Build two wheels, for Python 3.11 and 3.13, each for two GPU architectures.
     builder build causal_conv1d --matrix 'python=3.11,3.13 sm=90+100'
-    # Build those aarch64 wheels of the selector `default` that have changed.
+    # Build the aarch64 wheels of the selector `default` that have changed.
     builder build --changed --matrix default --only target=aarch64
     # Build the changed wheels of this selector on a Ray cluster.
     builder build --changed --matrix default --farm ray://head:10001
@@ -411,8 +412,8 @@ def run_command(name: str, stack_name: str | None, target: str) -> None:
     """Build one wheel, publish it on this machine, install it with pip, and import it.
 
     NAME is a recipe (a folder in recipes/). The default is causal_conv1d. The command starts an index on this machine,
-    uploads the wheel to it, and installs the wheel from it in a new environment. At the end it stops the index, and prints
-    the paths of the wheel, the record and the log.
+    uploads the wheel to it, and installs the wheel from it in a new environment. At the end it stops the index, and
+    prints the paths of the wheel, the record and the log.
 
     \b
     # Run all these steps for causal_conv1d on aarch64.

@@ -74,12 +74,13 @@ def certify_command(
     report file. The report contains the digest
     (hash) of the wheel's GPU code.
 
-    2. Copy the report to the machine that built the wheel, and run the command there with --accept. The command looks for a
-    wheel of this machine with the same digest, and signs a certificate with the key of this machine.
+    2. Copy the report to the machine that built the wheel, and run the command there with --accept. The command looks
+    for a wheel with the same digest that was built there. It signs a certificate with the key of that machine (see
+    `builder key`).
 
     The certificate applies to each wheel with the same GPU code, even if the wheel is for a different processor
-    architecture or Python. The exit code is 31 if results are wrong. It is 32 if no wheel of this machine has the GPU code
-    of the report.
+    architecture or Python. The exit code is 31 if results are wrong. It is 32 if the machine of step 2 has built no
+    wheel with the GPU code of the report.
 
     \b
     # Test a wheel on the GPU of this machine, and write thing-1.0.whl.gpu.json.

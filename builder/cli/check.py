@@ -53,9 +53,8 @@ def audit_command(
 ) -> None:
     """Check the files in a wheel against a stack, without running the wheel.
 
-    WHEEL is the path of a .whl file. The builder does not have to be the program that built it. Each check is called a gate.
-    Each line of the output shows one gate and its result: passed, failed or not applicable. The exit code is 30 if a gate
-    failed.
+    WHEEL is the path of a .whl file. Any program may have built it. Each check is called a gate. Each line of the
+    output shows one gate and its result: passed, failed or not applicable. The exit code is 30 if a gate failed.
 
     \b
     # Check a wheel against the stack cu130.
@@ -121,8 +120,8 @@ def smoke_command(
 ) -> None:
     """Install a wheel in a new environment, and import it.
 
-    WHEEL is the path of a .whl file. Give the modules to import with --import or --recipe. The command prints the path of
-    each imported module. With --gpu, a script also tests the wheel on a GPU.
+    WHEEL is the path of a .whl file. Give the modules to import with --import or --recipe. The command prints the path
+    of each imported module. With --gpu, a script also tests the wheel on a GPU.
 
     \b
     # Install a wheel beside the packages of the stack cu130, and import thing.

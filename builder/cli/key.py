@@ -61,11 +61,14 @@ def create_command() -> None:
 def show_command() -> None:
     """Print the public key of this machine.
 
-    Users of your wheels check the signature with the public key: builder verify FILE.whl --key builder.pub
+    The private key of this machine signs the origin of wheels. Users of these wheels check the signature with the public
+    key.
 
     \b
     # Write the public key into a file.
     builder key show > builder.pub
+    # Check a wheel with this file.
+    builder verify FILE.whl --key builder.pub
     """
     _, console = start()
     public = _private().public_key()

@@ -73,8 +73,8 @@ def parted(function: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--prune",
     is_flag=True,
-    help="List instead the builds on this machine for old releases of torch. keep_torch in matrix.toml is the number of "
-    "newest releases that are not old. The command removes nothing.",
+    help="Instead of cells, list the builds on this machine for old releases of torch. matrix.toml says how many of the "
+    "newest releases are kept (keep_torch). The command removes nothing.",
 )
 @json_option
 def matrix_command(names: tuple[str, ...], selector: str, part: Part, url: str | None, name: str | None, prune: bool) -> None:

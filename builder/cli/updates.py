@@ -1,4 +1,4 @@
-"""`builder updates`: newer upstream releases of what the project pins."""
+"""`builder updates`: newer releases of torch, Python and the packages of the recipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`builder why`: the input that changed between two build ids, and the builds that it affects."""
+"""`builder why`: the inputs that differ between two build ids, and the builds that this affects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a source tree to the values of a recipe: what it is built with, what for, and what of it cannot work."""
+"""Read the values of a recipe from a source tree: build requirements, architectures, and parts that cannot work."""
 
 from __future__ import annotations
 

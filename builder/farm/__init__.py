@@ -1,1 +1,1 @@
-"""Cells on a Ray cluster: which workers it has, what they are sent, what comes back. docs/howto/farm.md shows it."""
+"""Build cells on a Ray cluster: find its workers, send them cells, receive the results. See docs/howto/farm.md."""

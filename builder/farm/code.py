@@ -1,4 +1,4 @@
-"""Is this the gracefarm of the other machine? Its code by digest, and its recipes as an archive that travels with a cell."""
+"""Compare the gracefarm of two machines by a digest of its code, and pack the recipes that are sent with a cell."""
 
 from __future__ import annotations
 

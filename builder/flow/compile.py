@@ -1,4 +1,4 @@
-"""Source tree and compile of a build; compiles again after a kill for memory, but not if an interrupted run has compiled."""
+"""Prepare the source tree of a build and compile it. Compile again after a kill for lack of memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`builder run`: all steps on one machine, from the recipe to an import of the wheel that pip installed from an index."""
+"""`builder run`: build and publish a wheel on one machine, install it with pip from the index, and import it."""
 
 from __future__ import annotations
 

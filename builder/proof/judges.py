@@ -1,4 +1,4 @@
-"""The digest of everything that judges a finished wheel without changing it. If it changes, wheels are judged again."""
+"""The digest of all code that decides whether a finished wheel passes. If the digest changes, wheels are checked again."""
 
 from __future__ import annotations
 

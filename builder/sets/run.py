@@ -1,4 +1,4 @@
-"""`builder set run`: all steps of a set on one machine, to an import of wheels that were installed by hash from an index."""
+"""`builder set run`: build, test and publish a set on one machine, install it by hash from the index, and import it."""
 
 from __future__ import annotations
 

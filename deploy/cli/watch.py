@@ -1,4 +1,4 @@
-"""`deploy status`, `top`, `logs` and `collect`: the state of a deployment. They change nothing and take no lock."""
+"""`deploy status`, `top`, `logs` and `collect`: the state of a deployment. These commands change nothing and take no lock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`index`: the command line. Parses, calls, prints; nothing else. A command's module is imported when it is called."""
+"""`index`: the command line. It only parses, calls and prints. The module of a command is imported when it is called."""
 
 from __future__ import annotations
 
