@@ -9,7 +9,7 @@ import socket
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from deploy.fleet.calls import RemoteNode, call
 from deploy.fleet.forwarding import ForwardingError, require_forwarding
@@ -19,7 +19,7 @@ from deploy.nodes.deployment import Deployment
 from deploy.nodes.state import StepRecord, digest
 from deploy.remote.wire import Json
 from deploy.steps.preflight_checks import CellStatus, Expected, NodeCheck, Pairs, Survey, judge, tokenless
-from deploy.steps.processes import raylet
+from deploy.steps.processes import of_job, raylet
 from deploy.steps.step import Applied, Looks, Step, Work
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, PreflightError
@@ -89,7 +89,7 @@ class PreflightStep(Step):
 
     async def apply(self, work: Work, looks: Looks) -> Applied:
         """Run the checks."""
-        cells = without_ours(await cells_of(work, looks), looks)
+        cells = await cells_of(work, looks)
         tell(work.console, cells)
         require(cells)
         shares = {node: _mounted(seen) for node, seen in looks.items()}
@@ -99,7 +99,7 @@ class PreflightStep(Step):
 async def cells_of(work: Work, looks: Looks) -> list[NodeCheck]:
     """The results of all checks on every node and pair."""
     cells = await run(work.nodes, spec_of(work.deployment, looks))
-    return [*await tunnel(work), *cells]
+    return [*await tunnel(work), *without_ours(cells, looks)]
 
 
 def tell(console: Console, cells: Sequence[NodeCheck], told: Collection[str] = ()) -> None:
@@ -130,9 +130,12 @@ async def tunnel(work: Work) -> list[NodeCheck]:
 
 
 def without_ours(cells: Sequence[NodeCheck], looks: Looks) -> list[NodeCheck]:
-    """The cells without checks of the GPUs' memory, if our own cluster is running and uses it."""
-    running = any(raylet(seen) for seen in looks.values())
-    return [cell for cell in cells if not (running and cell.check in ("memory", "nccl"))]
+    """The cells. Checks of the GPUs' memory are skipped if our own Ray or engine is running and uses the GPUs."""
+    if not any(raylet(seen) or of_job(seen, paths.ENGINE_JOB) for seen in looks.values()):
+        return list(cells)
+    text = "not checked: this deployment's Ray or engine is running"
+    ours = ("memory", "nccl")
+    return [replace(cell, status="skipped", text=text, remedy="") if cell.check in ours else cell for cell in cells]
 
 
 def spec_of(deployment: Deployment, looks: Looks) -> PreflightSpec:

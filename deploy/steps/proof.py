@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deploy.nodes.state import StepRecord, digest
-from deploy.steps.preflight import boots, cells_of, require, summary, tell, without_ours
+from deploy.steps.preflight import boots, cells_of, require, summary, tell
 from deploy.steps.step import Applied, Looks, Step, Work
 
 OF_THE_NODE = ("tunnel", "names", "disk", "share", "route", "ports", "clock", "cuda", "memory", "shm", "limits")
@@ -25,7 +25,7 @@ class ProofStep(Step):
 
     async def apply(self, work: Work, looks: Looks) -> Applied:
         """Run the checks."""
-        cells = without_ours(await cells_of(work, looks), looks)
+        cells = await cells_of(work, looks)
         tell(work.console, cells, told=OF_THE_NODE)
         require(cells)
         reduced = next((cell.text for cell in cells if cell.check == "gloo" and cell.status == "ok"), None)

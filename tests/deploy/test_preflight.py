@@ -254,6 +254,27 @@ def test_every_port_of_rays_is_asked_and_the_ends_and_the_middle_of_its_workers(
     assert {ports["store"], ports["engine_store"]} <= set(spec.ports)
 
 
+@pytest.mark.parametrize(
+    "process",
+    [
+        {"name": "raylet", "mark": "gracefarm/t/k1/ray", "plan": "p"},
+        {"name": "vllm", "mark": "gracefarm/t/k1/engine", "plan": "p"},
+    ],
+)
+def test_the_memory_that_our_own_engine_uses_is_not_judged(process: dict[str, str]) -> None:
+    cells = [
+        NodeCheck(check=check, node="k0", status="bad", text="used", remedy="stop it") for check in ("memory", "nccl", "shm")
+    ]
+    idle = {"k0": {"processes": []}, "k1": {"processes": [{"name": "sh", "mark": "gracefarm/t/k1/download", "plan": ""}]}}
+    assert preflight.without_ours(cells, idle) == cells
+    running = preflight.without_ours(cells, {**idle, "k1": {"processes": [process]}})
+    assert [(cell.check, cell.status, cell.remedy) for cell in running] == [
+        ("memory", "skipped", ""),
+        ("nccl", "skipped", ""),
+        ("shm", "bad", "stop it"),
+    ]
+
+
 def suppose_node(deployment: Deployment) -> NodeFacts:
     deployment.folder.make()
     return suppose.suppose(hardware.named("gh200-96"), 1, deployment)[1].node("k0")
