@@ -14,7 +14,7 @@ PACKAGES = frozenset({"gracefarm", "builder", "index", "deploy"})
 
 def missing(package: str, extra: str) -> HostError:
     """The error for a missing package that `extra` installs."""
-    return HostError(f"{extra} requires {package}, which is not installed", remedy=f"pip install 'gracefarm[{extra}]'")
+    return HostError(f"{extra} requires {package}, which is not installed", remedy=f"run `pip install 'gracefarm[{extra}]'`")
 
 
 def require(extra: str) -> None:

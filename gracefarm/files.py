@@ -64,7 +64,8 @@ def full_disk(where: Path) -> Iterator[None]:
             raise
         raise DiskFullError(
             f"no space left on the file system that holds {where}",
-            remedy="free space there (`builder clean` removes temporary files) or set GRACEFARM_HOME to a larger disk",
+            remedy="free space there (`builder clean` removes temporary files), or set GRACEFARM_HOME to a folder on a larger "
+            "disk",
         ) from error
 
 

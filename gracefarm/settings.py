@@ -86,7 +86,7 @@ def read(kind: type[S]) -> S:
         key = ".".join(str(part) for part in first["loc"])
         raise ConfigError(
             f"setting {key!r}: {tables.message(first)}",
-            remedy=f"known settings: {', '.join(known)} (in {path} or as {PREFIX}NAME)",
+            remedy=f"correct the variable {PREFIX}{key.partition('.')[0].upper()}, or the setting in {path}",
         ) from error
 
 

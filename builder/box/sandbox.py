@@ -151,7 +151,11 @@ def shell(place: Place, argv: Sequence[str] = ("/bin/bash",)) -> int:
             except KeyboardInterrupt:  # for the program inside
                 continue
     if tree.exit is None:
-        raise HostError("the sandbox could not be started or was killed", remedy="run `builder doctor`")
+        raise HostError(
+            "the sandbox of the shell could not be started, or it was killed",
+            remedy="see the message of bwrap above; if there is none, repeat the command. `builder doctor` tests whether "
+            "sandboxes start on this machine",
+        )
     return tree.exit
 
 
@@ -290,7 +294,11 @@ class _Tree:
             HostError: the command never ran.
         """
         if self.exit is None and lines.complaint:
-            raise HostError(f"the sandbox could not be started: {_explain(lines.complaint)}", remedy="run `builder doctor`")
+            raise HostError(
+                f"the sandbox could not be started: {_explain(lines.complaint)}",
+                remedy="run `builder doctor --fix`, as root or with sudo; it allows sandboxes on this machine, or says what "
+                "prevents them",
+            )
         by_log = self.unwatched is not None or (not self.place.hears_every_name and not self.reached)
         return Outcome(
             returncode=KILLED if self.exit is None else self.exit,
@@ -349,7 +357,9 @@ def _tree(
     """
     program = shutil.which(line[0])
     if program is None:
-        raise HostError("bubblewrap (the program bwrap) is not installed", remedy="run `builder doctor --fix`")
+        raise HostError(
+            "bubblewrap (the program bwrap) is not installed", remedy="run `builder doctor --fix`, which installs it"
+        )
     bound = meter.open_meter(place.memory, memory_by)
     with contextlib.closing(bound):
         control_read, control_write = os.pipe()

@@ -11,7 +11,7 @@ import click
 from builder.planning.gaps import Gap
 from builder.planning.settings import PACKAGED, Settings
 from builder.planning.stack import LoadedStack
-from gracefarm.console import Console
+from gracefarm.console import Console, counted
 from gracefarm.errors import GracefarmError, SeveralError, UsageError
 
 accept_option = click.option(
@@ -75,11 +75,12 @@ def _ask(missing: Sequence[Gap], settings: Settings, console: Console, *, yes: b
         return
     if console.as_json or not sys.stdin.isatty():
         raise UsageError(
-            f"--accept-new asks for confirmation of {len(missing)} digests, but there is no terminal",
-            remedy="add --yes to accept them without confirmation",
+            f"--accept-new asks for confirmation of {counted(len(missing), 'digest')}, but "
+            + ("the command cannot ask with --json" if console.as_json else "there is no terminal"),
+            remedy="add --yes to accept the digests without confirmation",
         )
     if not click.confirm("Accept these files as they are now, and store their digests?", err=True):
         raise UsageError(
-            "nothing was accepted",
-            remedy="write the digests with `builder lock NAME`, and compare them before you commit them",
+            "you did not accept the digests, so no digest was stored and nothing was built",
+            remedy="write the digests with `builder lock NAME`, and compare them with another source before you build",
         )

@@ -226,8 +226,12 @@ def _asked(
     if cells is not None:
         return cells
     known = recipe.names(settings.project / "recipes")
-    if bool(names) == changed:
-        raise UsageError("give either names of recipes or --changed", remedy=f"recipes: {', '.join(known)}")
+    if names and changed:
+        raise UsageError("names of recipes and --changed cannot be used together", remedy="omit the names, or omit --changed")
+    if not names and not changed:
+        raise UsageError(
+            "no recipe was given", remedy=f"give names of recipes, or --changed; the recipes are: {', '.join(known)}"
+        )
     return names or recipe.of_wheels(settings.project / "recipes")
 
 

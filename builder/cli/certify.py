@@ -98,12 +98,13 @@ def certify_command(
         _accept(accepted, url, settings, console)
         return
     if wheel is None or recipe_name is None or url is not None:
-        raise UsageError("give either WHEEL and --recipe NAME, or --accept REPORT (with --publish to upload the certificates)")
+        raise _unclear(wheel, url)
     place = report or Path(f"{wheel.name}.gpu.json")
     loaded = recipe.load(settings.project / "recipes", recipe_name)
     if loaded.smoke_gpu_script is None:
         raise ConfigError(
-            f"recipe {recipe_name} has no smoke_gpu.py", remedy="write this script, as docs/howto/gpu.md describes"
+            f"recipe {recipe_name} has no smoke_gpu.py",
+            remedy=f"write {loaded.folder / 'smoke_gpu.py'}, as docs/howto/gpu.md describes",
         )
     scratch = settings.home / "smoke" / str(os.getpid())
     scratch.mkdir(parents=True)
@@ -114,7 +115,10 @@ def certify_command(
                 plain, loaded.data.imports, loaded.smoke_gpu_script, stack, on, scratch, settings, cuda=True
             )
             if reader is None:
-                raise HostError("cuobjdump, which reads device code, is missing", remedy="install NVIDIA's cuda-cuobjdump")
+                raise HostError(
+                    "NVIDIA's cuobjdump, which reads device code, was not found",
+                    remedy="install the CUDA toolkit and give its folder with --cuda PATH, or add cuobjdump to PATH",
+                )
             console.step("certify", f"smoke_gpu.py of {recipe_name} with {wheel.name}")
             written = certificates.report(wheel, smoke.run_gpu(trial, sm), reader)
     finally:
@@ -129,6 +133,19 @@ def certify_command(
     console.result(written.model_dump(mode="json"), "\n".join(lines))
 
 
+def _unclear(wheel: Path | None, url: str | None) -> UsageError:
+    """The error for arguments that neither test a wheel nor accept a report."""
+    if url is not None:
+        return UsageError(
+            "--publish requires --accept REPORT",
+            remedy="omit --publish to test a wheel; or upload certificates with --accept REPORT --publish URL",
+        )
+    return UsageError(
+        f"{'WHEEL' if wheel is None else '--recipe NAME'} is missing",
+        remedy="give WHEEL and --recipe NAME to test a wheel; or --accept REPORT to sign a certificate",
+    )
+
+
 def _accept(accepted: Path, url: str | None, settings: Settings, console: Console) -> None:
     """Sign a report, sign the provenance of the covered wheels again, and upload the certificates."""
     given = certificates.read_report(accepted)
@@ -136,7 +153,9 @@ def _accept(accepted: Path, url: str | None, settings: Settings, console: Consol
         publish.refuse_credentials(url)
     key = signing.private()
     if key is None:
-        raise ConfigError("this machine has no signing key", remedy="create a key", repeat="builder key create")
+        raise ConfigError(
+            "this machine has no signing key", remedy="create a key with `builder key create`", repeat="builder key create"
+        )
     builds = [build for build in record.all_of(settings) if build.wheel is not None and build.device_digests]
     wheels = {build.wheel.sha256: build.device_digests for build in builds if build.wheel is not None}
     signed = certificates.accept(given, wheels, key, settings)

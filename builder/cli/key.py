@@ -34,7 +34,9 @@ def _private() -> Ed25519PrivateKey:
     """
     key = signing.private()
     if key is None:
-        raise ConfigError("this machine has no signing key", remedy="create a key", repeat="builder key create")
+        raise ConfigError(
+            "this machine has no signing key", remedy="create a key with `builder key create`", repeat="builder key create"
+        )
     return key
 
 

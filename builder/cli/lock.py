@@ -93,7 +93,8 @@ def lock_command(name: str, python: str | None, digests: bool, stack_name: str |
     chosen = click.get_current_context().get_parameter_source("toolchain") is click.core.ParameterSource.COMMANDLINE
     if chosen and folder != "recipes" and not digests:
         raise UsageError(
-            "--toolchain requires a recipe, or a stack with --digests", remedy="omit --toolchain, or add --digests"
+            "--toolchain requires a recipe, or a stack with --digests",
+            remedy="omit --toolchain, or add --digests" if folder == "stacks" else "omit --toolchain",
         )
     if folder == "interpreters":
         _lock_interpreter(name, settings, console)
@@ -119,7 +120,10 @@ def find(name: str, settings: Settings) -> tuple[str, str]:
     folders = [folder for folder, names in NAMES.items() if name in names(settings)]
     if len(folders) > 1:
         spellings = " or ".join(f"`builder lock {folder}/{name}`" for folder in folders)
-        raise UsageError(f"{name} is in {' and in '.join(f'{folder}/' for folder in folders)}", remedy=f"run {spellings}")
+        raise UsageError(
+            f"the name is ambiguous: {name} is in {' and in '.join(f'{folder}/' for folder in folders)}",
+            remedy=f"run {spellings}",
+        )
     # An unknown name counts as a recipe, whose error lists the known ones.
     return (folders or ["recipes"])[0], name
 

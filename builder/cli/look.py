@@ -117,7 +117,8 @@ def log_command(name: str) -> None:
     path = record.folder(settings, last_build(name, settings).build_id) / "log.txt"
     if not path.is_file():
         raise ConfigError(
-            f"the last build of {name} failed before it wrote a log", remedy=f"`builder show {name}` gives the reason"
+            f"the last build of {name} failed before it wrote a log",
+            remedy=f"run `builder show {name}`, which prints the error of this build",
         )
     if console.as_json:
         console.result({"log": path.read_text(errors="replace")})

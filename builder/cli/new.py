@@ -63,7 +63,8 @@ def new_command(name: str, version: str | None, stack_name: str, url: str | None
     settings, console = start(writes=True)
     if (url is None) != (commit is None):
         raise UsageError(
-            "--git and --commit require each other", remedy="give the repository's URL and the full id of a commit"
+            "--git and --commit require each other",
+            remedy="give both: --git URL --commit COMMIT, with the full id of a commit",
         )
     key = canonicalize_name(name).replace("-", "_")
     folder = settings.project / "recipes" / key
@@ -101,7 +102,7 @@ def _refuse_existing(folder: Path) -> None:
     if folder.exists():
         raise UsageError(
             f"{folder} already exists, and `builder new` does not overwrite recipes",
-            remedy="remove the folder, or work in a different project (`builder init DIR`)",
+            remedy="remove the folder; or create a different project with `builder init DIR`, and repeat the command there",
         )
 
 

@@ -361,5 +361,8 @@ def last_wheel(name: str, settings: Settings) -> tuple[Record, Path]:
     last = last_build(name, settings)
     wheel = record.wheel_path(settings, last)
     if wheel is None:
-        raise ConfigError(f"the last build of {name} produced no wheel", remedy=f"run `builder build {name}`")
+        raise ConfigError(
+            f"the last build of {name} has no wheel: it failed, or its wheel was removed or changed",
+            remedy=f"run `builder build {name}`; `builder show {name}` prints the error of a failed build",
+        )
     return last, wheel

@@ -89,7 +89,7 @@ def _require_new(name: str, folder: Path) -> None:
     if not _NAME.fullmatch(name) or name.endswith(HOST_SUFFIX):
         raise UsageError(
             f"{name!r} is not a valid name for a stack",
-            remedy="use lower-case letters, digits, '.', '_' and '-', such as cu132",
+            remedy="use lower-case letters, digits, '.', '_' and '-', and begin with a letter or digit, such as cu132",
         )
     if (folder / name).exists():
         raise UsageError(

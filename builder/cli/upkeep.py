@@ -112,7 +112,9 @@ def shell_command(name: str) -> None:
         variant=last.asked_variant,
     )
     if where := on.type.closed:
-        raise ConfigError(f"the last build of {name} {where}", remedy=f"examine the files in {folder}")
+        raise ConfigError(
+            f"`builder shell` cannot open the last build of {name}: it {where}", remedy=f"examine the files in {folder}"
+        )
     plan = plan_of(name, last.stack, str(last.inputs["target"]), settings, on)
     if plan.build_id != last.build_id:
         console.warn(

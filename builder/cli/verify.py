@@ -127,7 +127,7 @@ def _plan_of(inside: Inside, wheel: Path, settings: Settings) -> Plan:
     if kind.unsealed is not None:
         raise UsageError(
             f"{wheel.name} was built {kind.unsealed}",
-            remedy="to compare rebuilds, build the wheel in the sandbox; or run `builder verify` without --rebuild",
+            remedy="run `builder verify` without --rebuild; or build the wheel in the sandbox, whose wheels can be rebuilt",
         )
     loaded = recipe.load(settings.project / "recipes", inside.inputs["recipe"]["name"])
     target, python = Arch(inside.inputs["target"]), inside.inputs["stack"]["python"]
@@ -145,7 +145,7 @@ def _plan_of(inside: Inside, wheel: Path, settings: Settings) -> Plan:
                     return candidate
     raise ConfigError(
         f"{wheel.name} has the build id {inside.build_id[:16]}, which this project does not produce on this machine",
-        remedy="check out the commit that the wheel was built from, on a machine of the same kind; `builder why` names "
-        "the changed input",
+        remedy="check out the commit of the project that the wheel was built from, on a machine with the same "
+        "architecture; if this machine built the wheel, `builder why` names the changed input",
         repeat=f"builder why {loaded.key}",
     )

@@ -51,7 +51,8 @@ def check_requirements(plan: Plan, source: Path) -> None:
         wanted = _requires(pyproject.read_bytes())
     except ValueError as error:
         raise CompileError(
-            f"pyproject.toml of {plan.recipe.data.name}: {error}", remedy="correct the file with a patch in the recipe"
+            f"pyproject.toml of {plan.recipe.data.name} is not valid: {error}",
+            remedy="correct the file with a patch in the recipe",
         ) from error
     locked = plan.toolchain.installed(plan)
     marker = {"python_version": plan.stack.python.rstrip("t"), "platform_machine": plan.target.value}
@@ -108,7 +109,8 @@ def judge(outcome: Outcome, plan: Plan, log: Path, start: int, source: Path) -> 
         raise MemoryBoundError(
             f"the build of {name} was killed at its limit of {outcome.memory_bound / 2**30:.1f} GiB of memory "
             f"({outcome.memory_by})",
-            remedy="in [build] of the recipe, raise memory_per_job or list large sources in unit_memory; or use fewer --jobs",
+            remedy="in [build] of the recipe, raise memory_per_job or list large sources in unit_memory; or set a "
+            "smaller --jobs",
             repeat=f"{repeat} --jobs 1",
         )
     if outcome.reached:
@@ -128,7 +130,8 @@ def judge(outcome: Outcome, plan: Plan, log: Path, start: int, source: Path) -> 
         )
     raise CompileError(
         f"the build of {name} failed: {error}",
-        remedy=f"read the log (`builder log {name}`), or open its sandbox (`builder shell {name}`)",
+        remedy=f"read the log (`builder log {name}`)"
+        + ("" if plan.toolchain.closed else f", or open the sandbox of the build (`builder shell {name}`)"),
         repeat=repeat,
     )
 

@@ -128,13 +128,13 @@ def _require_sources(tree: Path, name: str, script: BuildScript, files: list[str
         extension, absent = lacking[0]
         raise SourceError(
             f"{name} cannot be built from this source: it lacks {absent[0]}, which {extension.place} compiles",
-            remedy="build from the project's repository instead: --git URL --commit COMMIT",
+            remedy="repeat the command with the project's repository: --git URL --commit COMMIT",
         )
     if not files and (named := list(_third_party(tree, script))):
         text, place = named[0]
         raise SourceError(
             f"{name} cannot be built from this source: it lacks {text}, which {place} names",
-            remedy="build from the project's repository instead: --git URL --commit COMMIT",
+            remedy="repeat the command with the project's repository: --git URL --commit COMMIT",
         )
 
 

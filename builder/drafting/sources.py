@@ -39,7 +39,7 @@ def of_index(project: str, version: str | None, settings: Settings) -> tuple[Sdi
     index, credentials = split_credentials(settings.index_url or simple.DEFAULT_INDEX)
     try:
         page = simple.project_page(project, index, credentials)
-    except FetchError as error:
+    except simple.AbsentProjectError as error:
         raise FetchError(error.cause, remedy=f"correct the name, or {GIT_REMEDY}") from error
     package, number = _newest(project, version, page.packages, shown(index))
     sha256 = package.digests.get("sha256")
@@ -124,7 +124,7 @@ def _submodules(url: str, commit: str, prefix: str, settings: Settings) -> Itera
         if path not in addresses:
             raise FetchError(
                 f"{shown(url)}: commit {commit} has a submodule at {path!r} that .gitmodules of this commit does not list",
-                remedy="pin a different commit",
+                remedy="give a different commit with --commit",
             )
         address = addresses[path]
         if address.startswith(("./", "../")):

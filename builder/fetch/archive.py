@@ -84,7 +84,9 @@ def extract_members(archive: Path, into: Path, name: str, places: Mapping[str, s
             start = PurePosixPath(wanted)
             chosen = [member for member in members if member.path == start or start in member.path.parents]
             if not any(not stat.S_ISDIR(member.mode) for member in chosen):
-                raise SourceError(f"{name} has no {wanted!r}", remedy="correct `members` of [[files]] in the recipe")
+                raise SourceError(
+                    f"{name}: the archive has no {wanted!r}", remedy="correct `members` of [[files]] in the recipe"
+                )
             for place in (targets,) if isinstance(targets, str) else targets:
                 for member in chosen:
                     _write(replace(member, path=PurePosixPath(place) / member.path.relative_to(start)), into, written, name)
@@ -123,7 +125,9 @@ def _members(archive: Path, name: str) -> Iterator[list[Member]]:
             kinds = ".tar.gz, .tar.xz, .tar.bz2, .zip, .whl or .deb"
             raise SourceError(f"{name} is not a tar archive, a zip archive or a Debian package", remedy=f"pin a {kinds}")
     except BROKEN as error:
-        raise SourceError(f"{name} cannot be unpacked: {error}", remedy="pin a complete archive") from error
+        raise SourceError(
+            f"{name} cannot be unpacked: {error}", remedy="pin a complete archive, since this archive is damaged"
+        ) from error
 
 
 def _is_deb(archive: Path) -> bool:
@@ -140,13 +144,15 @@ def _tar_of_deb(archive: Path, name: str) -> Iterator[IO[bytes]]:
         HostError: dpkg-deb is missing.
     """
     if shutil.which("dpkg-deb") is None:
-        raise HostError("dpkg-deb is missing", remedy="install the package dpkg, then run the command again")
+        raise HostError("dpkg-deb is not installed", remedy="install the package dpkg, then run the command again")
     with TemporaryFile(dir=archive.parent) as stream:
         command = die_with_us(["dpkg-deb", "--fsys-tarfile", str(archive)])
         process = subprocess.run(command, stdout=stream, stderr=subprocess.PIPE, check=False)
         if process.returncode:
             reason = last_line(process.stderr.decode(errors="replace"))
-            raise SourceError(f"{name} cannot be unpacked: {reason}", remedy="pin a complete package")
+            raise SourceError(
+                f"{name} cannot be unpacked: {reason}", remedy="pin a complete package, since this package is damaged"
+            )
         stream.seek(0)
         yield stream
 
@@ -255,5 +261,5 @@ def _check_links(tree: Path, written: set[Path], name: str) -> None:
 def _refused(name: str, member: str, reason: str) -> SourceError:
     return SourceError(
         f"{name}: {member!r} {reason}",
-        remedy="nothing was unpacked; do not trust this archive, and pin a different archive or a git commit",
+        remedy="do not trust this archive: pin a different archive or a git commit; nothing was unpacked",
     )

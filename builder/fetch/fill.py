@@ -84,7 +84,8 @@ def _of_index(filename: str, url: str, sha256: str | None, index: str, settings:
     if sha256 not in (None, read):
         raise DigestError(
             f"{filename}: the file at {shown(url)} has sha256 {read}, but the index {shown(index)} lists {sha256}",
-            remedy="nothing was written; find out which of the two digests is right before you pin one of them",
+            remedy="find out which of the two digests is right, and write it into the recipe or stack by hand; nothing "
+            "was written",
         )
     return read
 

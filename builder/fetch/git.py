@@ -126,7 +126,7 @@ def check_submodules(source: GitSource, settings: Settings) -> None:
             raise DigestError(
                 f"{shown(source.url)}: the parent commit contains {entry} as the submodule {path!r}, but {module.commit} "
                 "is pinned",
-                remedy="pin the commit that the parent commit contains",
+                remedy=f"pin {entry} for this submodule in [source.submodules]",
             )
 
 
@@ -147,7 +147,7 @@ def run_git(
         DiskFullError: no space left.
     """
     if shutil.which("git") is None:
-        raise HostError("git is not installed", remedy="install Debian's package git; `builder doctor` prints the command")
+        raise HostError("git is not installed", remedy="install git with `builder doctor --fix`, as root or with sudo")
     process = subprocess.run(
         die_with_us(["git", *arguments]),
         cwd=cwd,
@@ -162,7 +162,7 @@ def run_git(
     if "No space left on device" in message or "Disk quota exceeded" in message:
         raise DiskFullError(
             f"no space left on the file system that holds {cwd}",
-            remedy="free space there or set GRACEFARM_HOME to a larger disk",
+            remedy="free space there, or set GRACEFARM_HOME to a folder on a larger disk",
         )
     raise GitError(message)
 
@@ -256,7 +256,9 @@ def _require_commit(pin: Pinned, what: str, kind: str) -> None:
     if kind != "commit":
         raise FetchError(
             f"{shown(what)}: {pin.commit} is a {kind}, not a commit",
-            remedy="pin the commit id that `git rev-parse ID^{commit}` prints",
+            remedy=f"pin the id that `git rev-parse {pin.commit}^{{commit}}` prints in a clone of the repository"
+            if kind == "tag"
+            else "pin the id of a commit",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from packaging.version import InvalidVersion, Version
@@ -49,7 +50,7 @@ def _choose(
     if not of_version:
         raise FetchError(
             f"{name} {version}: the index {index} has the project, but not this version",
-            remedy="pin a version that the index has",
+            remedy=f"pin a version that the index has: {_newest(packages)}",
         )
     chosen = next((package for package in of_version if package.digests.get("sha256") == sha256), None)
     if chosen is None and len(of_version) == 1 and "sha256" not in of_version[0].digests:
@@ -58,7 +59,7 @@ def _choose(
         names = ", ".join(package.filename for package in of_version)
         raise DigestError(
             f"{name} {version}: the index {index} has no file with sha256 {sha256}, only these files: {names}",
-            remedy="nothing was fetched; find out why the digest differs before you pin a different one",
+            remedy="find out who changed the file, or correct the pinned digest; nothing was fetched",
         )
     if chosen.is_yanked:
         reason = f": {chosen.yanked_reason}" if chosen.yanked_reason else ", without a reason"
@@ -66,6 +67,15 @@ def _choose(
             f"{name} {version}: {chosen.filename} was yanked from the index {index}{reason}", remedy="pin a different version"
         )
     return chosen
+
+
+def _newest(packages: Sequence[DistributionPackage]) -> str:
+    """The newest versions of a project, in one line."""
+    versions: set[Version] = set()
+    for package in packages:
+        with suppress(InvalidVersion):
+            versions.add(Version(package.version or ""))
+    return ", ".join(map(str, sorted(versions)[-5:])) or "there is none"
 
 
 def _is(text: str | None, version: Version) -> bool:

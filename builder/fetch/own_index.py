@@ -31,7 +31,7 @@ def fetch_wheel(wheel: LockedWheel, settings: Settings) -> tuple[Path, str]:
     if not files:
         raise DigestError(
             f"{wheel.name} {wheel.version}: {shown(wheel.index)} has no file with sha256 {wheel.sha256}",
-            remedy="nothing was fetched; find out why the digest differs before you pin a different one",
+            remedy="find out who changed the file, or correct the pinned digest; nothing was fetched",
         )
     _require_told(wheel.name, wheel.version, wheel.index, files)
     filename, url, _ = files[0]
@@ -57,6 +57,9 @@ def _fitting(
     place, credentials = split_credentials(settings.redirect(index))
     try:
         page = simple.project_page(name, place, credentials)
+    except simple.AbsentProjectError as error:
+        remedy = "correct `name` or `index` of this wheel in [[environment.wheels]] of stack.toml"
+        raise FetchError(error.cause, remedy=remedy) from error
     except FetchError as error:
         raise FetchError(error.cause, remedy=mirror_remedy(index)) from error
     fitting = []

@@ -37,7 +37,10 @@ def digest(image: Image, settings: Settings) -> str:
         ) from error
     match = re.fullmatch(r"sha256:([0-9a-f]{64})", answer.headers.get("docker-content-digest", ""))
     if match is None:
-        raise FetchError(f"{url} returns no digest", remedy="write the digest of the image into stack.toml by hand")
+        raise FetchError(
+            f"{url} returns no digest of the image {image.name}:{image.tag}",
+            remedy="write the digest as sha256 of this image into [container] of stack.toml by hand",
+        )
     return match[1]
 
 

@@ -48,7 +48,7 @@ def pinned(source: SdistSource | FileSource) -> str:
     if source.sha256 is None:
         raise ConfigError(
             f"the digest of {source.origin} is unknown: {source.sha256_unknown}",
-            remedy="run `builder lock RECIPE`",
+            remedy="write the digest with `builder lock RECIPE`",
         )
     return source.sha256
 
@@ -91,14 +91,14 @@ def choose(source: SdistSource, packages: Sequence[DistributionPackage], index: 
             f"{wanted}: the index {index} has the project, but not this version",
             remedy=f"pin a version that the index has: {', '.join(map(str, versions[-5:]))}"
             if versions
-            else "the project has no files on this index; pin a different project",
+            else "pin a different project, since the index has no files of this project",
         )
     sdists = [package for package in of_version if package.package_type == "sdist"]
     if not sdists:
         files = ", ".join(package.filename for package in of_version[:3])
         raise FetchError(
             f"{wanted}: the index {index} has no sdist of this version, only {files}",
-            remedy="pin the project's repository instead: [source] kind = 'git' with commit and tree",
+            remedy="pin the project's repository instead: in [source], set kind = 'git', url, commit and tree",
         )
     sdist = next((package for package in sdists if source.sha256 in (None, package.digests.get("sha256"))), None)
     # PEP 503 allows links without digests; the digest is checked after the download.
@@ -107,7 +107,7 @@ def choose(source: SdistSource, packages: Sequence[DistributionPackage], index: 
         theirs = ", ".join(f"{package.filename} with sha256 {package.digests['sha256']}" for package in sdists)
         raise DigestError(
             f"{wanted}: sha256 {source.sha256} is pinned, but the index {index} has {theirs}",
-            remedy="nothing was fetched; find out why the digest differs before you pin a different one",
+            remedy="find out who changed the file, or correct the pinned digest; nothing was fetched",
         )
     if sdist.is_yanked:
         reason = f": {sdist.yanked_reason}" if sdist.yanked_reason else ", without a reason"

@@ -31,6 +31,10 @@ TIMEOUT = (15.0, 30.0)
 "Seconds to connect and between two answers."
 
 
+class AbsentProjectError(FetchError):
+    """The index answers, but has no such project."""
+
+
 def project_page(project: str, index: str, credentials: tuple[str, str] | None) -> ProjectPage:
     """The project's page, with a limited number of retries.
 
@@ -80,8 +84,8 @@ def _local_page(project: str, index: str) -> ProjectPage:
     return ProjectPage.from_html(project, text, base_url=folder)
 
 
-def _no_project(project: str, index: str) -> FetchError:
-    return FetchError(
+def _no_project(project: str, index: str) -> AbsentProjectError:
+    return AbsentProjectError(
         f"{project}: the index {shown(index)} has no such project",
         remedy="correct `name` of [source] in the recipe, or set GRACEFARM_PYTHON_INDEX to an index that has the project",
     )

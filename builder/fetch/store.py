@@ -138,7 +138,8 @@ def _attempt(transfer: Transfer, request: Request) -> None:
         request(transfer)
     else:
         raise FetchError(
-            f"{transfer.download.what}: {shown(transfer.url)} is not an http, https or file URL", remedy="correct the URL"
+            f"{transfer.download.what}: {shown(transfer.url)} is not an http, https or file URL",
+            remedy="correct the URL in the recipe, the stack or GRACEFARM_MIRRORS",
         )
 
 
@@ -169,7 +170,7 @@ def _verify(transfer: Transfer, request: Request) -> None:
     transfer.discard()
     raise DigestError(
         f"{transfer.download.what}: {shown(transfer.url)} has sha256 {got} ({size} bytes), but {expected} is pinned",
-        remedy="the file was not kept; find out why the digest differs before you pin a different one",
+        remedy="find out who changed the file, or correct the pinned digest; the fetched file was not kept",
     )
 
 

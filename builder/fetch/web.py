@@ -55,7 +55,8 @@ def request(client: httpx.Client, transfer: Transfer) -> None:
             append(transfer, response.iter_raw())
     except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.TooManyRedirects) as error:
         raise FetchError(
-            f"{transfer.download.what}: {shown(transfer.url)}: {shown(str(error))}", remedy="correct the URL"
+            f"{transfer.download.what}: {shown(transfer.url)}: {shown(str(error))}",
+            remedy="correct the URL in the recipe, the stack or GRACEFARM_MIRRORS",
         ) from error
     except httpx.TransportError as error:
         raise TransientError(str(error) or type(error).__name__) from error
@@ -86,7 +87,7 @@ def _check_status(transfer: Transfer, response: httpx.Response) -> None:
     if status in (httpx.codes.NOT_FOUND, httpx.codes.GONE):
         raise absent(transfer, f"HTTP status {status}")
     if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-        remedy = "give credentials for that host in ~/.netrc, or set GRACEFARM_MIRRORS to a different mirror"
+        remedy = "add credentials for that host to ~/.netrc, or set a mirror: GRACEFARM_MIRRORS='PREFIX=REPLACEMENT'"
         raise FetchError(cause, remedy=remedy)
     if status in TRANSIENT:
         delay = response.headers.get("Retry-After", "")

@@ -70,7 +70,7 @@ CUT_OFF = Failure(
     kind=ExitCode.INTERRUPTED.name.lower(),
     exit_code=ExitCode.INTERRUPTED,
     cause="this build is not complete: it is still running, or it was interrupted",
-    remedy="repeat the command to continue it",
+    remedy="wait for the running build; if none is running, repeat the build command, which continues this build",
 )
 
 
@@ -175,8 +175,9 @@ def _check_binfmt(plan: Plan) -> None:
     problem = binfmt.registration(plan.target.value)
     if problem is not None:
         raise HostError(
-            f"{plan.recipe.key} executes programs for {plan.target.value}, which this kernel cannot run: {problem}",
-            remedy="run `builder doctor --fix` as root",
+            f"the build of {plan.recipe.key} executes programs for {plan.target.value}, but this kernel cannot run them: "
+            f"{problem}",
+            remedy="run `builder doctor --fix` as root, which registers an emulator (qemu) for them",
             repeat=plan.repeat,
         )
 

@@ -29,7 +29,7 @@ def refuse_objects(stack: Stack) -> None:
     if stack.objects_only:
         raise PublishError(
             f"stack {stack.name} has only headers, so its wheels cannot be loaded and are not published",
-            remedy="build against a stack with libraries",
+            remedy="omit --publish, or build against a stack with libraries (--stack)",
         )
 
 
@@ -55,7 +55,11 @@ def refuse_tree(recipe: LoadedRecipe) -> None:
         PublishError: the recipe builds a tree.
     """
     if recipe.data.tree is not None:
-        raise PublishError(f"{recipe.key} builds a tree for other recipes, which cannot be published", remedy="omit --publish")
+        raise PublishError(
+            f"recipe {recipe.key} builds no wheel, but a folder of files (a tree) for other recipes; a tree cannot be "
+            "published",
+            remedy="omit --publish",
+        )
 
 
 def publish_build(built: Record, url: str, settings: Settings, console: Console) -> Record:
@@ -83,7 +87,7 @@ def publish_matrix(content: Mapping[str, object], url: str) -> None:
     if refused is not None:
         raise PublishError(
             f"the matrix was not published: {refused}",
-            remedy="check that the index is running, the URL, and the token (TWINE_USERNAME=__token__, TWINE_PASSWORD)",
+            remedy=publish.REMEDY,
         )
 
 
@@ -151,9 +155,9 @@ def upload_wheel(built: Record, wheel: Path, url: str, settings: Settings, login
         )
         return publication.model_copy(update={"filename": "" if filename == wheel.name else filename, "reason": reason})
     raise PublishError(
-        f"{url} refused {wheel.name} under {MAX_TAGS} names, the last of which was {before}: each name belongs or belonged to "
-        "a file with different bytes",
-        remedy="change the version in the recipe",
+        f"{url} refused {wheel.name} under {MAX_TAGS} names, the last of which was {before}: the index "
+        "has, or had, a different file with each of these names",
+        remedy="change the version in the recipe, so that the names are new",
     )
 
 

@@ -62,12 +62,14 @@ def local_index(settings: Settings, *options: str) -> Iterator[tuple[str, str]]:
             url = next((address for line in server.stdout if (address := _url(line))), None)
             if url is None:
                 words = last_line((settings.home / "index.log").read_text())
-                raise HostError(f"index serve did not start: {words}", repeat=" ".join(serve))
+                raise HostError(
+                    f"the local index (`index serve`) did not start: {words}",
+                    remedy=f"fix the error, then repeat the command; the complete output is in {settings.home / 'index.log'}",
+                    repeat=" ".join(serve),
+                )
             yield url, _token(folder)
         except PublishError as error:
-            remedy = (
-                f"if this index has a different build of the same file, start with an empty index: mv {folder} {folder}.old"
-            )
+            remedy = f"if this index has a different build of the same file, remove the old index: mv {folder} {folder}.old"
             raise PublishError(error.cause, remedy=remedy, repeat=error.repeat) from error
         finally:
             server.terminate()
@@ -136,13 +138,13 @@ def _install_back(plan: Plan, built: Record, index_url: str, settings: Settings,
     )
     options = ("--no-cache-dir", "--disable-pip-version-check", "--no-input", "--no-compile", "--root-user-action=ignore")
     pip = ("/env/bin/python3", "-m", "pip", "install", *options, "--index-url", index_url, f"{data.name}=={built.version}")
-    for command in (pip, smoke.driver(data.imports, script)):
+    for what, command in (("cannot be installed into", pip), ("does not work in", smoke.driver(data.imports, script))):
         outcome = sandbox.run(box, command, log=log)
         if outcome.returncode != 0:
             raise InstallError(
-                f"{pip[-1]} from {index_url} cannot be installed into a clean environment: {pep517.first_error(log)}",
+                f"{pip[-1]} from {index_url} {what} a clean environment: {pep517.first_error(log)}",
                 remedy=f"see the complete output in {log}",
-                repeat=" ".join(command),
+                repeat=f"builder run {plan.recipe.key} --stack {plan.stack.data.name} --target {plan.target.value}",
             )
     assert built.wheel is not None
     stem = "-".join(built.wheel.filename.split("-")[:2])
@@ -150,7 +152,8 @@ def _install_back(plan: Plan, built: Record, index_url: str, settings: Settings,
     if built.build_id not in [inside["build_id"] for inside in installed]:
         raise InstallError(
             f"pip installs a different build of {pip[-1]} from {index_url}, because that build has a higher build tag",
-            remedy=f"start with an empty index: mv {settings.home / 'index'} {settings.home / 'index'}.old",
+            remedy=f"remove the old index, then repeat the command: mv {settings.home / 'index'} "
+            f"{settings.home / 'index'}.old",
         )
     proven = "it imports" + (", smoke.py passes" if script else "")
     console.step("install", f"pip installed {data.name} from {index_url}; {proven} (in {outcome.wall_s:.0f} s)")

@@ -38,7 +38,11 @@ def keep(output: Path, plan: Plan, settings: Settings, epoch: int) -> str:
     lacking = [name for name in tree.holds if not (output / name).exists()]
     strays = [path for path in sorted(output.rglob("*")) if path.is_symlink() and not _inside(path, output)]
     if lacking or strays:
-        what = f"has no {', '.join(lacking)}" if lacking else f"has a link out of it: {strays[0].relative_to(output)}"
+        what = (
+            f"has no {', '.join(lacking)}"
+            if lacking
+            else f"has a link that leads out of the tree: {strays[0].relative_to(output)}"
+        )
         raise CompileError(
             f"the tree of {plan.recipe.key} {what}",
             remedy="correct `commands` or `holds` of [tree] in the recipe; the commands must install into $OUT",

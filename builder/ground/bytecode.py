@@ -76,13 +76,18 @@ def compile_files(
             check=False,
         )
     except FileNotFoundError as error:
-        raise HostError("bubblewrap is not installed", remedy="run `builder doctor --fix`") from error
+        raise HostError("bubblewrap is not installed", remedy="run `builder doctor --fix`, which installs it") from error
     if process.returncode:
         if problem := sandbox.check():
-            raise HostError(problem, remedy="run `builder doctor --fix`")
+            raise HostError(
+                f"the sandbox cannot be started: {problem}", remedy="run `builder doctor --fix`, as root or with sudo"
+            )
         if os.strerror(errno.ENOSPC) in process.stderr:
             raise OSError(errno.ENOSPC, process.stderr)
-        raise RootError(f"byte-compiling {inside} failed: {tail(process.stderr)}", remedy="run `builder doctor`")
+        raise RootError(
+            f"the Python files of {inside} cannot be byte-compiled: {tail(process.stderr)}",
+            remedy="repeat the command; if it fails again, correct [root] in stack.toml, which provides this Python",
+        )
 
 
 def fill_in(

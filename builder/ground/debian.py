@@ -68,7 +68,10 @@ class Solver:
         """A line such as `'URL' NAME_VERSION_ARCH.deb SIZE SHA256:DIGEST`."""
         match = re.fullmatch(r"'([^']+)' ([^_]+)_([^_]+)_([^_]+)\.deb (\d+) SHA256:([0-9a-f]{64})", line.strip())
         if match is None or not match[1].startswith(f"{self.url}/"):
-            raise RootError(f"apt printed a line that cannot be parsed: {line!r}", remedy="use the apt of Debian or Ubuntu")
+            raise RootError(
+                f"apt printed a line that cannot be parsed: {line!r}",
+                remedy="run the command on Debian or Ubuntu, whose apt prints such lines as expected",
+            )
         return Deb(
             name=match[2],
             arch=match[4],
@@ -96,8 +99,7 @@ class Solver:
             errors = [line for line in (process.stdout + process.stderr).splitlines() if line.startswith(("E:", " "))]
             raise RootError(
                 f"apt-get {arguments[0]} failed: {' '.join(' '.join(errors).split())}",
-                remedy="correct [root] in stack.toml",
-                repeat=f"apt-get {' '.join(arguments)}",
+                remedy="correct the names of the packages and the suite in stack.toml or interpreter.toml",
             )
         return process.stdout
 
@@ -114,8 +116,8 @@ def solver(
     """
     if shutil.which("apt-get") is None or not KEYRING.exists():
         raise HostError(
-            "to lock a root, apt and Debian's keyring are required",
-            remedy="on Debian or Ubuntu: apt-get install debian-archive-keyring",
+            f"a lock of Debian packages requires apt-get and Debian's keyring {KEYRING}, but one of them is not installed",
+            remedy="on Debian or Ubuntu, run `apt-get install debian-archive-keyring` as root; otherwise, use such a machine",
         )
     url = debian_mirror.mirror(suite, settings)
     with TemporaryDirectory(prefix="gracefarm-apt-") as name:
@@ -183,4 +185,4 @@ def unpack(archive: Path, into: Path, deb: Deb, options: Sequence[str] = ()) -> 
     if os.strerror(errno.ENOSPC) in message:
         raise OSError(errno.ENOSPC, message)
     if source.returncode or unpacked.returncode:
-        raise RootError(f"{deb.title} cannot be unpacked: {message}", remedy=f"remove {archive} and try again")
+        raise RootError(f"{deb.title} cannot be unpacked: {message}", remedy=f"remove {archive}, then repeat the command")

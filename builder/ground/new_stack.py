@@ -68,9 +68,9 @@ def release_of(version: str, base: LoadedStack, pythons: Sequence[str], settings
     fitting = frozenset(python for python in pythons if all(_fits(own, python, base, arch) for arch in base.data.glibc))
     if base.data.python not in fitting:
         raise ConfigError(
-            f"torch {known} has no wheels for {' and '.join(base.data.glibc)} "
-            f"with Python {base.data.python}, the Python of the root of {base.data.name}",
-            remedy="choose a different version of torch, or copy the root of a stack with a different Python: --like STACK",
+            f"torch {known} has no wheels for {' and '.join(base.data.glibc)} with Python {base.data.python}, which is the "
+            f"Python of stack {base.data.name}",
+            remedy="choose a different version of torch, or copy a stack with a different Python: --like STACK",
         )
     uploaded = max((wheel.upload_time.date() for wheel in own if wheel.upload_time is not None), default=date.min)
     # Yesterday, so that later uploads of today do not change a lock.
@@ -122,9 +122,9 @@ def _cuda(version: str, probe: LoadedStack, arch: Arch, settings: Settings) -> s
     if RUNTIME in required:
         return ".".join(required[RUNTIME].split(".")[:2])
     other = sorted(name for name in required if name.startswith(RUNTIME))
-    what = f"is built for a CUDA without wheels for its compiler ({other[0]})" if other else "has no CUDA"
+    what = f"requires {other[0]}, but there are no wheels of the compiler for this CUDA" if other else "has no CUDA"
     raise ConfigError(
-        f"torch {version} of the Python index {what} on {arch}",
+        f"torch {version} of the Python index for {arch} {what}",
         remedy="choose a newer torch; or write a stack.toml by hand that takes torch from torch's own index "
         "(stacks/cu124 is an example)",
     )

@@ -96,7 +96,8 @@ def resolution(texts: Sequence[str], stack: LoadedStack, arch: Arch, settings: S
             command,
             settings,
             lambda message: ConfigError(
-                f"the requirements cannot be resolved for {arch}: {message}", remedy="correct stack.toml"
+                f"the requirements cannot be resolved for {arch}: {message}",
+                remedy="correct them in the file that is locked: stack.toml, recipe.toml or set.toml",
             ),
         )
         resolved = tomllib.loads(answer.read_text())["packages"]
@@ -114,12 +115,12 @@ def resolution(texts: Sequence[str], stack: LoadedStack, arch: Arch, settings: S
             raise ConfigError(
                 f"uv does not list wheels for free-threaded Pythons, and {package['name']} {package['version']} has no other "
                 f"wheel for Python {stack.python}",
-                remedy="lock a Python with a GIL",
+                remedy=f"lock a Python with a GIL, such as {stack.python.rstrip('t')}",
             )
         if not fitting:
             raise ConfigError(
                 f"{package['name']} {package['version']} has no wheel for {arch} with glibc {glibc(stack, arch)}",
-                remedy="pin a version with such a wheel in stack.toml",
+                remedy="require a version that has such a wheel, in stack.toml, recipe.toml or set.toml",
             )
         _, _, filename, wheel = min(fitting, key=lambda fit: fit[:3])
         yield canonicalize_name(package["name"]), str(package["version"]), filename, wheel["hashes"]["sha256"]

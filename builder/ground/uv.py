@@ -79,12 +79,14 @@ def _error(output: str, failure: Callable[[str], GracefarmError]) -> Exception:
             return OSError(errno.ENOSPC, message)
         case "digest":
             return DigestError(
-                f"a wheel differs from its pin: {message}", remedy="check that your package index serves the pinned file"
+                f"a wheel differs from its pin: {message}",
+                remedy="set GRACEFARM_PYTHON_INDEX to an index that has the pinned file",
             )
         case "absent" | "unreachable":
             return FetchError(
                 f"the Python index failed: {message}",
-                remedy="set GRACEFARM_PYTHON_INDEX to the URL of an index that has the wheels",
+                remedy="check the network to the index, or set GRACEFARM_PYTHON_INDEX to the URL of an index that has "
+                "the wheels",
             )
         case _:
             return failure(message)

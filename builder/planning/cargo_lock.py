@@ -17,6 +17,7 @@ REGISTRY = "https://static.crates.io/crates"
 "The server with the files of crates.io, as `dl` in the configuration of its index."
 INDEXES = ("registry+https://github.com/rust-lang/crates.io-index", "sparse+https://index.crates.io/")
 "What a Cargo.lock writes for crates.io."
+_REMEDY = "write Cargo.lock again with `cargo generate-lockfile`, and add it with a patch in the recipe"
 
 
 class Crate(Table):
@@ -65,9 +66,7 @@ def read(lock: Path, where: str) -> list[Crate]:
         packages = tomllib.loads(lock.read_text()).get("package", [])
         return [_crate(package, where) for package in packages if "source" in package]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SourceError(
-            f"{where} cannot be read: {error}", remedy="write it again with `cargo generate-lockfile`"
-        ) from error
+        raise SourceError(f"{where} cannot be read: {error}", remedy=_REMEDY) from error
 
 
 def _crate(package: Mapping[str, Any], where: str) -> Crate:
@@ -82,7 +81,7 @@ def _crate(package: Mapping[str, Any], where: str) -> Crate:
     if "checksum" not in package:
         raise SourceError(
             f"{where} has no checksum of {title}",
-            remedy="write Cargo.lock again with `cargo generate-lockfile`, and add it with a patch",
+            remedy=_REMEDY,
         )
     try:
         return Crate(name=package["name"], version=package["version"], sha256=package["checksum"])
@@ -90,5 +89,5 @@ def _crate(package: Mapping[str, Any], where: str) -> Crate:
         problem = error.errors()[0]
         raise SourceError(
             f"{where}: {problem['loc'][0]} of {title} is not valid: {problem['msg']}",
-            remedy="write it again with `cargo generate-lockfile`",
+            remedy=_REMEDY,
         ) from error

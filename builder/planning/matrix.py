@@ -107,7 +107,10 @@ def parse(text: str) -> dict[str, tuple[str, ...]]:
     for word in text.split():
         axis, equals, given = word.partition("=")
         if axis not in AXES or not equals:
-            raise UsageError(f"{word!r} in the selector is not AXIS=VALUES", remedy=tables.nearest(axis, AXES, "axes"))
+            raise UsageError(
+                f"{word!r} in the selector is not AXIS=VALUES",
+                remedy=f"write {axis}=VALUES" if axis in AXES else tables.nearest(axis, AXES, "axes"),
+            )
         if axis in values:
             raise UsageError(f"the axis {axis} is given twice", remedy="join its values with a comma")
         values[axis] = tuple(value for value in given.split(",") if value)
@@ -127,7 +130,10 @@ def expand(text: str, known: Known, names: Sequence[str] = ()) -> list[Cell]:
     """
     cells = list(dict.fromkeys(cell for part in parts(text) for cell in _cells(parse(part), known, names)))
     if not cells:
-        raise UsageError(f"the selector {text!r} names no cell", remedy="`builder list` shows recipes and stacks")
+        raise UsageError(
+            f"the selector {text!r} names no cell",
+            remedy="correct its values; `builder list` shows the recipes, and the stacks with their torch and CUDA",
+        )
     return cells
 
 
@@ -170,7 +176,9 @@ def shard(cells: Sequence[Cell], text: str) -> list[Cell]:
     """
     number, slash, count = text.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise UsageError(f"{text!r} is not a part of the cells", remedy="write I/N, such as 2/3 for the second of three parts")
+        raise UsageError(
+            f"--shard {text!r} is not a part of the cells", remedy="write I/N, such as 2/3 for the second of three parts"
+        )
     groups = list(dict.fromkeys((cell.recipe, cell.stack) for cell in cells))
     own = set(groups[int(number) - 1 :: int(count)])
     return [cell for cell in cells if (cell.recipe, cell.stack) in own]

@@ -81,8 +81,8 @@ def of_root(stack: LoadedStack, host: Arch, target: Arch) -> tuple[Deb, ...]:
     if key not in locked.roots:
         raise ConfigError(
             f"{stack.root_lock} has no root for target {target} on an {host} host",
-            remedy=f"the lock has roots for {', '.join(sorted(locked.roots))} (host-target); add {target} to {host} in "
-            "[root.hosts] of stack.toml, then write the lock again",
+            remedy=f"add {target} to {host} in [root.hosts] of stack.toml, then write the lock again with `{again}`; the lock "
+            f"has roots for {', '.join(sorted(locked.roots))} (host-target)",
             repeat=again,
         )
     debs = locked.roots[key].packages
@@ -95,7 +95,7 @@ def of_root(stack: LoadedStack, host: Arch, target: Arch) -> tuple[Deb, ...]:
         if request not in have and request.partition(":")[0] not in have:
             raise ConfigError(
                 f"{stack.root_lock} does not have {request} of stack.toml in its packages for {key}",
-                remedy="write the lock again",
+                remedy=f"write the lock again with `{again}`",
                 repeat=again,
             )
     return debs
@@ -139,7 +139,8 @@ def _rust(stack: LoadedStack) -> RustPackages:
     if stack.root.rust is None:
         raise ConfigError(
             f"the recipe requires Rust, but stack {stack.data.name} has no Rust",
-            remedy="add [root.rust] to the stack.toml that defines the root of this stack, then lock that stack",
+            remedy="add [root.rust] to the stack.toml that defines the root of this stack, then lock that "
+            f"stack with `{stack.root_lock_command}`",
             repeat=stack.root_lock_command,
         )
     return stack.root.rust
@@ -182,7 +183,7 @@ def of_toolkit(stack: LoadedStack, host: Arch) -> tuple[Deb, ...]:
     if sorted(deb.name for deb in debs) != sorted(spec.packages):
         raise ConfigError(
             f"{stack.toolchain_lock} does not match the Debian packages of stack.toml for an {host} host",
-            remedy="write the lock again",
+            remedy=f"write the lock again with `builder lock {stack.data.name}`",
             repeat=f"builder lock {stack.data.name}",
         )
     return debs

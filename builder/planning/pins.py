@@ -48,7 +48,8 @@ def wheels(stack: LoadedStack, arch: Arch) -> tuple[LockedWheel, ...]:
     if stack.interpreter is not None and not stack.requirements_lock.is_file():
         raise ConfigError(
             f"stack {stack.data.name} has no lock for Python {stack.python}",
-            remedy="write the lock, if torch and its requirements have wheels for this Python",
+            remedy=f"write the lock with `{stack.lock_command}`; this requires wheels of torch and its requirements for "
+            "this Python",
             repeat=stack.lock_command,
         )
     locked = _of_lock(stack.requirements_lock, stack, arch, stack.lock_command)
@@ -77,7 +78,7 @@ def wheels(stack: LoadedStack, arch: Arch) -> tuple[LockedWheel, ...]:
 def _of_lock(lock: Path, stack: LoadedStack, arch: Arch, command: str) -> dict[str, LockedWheel]:
     """The wheels of a lock for the stack's Python on an architecture, by name."""
     locked: dict[str, LockedWheel] = {}
-    remedy = "write the lock again"
+    remedy = f"write the lock again with `{command}`"
     for pin in read(lock, remedy=remedy, repeat=command):
         if len(pin.sha256) > 1:
             raise ConfigError(
@@ -89,7 +90,7 @@ def _of_lock(lock: Path, stack: LoadedStack, arch: Arch, command: str) -> dict[s
             (sha256,) = pin.sha256
             wheel = LockedWheel(name=pin.name, version=pin.version, sha256=sha256, filename=pin.filename)
             if locked.setdefault(wheel.name, wheel) != wheel:
-                raise ConfigError(f"{lock}:{pin.number}: {wheel.name} is pinned twice", remedy="remove one line")
+                raise ConfigError(f"{lock}:{pin.number}: {wheel.name} is pinned twice", remedy="remove one of the two lines")
     return locked
 
 
@@ -105,7 +106,8 @@ def _require_all(texts: Sequence[str], lock: Path, file: str, command: str, lock
         wheel = locked.get(canonicalize_name(requirement.name))
         if wheel is None or not requirement.specifier.contains(wheel.version, prereleases=True):
             have = f"pins {wheel.name} {wheel.version}" if wheel else f"has no {requirement.name}"
-            raise ConfigError(f"{lock} {have}, but {file} requires {text}", remedy="write the lock again", repeat=command)
+            remedy = f"write the lock again with `{command}`"
+            raise ConfigError(f"{lock} {have}, but {file} requires {text}", remedy=remedy, repeat=command)
 
 
 def requirements(stack: LoadedStack, arch: Arch) -> tuple[str, ...]:

@@ -47,7 +47,9 @@ def host_arch() -> Arch:
     try:
         return Arch({"arm64": "aarch64", "amd64": "x86_64"}.get(machine.lower(), machine.lower()))
     except ValueError:
-        raise HostError(f"{machine} is not supported", remedy="use an x86_64 or aarch64 Linux machine") from None
+        raise HostError(
+            f"the architecture {machine} of this machine is not supported", remedy="use an x86_64 or aarch64 Linux machine"
+        ) from None
 
 
 def _requirement(text: str) -> str:

@@ -87,7 +87,10 @@ def report(wheel: Path, result: GpuResult, reader: Path) -> GpuReport:
         )
     digests = device_digest.of_wheel(wheel, reader)
     if not _loaded(digests, result.sm):
-        raise VerifyError(f"{wheel.name} is not certified: it has only PTX for sm_{result.sm}, no device code")
+        raise VerifyError(
+            f"{wheel.name} is not certified: it has only PTX for sm_{result.sm}, no device code",
+            remedy=f"build the wheel with device code for this GPU (--sm {result.sm}), then repeat the command",
+        )
     return GpuReport(
         wheel=TestedWheel(filename=wheel.name, sha256=sha256_file(wheel)),
         device_digests=digests,
@@ -143,7 +146,10 @@ def _confirmed(given: GpuReport, wheels: Mapping[str, Mapping[str, str]]) -> dic
     own = wheels.get(given.wheel.sha256)
     ran = _loaded(given.device_digests, given.sm)
     if own is not None and any(own.get(sm) != digest for sm, digest in ran.items()):
-        raise VerifyError(f"the report about {given.wheel.filename} has different device digests than the wheel")
+        raise VerifyError(
+            f"the report about {given.wheel.filename} has different device digests than the wheel",
+            remedy="do not use this report: test the wheel again with `builder certify` on the machine with the GPU",
+        )
     measured = {digest for digests in wheels.values() for digest in digests.values()}
     confirmed = {sm: digest for sm, digest in ran.items() if digest in measured}
     if not confirmed:
@@ -152,7 +158,8 @@ def _confirmed(given: GpuReport, wheels: Mapping[str, Mapping[str, str]]) -> dic
         raise VerifyError(
             f"{given.wheel.filename} in the report has different device code ({theirs}) than the wheels of this machine "
             f"({', '.join(here) or 'none'})",
-            remedy="build both wheels from the same recipe and stack, with the same sm",
+            remedy="on this machine, build the wheel from the same recipe and stack and with the same --sm as the tested "
+            "wheel",
         )
     return confirmed
 

@@ -90,7 +90,7 @@ def label(wheel: Path, policy: Policy, epoch: int, into: Path) -> Path:
         try:
             measured = variant.measure(contents, policy)
         except variant.UnlabelledError as error:
-            raise WheelError(f"{wheel.name} cannot be labelled: {error}", remedy="remove --variant") from error
+            raise WheelError(f"{wheel.name} cannot be labelled: {error}", remedy="omit --variant") from error
     zip2dir(wheel, tree)
     (next(tree.glob("*.dist-info")) / variants.MEMBER).write_bytes(variant.document(measured))
     return _pack(tree, into / f"{wheel.stem}-{measured.label}.whl", epoch)

@@ -24,6 +24,11 @@ from gracefarm.process import first_line
 Login = tuple[str, str]
 """User and password of an upload. `credentials` finds them, once for all requests of a publication: the identity token of a
 CI job may be valid for only one exchange, as on GitLab."""
+REMEDY = (
+    "check that the index is running and that the URL is correct; set TWINE_USERNAME to __token__, and TWINE_PASSWORD to a "
+    "token of the index"
+)
+"What to do if an index refuses an upload."
 
 
 def refuse_credentials(url: str, option: str = "--publish") -> None:
@@ -63,8 +68,7 @@ def upload(wheel: Path, url: str, login: Login | None) -> Publication:
         words = _reason(process.stdout + process.stderr)
         raise (TakenError if "already exists" in words.lower() else PublishError)(
             f"{wheel.name} was not uploaded to {url}: {words}",
-            remedy="check that the index is running, the URL, and the token (TWINE_USERNAME=__token__, TWINE_PASSWORD); the "
-            "wheel is kept",
+            remedy=f"{REMEDY}; the wheel is kept",
             repeat=f"twine upload --repository-url {url} {wheel}",
         )
     return Publication(url=url, at=now())

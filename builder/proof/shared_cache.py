@@ -228,12 +228,12 @@ def check(settings: Settings, mode: Mode) -> None:
     if mode != "write":
         return
     for there, what, remedy in (
-        (settings.shared_cache, "the URL of an index", "set GRACEFARM_SHARED_CACHE to it"),
-        (signing.private(), "this machine's signing key, which signs the entries", "create it: builder key create"),
+        (settings.shared_cache, "the URL of an index", "set GRACEFARM_SHARED_CACHE to the URL of the index"),
+        (signing.private(), "this machine's signing key, which signs the entries", "create the key with `builder key create`"),
         (
             os.environ.get(TOKEN),
             f"a token of the index in {TOKEN}",
-            "create one on the index: index token create --name MACHINE --cache",
+            f"set {TOKEN} to a token that `index token create --name MACHINE --cache` creates on the machine of the index",
         ),
     ):
         if not there:

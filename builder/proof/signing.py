@@ -49,8 +49,8 @@ def create() -> Ed25519PublicKey:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as error:
         raise UsageError(
-            f"{path} already exists",
-            remedy="move the file to a different place first; keep its public key to verify old wheels",
+            f"this machine already has a signing key, {path}",
+            remedy="keep this key; or save its public key with `builder key show`, move the file away, and repeat the command",
         ) from error
     with os.fdopen(descriptor, "wb") as stream:
         stream.write(text)
@@ -73,7 +73,7 @@ def private() -> Ed25519PrivateKey | None:
     except FileNotFoundError:
         return None
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise ConfigError(f"{path} can be read by other users", remedy=f"chmod 600 {path}")
+        raise ConfigError(f"{path} can be read by other users", remedy=f"run `chmod 600 {path}`")
     return _parse(path.read_bytes(), str(path))
 
 
@@ -87,7 +87,9 @@ def _parse(text: bytes, where: str) -> Ed25519PrivateKey:
         fault = f"{where} has no ed25519 key in PEM"
         if where == VARIABLE:
             raise ConfigError(fault, remedy="set the variable to the content of a key file, or unset it") from None
-        raise ConfigError(fault, remedy="move the file away, then create a key", repeat="builder key create") from None
+        raise ConfigError(
+            fault, remedy="move the file away, then create a key with `builder key create`", repeat="builder key create"
+        ) from None
     return key
 
 

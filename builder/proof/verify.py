@@ -77,7 +77,7 @@ def require(wheel: Path, checks: list[WheelCheck], *, repeat: str) -> None:
     if failed:
         raise VerifyError(
             f"{wheel.name} failed its verification. {'; '.join(failed)}",
-            remedy="do not install it; download it again from its index",
+            remedy="do not install this wheel; download it again from its index, and verify the new file",
             repeat=repeat,
         )
     if unchecked:

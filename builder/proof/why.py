@@ -134,7 +134,7 @@ def by_id(settings: Settings, recipe: str, prefix: str) -> Record:
         known = ", ".join(build.build_id[:16] for build in record.all_of(settings, recipe)) or "none"
         raise ConfigError(
             f"{len(builds)} builds of {recipe} on this machine have an id that starts with {prefix!r}",
-            remedy=f"build ids with a record on this machine: {known}",
+            remedy=f"give the first digits of exactly one of these build ids: {known}",
             repeat=f"builder why {recipe} ID ID",
         )
     return builds[0]

@@ -62,7 +62,7 @@ def plan_set(loaded: LoadedSet, host: Arch) -> SetPlan:
         # Wheels that were built with headers only cannot be loaded.
         raise PublishError(
             f"stack {loaded.stack.data.name} has only headers, so its wheels cannot be loaded and cannot be part of a set",
-            remedy="build against a stack with libraries",
+            remedy="set `stack` in set.toml to a stack with libraries",
         )
     wheels = pins.wheels(loaded.runtime, loaded.data.target)
     _check_torch(loaded, wheels)

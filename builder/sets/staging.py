@@ -44,7 +44,8 @@ def ask(at: SetAddress, method: str, action: str = "", **more: Any) -> dict[str,
         value = answer.json() if answer.is_success else {}
     except (httpx.HTTPError, ValueError) as error:
         raise PublishError(
-            f"{url}: {error or type(error).__name__}", remedy="check that the index is running, and the URL"
+            f"{url} gives no valid answer: {error or type(error).__name__}",
+            remedy="check that the index is running at this URL, then repeat the command",
         ) from error
     if not answer.is_success or not isinstance(value, dict) or "missing" not in value:
         words = first_line(answer.text, answer.reason_phrase)[:500]

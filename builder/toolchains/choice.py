@@ -30,14 +30,14 @@ def make_plan(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch
         )
     if recipe.data.build.rust and not toolchain.has_rust:
         raise ConfigError(
-            f"{recipe.key} requires Rust, but --toolchain {toolchain.kind} has no Rust", remedy="remove --toolchain"
+            f"{recipe.key} requires Rust, but --toolchain {toolchain.kind} has no Rust", remedy="omit --toolchain"
         )
     stack = recipe.on(toolchain.facts(stack))
     if target not in stack.data.glibc:
         known = ", ".join(arch.value for arch in stack.data.glibc)
         raise ConfigError(f"stack {stack.data.name} has no target {target.value}", remedy=f"give one of its targets: {known}")
     if host is Arch.AARCH64 and target is Arch.X86_64:
-        raise ConfigError("an aarch64 host can build only for aarch64", remedy="build x86_64 wheels on an x86_64 machine")
+        raise ConfigError("an aarch64 machine cannot build for x86_64", remedy="build x86_64 wheels on an x86_64 machine")
     recipe = recipe.for_host(host).against(stack)
     trees = tuple(_tree_plan(tree, recipe, stack, host, target, toolchain) for tree in recipe.data.trees)
     plan = Plan(recipe=recipe, stack=stack, host=host, target=target, toolchain=toolchain, trees=trees)

@@ -31,6 +31,7 @@ from gracefarm.files import sha256_file
 from gracefarm.process import last_line, tail
 from gracefarm.tables import Table
 
+_OTHER = "give a working CPython interpreter with --python PATH, or its environment with --environment PATH"
 _CUDA_PROGRAMS = ("bin/nvcc", "nvvm/bin/cicc", "bin/cudafe++", "bin/ptxas", "bin/fatbinary", "bin/nvlink")
 _GCC_PROGRAMS = ("cc1", "cc1plus", "as", "ld", "collect2")
 _PROBE = """
@@ -194,13 +195,16 @@ def _interpreter(base: LoadedStack, wanted: Wanted) -> HostPython:
             remedy=f"give a Python {python} with --python PATH, or an environment that has torch with --environment PATH",
         )
     if not interpreter.header.is_file():
-        raise HostError(f"{interpreter.header} of {place} is missing", remedy=f"install python{interpreter.minor}-dev")
+        raise HostError(
+            f"{interpreter.header} of {place} is missing",
+            remedy=f"install the headers of this Python (Debian: python{interpreter.minor}-dev)",
+        )
     if wanted.environment is not None:
         missing = [name for name in ("build", "setuptools") if name not in interpreter.distributions]
         if missing:
             raise HostError(
                 f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing in the environment of {place}",
-                remedy=f"{place} -m pip install {' '.join(missing)} wheel ninja packaging",
+                remedy=f"run `{place} -m pip install {' '.join(missing)} wheel ninja packaging`",
             )
     return interpreter
 
@@ -217,18 +221,16 @@ def probe(executable: Path) -> HostPython:
             [executable, "-c", _PROBE], capture_output=True, text=True, check=False, env=kept, cwd="/", timeout=120
         )
     except OSError as error:
-        raise HostError(f"{executable} does not run: {error.strerror}", remedy="give a working Python interpreter") from error
+        raise HostError(f"{executable} does not run: {error.strerror}", remedy=_OTHER) from error
     if process.returncode:
         answer = last_line(process.stderr)
-        raise HostError(f"{executable} cannot be used for builds: {answer}", remedy="give another Python interpreter")
+        raise HostError(f"{executable} cannot be used for builds: {answer}", remedy=_OTHER)
     try:
         answer = json.loads(process.stdout)
     except ValueError as error:
-        raise HostError(
-            f"{executable} is not a working Python interpreter", remedy="give another Python interpreter"
-        ) from error
+        raise HostError(f"{executable} is not a working Python interpreter", remedy=_OTHER) from error
     if answer["implementation"] != "cpython":
-        raise HostError(f"{executable} is {answer['implementation']}", remedy="give a CPython interpreter")
+        raise HostError(f"{executable} is {answer['implementation']}, not CPython", remedy=_OTHER)
     versions = {canonicalize_name(name): version for name, version in answer["distributions"].items() if name}
     return HostPython.model_validate(answer | {"executable": executable.absolute(), "distributions": versions})
 
@@ -264,7 +266,9 @@ def _gcc() -> Iterator[tuple[str, str]]:
         if program is None:
             raise HostError(
                 f"{os.environ.get(variable) or name} is not on PATH",
-                remedy="install gcc and g++ (Debian: build-essential)",
+                remedy=f"correct the variable {variable}, or unset it"
+                if os.environ.get(variable)
+                else "install gcc and g++ (Debian: build-essential)",
             )
         yield name, f"{_said([program, '--version']).splitlines()[0]} sha256:{sha256_file(Path(program).resolve())}"
         for part in _GCC_PROGRAMS:
@@ -296,7 +300,10 @@ def _shared_cxx_runtime(interpreter: HostPython) -> Path:
     process = subprocess.run([interpreter.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     library = next((line.split()[-1] for line in process.stdout.splitlines() if "/libstdc++.so.6" in line), None)
     if library is None:
-        raise HostError("g++ links libstdc++ statically, and a shared libstdc++ is not installed", remedy="install libstdc++6")
+        raise HostError(
+            "g++ links libstdc++ statically, and a shared libstdc++ is not installed",
+            remedy="install libstdc++ (Debian: libstdc++6)",
+        )
     return Path(library)
 
 
@@ -373,7 +380,7 @@ def _said(command: list[str]) -> str:
     try:
         process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     except OSError as error:
-        raise HostError(f"{command[0]} does not run: {error.strerror}", remedy="install it again") from error
+        raise HostError(f"{command[0]} does not run: {error.strerror}", remedy="install the program again") from error
     if process.returncode or not process.stdout.strip():
         raise HostError(f"{' '.join(command)} fails: {tail(process.stderr)}", remedy="install the program again")
     return process.stdout.strip()

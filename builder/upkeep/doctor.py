@@ -269,7 +269,7 @@ def _as_root(command: Sequence[str], text: str | None = None) -> None:
     line = list(command) if os.geteuid() == 0 else ["sudo", *command]
     by_hand = f"run as root: {' '.join(command)}"
     if line[0] == "sudo" and shutil.which("sudo") is None:
-        raise HostError("this requires root, and sudo is not installed", remedy=by_hand)
+        raise HostError("the fix requires root, and sudo is not installed", remedy=by_hand)
     sys.stderr.write(f"+ {' '.join(line)}\n")
     try:
         process = subprocess.run(line, input=text, text=True, stdout=sys.stderr, check=False)

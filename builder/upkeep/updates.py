@@ -85,7 +85,7 @@ def parse_age(text: str) -> timedelta:
     """
     match = _AGE.fullmatch(text)
     if match is None:
-        raise UsageError(f"{text!r} is not an age", remedy="give days or hours, such as 7d or 12h")
+        raise UsageError(f"--min-age: {text!r} is not an age", remedy="give days or hours, such as 7d or 12h")
     return timedelta(days=int(match[1])) if match[2] == "d" else timedelta(hours=int(match[1]))
 
 
@@ -193,7 +193,7 @@ def _of_tags(url: str, settings: Settings) -> Callable[[], list[Release]]:
             process = subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT, env=environment)
         except FileNotFoundError as error:
             raise HostError(
-                "git is not installed", remedy="install Debian's package git; `builder doctor` prints the command"
+                "git is not installed", remedy="install git with `builder doctor --fix`, as root or with sudo"
             ) from error
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             raise FetchError(
