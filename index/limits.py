@@ -111,7 +111,7 @@ class ClientGate:
             if isinstance(error, TimeoutError):
                 raise TooManyError(
                     f"this upload waited {self.limits.longest_wait:g} seconds for other uploads to end",
-                    remedy="upload it again",
+                    remedy="upload the file again",
                 ) from None
             raise
         finally:

@@ -95,7 +95,7 @@ def name_in_address(text: str) -> str:
     try:
         return normalise(text)
     except RefusedError as error:
-        raise NotFoundError(error.cause, remedy="/ lists the projects of this index") from None
+        raise NotFoundError(error.cause, remedy="see /, which lists the projects of this index") from None
 
 
 def same_version(text: str, version: str) -> bool:
@@ -150,7 +150,7 @@ def check_plain(filename: str) -> None:
     if not _FILENAME.match(filename):
         raise RefusedError(
             f"{filename!r} is not a plain file name",
-            remedy="a file name starts with a letter or digit and holds only letters, digits and . _ + ! -",
+            remedy="use a name that starts with a letter or digit and has only letters, digits and . _ + ! -",
         )
 
 
@@ -208,7 +208,7 @@ def _check_canonical(filename: str, canonical: str) -> None:
     if filename != canonical:
         raise RefusedError(
             f"{filename} is not the canonical spelling of this file name",
-            remedy=f"rename it to {canonical}; all files of a release use one spelling",
+            remedy=f"rename the file to {canonical}, since all files of a release use one spelling",
         )
 
 
@@ -224,7 +224,7 @@ def _check_tags(filename: str, parts: list[str]) -> None:
             if not known.match(tag):
                 raise RefusedError(
                     f"{filename}: {tag!r} is not a known {kind} tag",
-                    remedy="build the wheel with tags of PEP 425 and PEP 600; no installer would select this file",
+                    remedy="build the wheel with tags of PEP 425 and PEP 600, since no installer would select this file",
                 )
 
 

@@ -106,7 +106,7 @@ def check_wanted(
     if distribution.variant and not destination.variants:
         raise ForbiddenError(
             f"{distribution.filename} is a variant wheel, but this index accepts only plain wheels",
-            remedy="run `index serve` or `index import` with --variants (PEP 825, a draft)",
+            remedy="on the machine of the index, add --variants to `index serve` (for uploads) or to `index import`",
         )
     _check_hosted(catalogue, distribution, destination)
     _check_release(catalogue, distribution)
@@ -231,7 +231,9 @@ def _add_member(change: Transaction, set_name: str, file_id: int) -> bool:
     state = change.execute("SELECT state FROM release_set WHERE name = ?", (set_name,)).fetchone()
     if state is None or state["state"] != "staged":
         raise RefusedError(
-            f"{set_name!r} is not a staged set", remedy="create a set with `index stage create NAME`, and upload to it"
+            f"no set {set_name!r} is staged: it does not exist, or it is published or dropped",
+            remedy="on the machine of the index, create a set with `index stage create NAME`; then upload to "
+            "/stage/NAME/legacy/",
         )
     added = change.execute("INSERT OR IGNORE INTO member (set_name, file_id) VALUES (?, ?)", (set_name, file_id))
     return added.rowcount > 0
@@ -247,7 +249,7 @@ def _check_hosted(catalogue: Catalogue, distribution: Distribution, destination:
         )
     if project is not None and project["status"] in ("archived", "quarantined"):
         raise ForbiddenError(
-            f"the project {distribution.project} is {project['status']}",
+            f"the project {distribution.project} is {project['status']}, so it accepts no files",
             remedy=f"run `index status {distribution.project} active` on the machine of the index, then upload again",
         )
 
@@ -281,7 +283,7 @@ def _check_same(filename: str, known: str, deleted: str | None, sha256: str) -> 
     if known != sha256:
         raise RefusedError(
             f"File already exists: {filename} has different content on this index (sha256 {known})",
-            remedy="a published file never changes; build a new version",
+            remedy="build a new version, since a published file never changes",
         )
 
 
@@ -296,8 +298,9 @@ def _check_release(catalogue: Catalogue, distribution: Distribution) -> None:
     spellings = {str(row["version"]) for row in releases}
     if spellings and distribution.version not in spellings:
         raise RefusedError(
-            f"{distribution.filename}: this index already has files of this release, with the version {min(spellings)}",
-            remedy=f"build it with the version {min(spellings)}; all files of a release must spell it in the same way",
+            f"{distribution.filename}: the files of this release on this index have the version {min(spellings)}",
+            remedy=f"build the file with the version {min(spellings)}, since all files of a release have the same "
+            "spelling of it",
         )
 
 
@@ -311,5 +314,5 @@ def _check_spelling(catalogue: Catalogue, distribution: Distribution) -> None:
         if parse_filename(row["filename"], published=True).canonical == distribution.canonical:
             raise RefusedError(
                 f"File already exists: {distribution.filename} is stored as {row['filename']}",
-                remedy="a published file keeps its name; build a new version",
+                remedy="use the stored file, or build a new version; a published file keeps its name",
             )

@@ -29,6 +29,7 @@ _ZIP64_LOCATOR = struct.Struct("<4sLQL")
 _ZIP64_END = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = 46
 "Fixed bytes of a directory entry. Name, extra field and comment follow; their lengths are at offset 28."
+_SPLIT = "split the distribution into several smaller distributions"
 _KNOWN_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
@@ -61,7 +62,7 @@ def _check_directory(filename: str, path: Path) -> None:
         if size > MAX_DIRECTORY:
             raise RefusedError(
                 f"the central directory of {filename} has {size} bytes, more than {MAX_DIRECTORY}",
-                remedy="split the distribution",
+                remedy=_SPLIT,
             )
         stream.seek(max(0, start))
         directory = stream.read(size)
@@ -70,7 +71,7 @@ def _check_directory(filename: str, path: Path) -> None:
         position += _ENTRY + sum(struct.unpack_from("<3H", directory, position + 28))
         count += 1
     if count > MAX_MEMBERS:
-        raise RefusedError(f"{filename} contains {count} files, more than {MAX_MEMBERS}", remedy="split the distribution")
+        raise RefusedError(f"{filename} contains {count} files, more than {MAX_MEMBERS}", remedy=_SPLIT)
 
 
 def _directory(filename: str, stream: IO[bytes], length: int) -> tuple[int, int]:
@@ -81,7 +82,7 @@ def _directory(filename: str, stream: IO[bytes], length: int) -> tuple[int, int]
     if at < 0 or end[:4] != b"PK\x05\x06" or end[-2:] != b"\0\0":
         stream.seek(max(0, at - 0xFFFF))
         if b"PK\x05\x06" not in stream.read():
-            raise RefusedError(f"{filename} is not a zip archive", remedy="build or fetch it again")
+            raise RefusedError(f"{filename} is not a zip archive", remedy="build or fetch the file again")
         raise RefusedError(
             f"{filename}: there are bytes after the end of the archive", remedy="create the archive again, without a comment"
         )
@@ -97,14 +98,12 @@ def _directory(filename: str, stream: IO[bytes], length: int) -> tuple[int, int]
 
 def _check_sizes(filename: str, members: list[zipfile.ZipInfo], packed: int) -> None:
     if len(members) > MAX_MEMBERS:
-        raise RefusedError(
-            f"{filename} contains {len(members)} files, more than {MAX_MEMBERS}", remedy="split the distribution"
-        )
+        raise RefusedError(f"{filename} contains {len(members)} files, more than {MAX_MEMBERS}", remedy=_SPLIT)
     unpacked = sum(member.file_size for member in members)
     if unpacked > MAX_UNPACKED or (unpacked > RATIO_FLOOR and unpacked > packed * MAX_RATIO):
         raise RefusedError(
             f"{filename} unpacks from {packed} to {unpacked} bytes: a zip bomb",
-            remedy="remove the files that compress to almost nothing, then build it again",
+            remedy="remove the files that compress to almost nothing, then build the distribution again",
         )
 
 
@@ -122,23 +121,26 @@ def _check_names(filename: str, members: list[zipfile.ZipInfo]) -> None:
         ):
             raise RefusedError(
                 f"{filename} contains {name!r}, which is not a plain relative path",
-                remedy="name files by relative paths with '/', without '.', '..', ':' and backslashes",
+                remedy="build the distribution again with relative paths, without '.', '..', ':' and backslashes",
             )
         folded = unicodedata.normalize("NFC", name)
         if folded in seen:
             raise RefusedError(
                 f"{filename} contains {name!r} twice",
-                remedy="build the file again; installers would disagree on which of the two to use",
+                remedy="build the distribution again with only one of these files, since installers would not agree on one",
             )
         seen.add(folded)
         if member.flag_bits & 0x1:
-            raise RefusedError(f"{filename}: {name} is encrypted", remedy="store the file unencrypted")
+            raise RefusedError(f"{filename}: {name} is encrypted", remedy="create the archive again, without encryption")
         if member.compress_type not in _KNOWN_METHODS:
             raise RefusedError(
-                f"{filename}: {name} uses compression method {member.compress_type}", remedy="use deflate or store (PEP 427)"
+                f"{filename}: {name} uses compression method {member.compress_type}",
+                remedy="create the archive again with deflate or store (PEP 427)",
             )
         if (member.external_attr >> 28) == 0xA:
-            raise RefusedError(f"{filename}: {name} is a symbolic link", remedy="store the file that the link points to")
+            raise RefusedError(
+                f"{filename}: {name} is a symbolic link", remedy="replace the link with the file, and create the archive again"
+            )
 
 
 def _check_framing(filename: str, archive: zipfile.ZipFile, path: Path) -> None:

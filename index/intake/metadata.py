@@ -108,7 +108,7 @@ def _check_encoding(raw: bytes, defects: Defects) -> None:
         line = raw.count(b"\n", 0, error.start) + 1
         where = f"byte {raw[error.start]:#04x} in line {line}"
     if defects.distribution.kind == "sdist":  # installers read the metadata of the wheel that they build from it
-        defects.note(f"its PKG-INFO is not UTF-8: {where}", remedy="write it as UTF-8 and build again")
+        defects.note(f"its PKG-INFO is not UTF-8: {where}", remedy="write PKG-INFO as UTF-8, and build again")
         return
     raise RefusedError(
         f"{defects.distribution.filename}: its METADATA is not UTF-8: {where}",
@@ -158,17 +158,17 @@ def _check_identity(fields: RawMetadata, distribution: Distribution) -> None:
     if not name or not version or not fields.get("metadata_version"):
         raise RefusedError(
             f"{distribution.filename}: its metadata lacks Metadata-Version, Name or Version, or repeats one of them",
-            remedy="build it with a PEP 517 backend",
+            remedy="build the file with a PEP 517 backend",
         )
     if canonicalize_name(name) != distribution.project:
         raise RefusedError(
             f"{distribution.filename}: Name in its metadata is {name!r}, which differs from the file name",
-            remedy="build it again; it was renamed or built incorrectly",
+            remedy="build the file again, since it was renamed or built incorrectly",
         )
     if not same_version(version, distribution.version):
         raise RefusedError(
             f"{distribution.filename}: Version in its metadata is {version!r}, which differs from the file name",
-            remedy="build it again; it was renamed or built incorrectly",
+            remedy="build the file again, since it was renamed or built incorrectly",
         )
 
 

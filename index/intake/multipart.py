@@ -234,7 +234,8 @@ class _Assembler:
         self._held += len(data)
         if self._held > self._limits.fields:
             raise TooLargeError(
-                f"the text fields of the form have more than {self._limits.fields} bytes", remedy="shorten the description"
+                f"the text fields of the form have more than {self._limits.fields} bytes",
+                remedy="shorten the description in the metadata",
             )
         self._text.append(data)
 
@@ -298,13 +299,16 @@ async def _pump(length: int | None, receive: Receive, limits: Limits, reader: _R
             await assembler.take(kind, data)
     if not reader.ended or (length is not None and count != length):
         raise RefusedError(
-            "the upload ended before its last boundary", remedy="upload it again; the connection was interrupted"
+            "the upload ended before its last boundary", remedy="upload the file again, since the connection was interrupted"
         )
 
 
 def _check_size(size: int, limits: Limits) -> None:
     if size > limits.upload:
-        raise TooLargeError(f"uploads may have at most {limits.upload} bytes", remedy="raise --max-upload of `index serve`")
+        raise TooLargeError(
+            f"uploads may have at most {limits.upload} bytes",
+            remedy="split the distribution; or start `index serve` with a larger --max-upload",
+        )
 
 
 async def pieces(receive: Receive, limits: Limits) -> AsyncIterator[bytes]:
@@ -324,6 +328,6 @@ async def pieces(receive: Receive, limits: Limits) -> AsyncIterator[bytes]:
                 f"no data arrived for {limits.idle:g} seconds", remedy="try again with a faster connection"
             ) from None
         if message["type"] == "http.disconnect":
-            raise RefusedError("the client disconnected before the end of the upload", remedy="upload it again")
+            raise RefusedError("the client disconnected before the end of the upload", remedy="upload the file again")
         yield message.get("body", b"")
         more = message.get("more_body", False)

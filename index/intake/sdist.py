@@ -23,6 +23,7 @@ MAX_HEADER = 1 << 20
 
 _MAX_GLOBAL = 1000
 "Maximum keywords of global headers; git writes one."
+_AGAIN = "build the sdist again with a PEP 517 backend"
 
 
 class _Bounded:
@@ -35,7 +36,7 @@ class _Bounded:
         if size > MAX_HEADER:
             raise RefusedError(
                 f"{self._filename} contains a tar header of {size} bytes, more than {MAX_HEADER}",
-                remedy="build the sdist again",
+                remedy=_AGAIN,
             )
         self._check(self._stream.tell() + size)
         return self._stream.read(size)
@@ -78,7 +79,7 @@ def _inspect_zip(path: Path, defects: Defects) -> Metadata:
         if member is None or member.file_size > metadata.MAX_METADATA:
             raise RefusedError(
                 f"{distribution.filename} lacks {top}/PKG-INFO, or this file is too large",
-                remedy="build it with a PEP 517 backend",
+                remedy=_AGAIN,
             )
         _check_project(defects, lambda name: f"{top}/{name}" in archive.NameToInfo)
         return metadata.read(archive.read(member), defects, lambda name: f"{top}/{name}" in archive.NameToInfo)
@@ -96,16 +97,12 @@ def _inspect_tar(path: Path, defects: Defects) -> Metadata:
     except _SparseError:
         raise RefusedError(
             f"{distribution.filename} contains a sparse file, which tools unpack in different ways",
-            remedy="build it again with a PEP 517 backend; with tar, omit --sparse",
+            remedy="build the sdist again with a PEP 517 backend; if you use tar, omit --sparse",
         ) from None
     except (tarfile.TarError, EOFError, zlib.error, OSError, RecursionError, ValueError) as error:
-        raise RefusedError(
-            f"{distribution.filename} is not a gzipped tar archive: {error}", remedy="build the sdist again"
-        ) from error
+        raise RefusedError(f"{distribution.filename} is not a gzipped tar archive: {error}", remedy=_AGAIN) from error
     if raw is None:
-        raise RefusedError(
-            f"{distribution.filename} lacks {distribution.stem}/PKG-INFO", remedy="build it with a PEP 517 backend"
-        )
+        raise RefusedError(f"{distribution.filename} lacks {distribution.stem}/PKG-INFO", remedy=_AGAIN)
     _check_project(defects, lambda name: hash(name) in names)
     return metadata.read(raw, defects, lambda name: hash(name) in names)
 
@@ -113,7 +110,7 @@ def _inspect_tar(path: Path, defects: Defects) -> Metadata:
 def _check_project(defects: Defects, has_file: HasFile) -> None:
     """pip and uv select an sdist before they look for the file that builds it."""
     if not has_file("pyproject.toml") and not has_file("setup.py"):
-        defects.refuse("it contains neither pyproject.toml nor setup.py", remedy="build it with a PEP 517 backend")
+        defects.refuse("it contains neither pyproject.toml nor setup.py", remedy=_AGAIN)
 
 
 class _SparseError(tarfile.TarError):
@@ -164,9 +161,7 @@ def _own_folder(path: str, distribution: Distribution) -> str:
 def _read(archive: tarfile.TarFile, member: tarfile.TarInfo, distribution: Distribution) -> bytes:
     stream = archive.extractfile(member) if member.isreg() else None
     if stream is None or member.size > metadata.MAX_METADATA:
-        raise RefusedError(
-            f"{distribution.filename}: PKG-INFO is not a regular file, or is too large", remedy="build the sdist again"
-        )
+        raise RefusedError(f"{distribution.filename}: PKG-INFO is not a regular file, or is too large", remedy=_AGAIN)
     content = bytearray()
     while chunk := stream.read(min(CHUNK, MAX_HEADER)):
         content += chunk
@@ -174,9 +169,7 @@ def _read(archive: tarfile.TarFile, member: tarfile.TarInfo, distribution: Distr
 
 
 def _outside(name: str, top: str, distribution: Distribution) -> RefusedError:
-    return RefusedError(
-        f"{distribution.filename} contains {name!r}, outside its folder {top}/", remedy="build the sdist again"
-    )
+    return RefusedError(f"{distribution.filename} contains {name!r}, outside its folder {top}/", remedy=_AGAIN)
 
 
 def _check_member(member: tarfile.TarInfo, top: str, distribution: Distribution) -> None:
@@ -184,7 +177,9 @@ def _check_member(member: tarfile.TarInfo, top: str, distribution: Distribution)
     if member.name.startswith("/") or "\\" in member.name or "\0" in member.name or ".." in parts or parts[0] != top:
         raise _outside(member.name, top, distribution)
     if not (member.isreg() or member.isdir() or member.issym() or member.islnk()):
-        raise RefusedError(f"{distribution.filename}: {member.name} is a device or pipe", remedy="build the sdist again")
+        raise RefusedError(
+            f"{distribution.filename}: {member.name} is a device or pipe", remedy="remove it, and build the sdist again"
+        )
     if member.issym() or member.islnk():
         base = parts[:-1] if member.issym() else []
         depth, leaves = 0, member.linkname.startswith("/")
@@ -194,5 +189,5 @@ def _check_member(member: tarfile.TarInfo, top: str, distribution: Distribution)
         if leaves:
             raise RefusedError(
                 f"{distribution.filename}: {member.name} is a link to a file outside of its folder",
-                remedy="build the sdist again",
+                remedy="replace the link with the file, and build the sdist again",
             )

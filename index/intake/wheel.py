@@ -78,12 +78,15 @@ def _variant(archive: zipfile.ZipFile, folder: str, distribution: Distribution) 
         return None
     raw = _small(archive, member, distribution)
     if len(raw) > MAX_VARIANT:
-        raise RefusedError(f"{distribution.filename}: {member} has {len(raw)} bytes, which is too long", remedy="shorten it")
+        raise RefusedError(
+            f"{distribution.filename}: {member} has {len(raw)} bytes, which is too long",
+            remedy="shorten this file, and build again",
+        )
     try:
         variants.parse(raw, distribution.variant)
     except ValueError as error:
         raise RefusedError(
-            f"{distribution.filename}: {error}", remedy="build it again; see docs/reference/index-variants.md"
+            f"{distribution.filename}: {error}", remedy="build the wheel again, as docs/reference/index-variants.md describes"
         ) from None
     return raw.decode()  # parse accepts only UTF-8
 
@@ -93,7 +96,7 @@ def _dist_info(archive: zipfile.ZipFile, distribution: Distribution) -> str:
     if len(folders) != 1:
         raise RefusedError(
             f"{distribution.filename} contains {len(folders)} .dist-info folders",
-            remedy="build it again; a wheel has exactly one (PEP 427)",
+            remedy="build the wheel again, with exactly one .dist-info folder (PEP 427)",
         )
     folder = folders.pop()
     name, _, version = folder.removesuffix(".dist-info").rpartition("-")
@@ -101,7 +104,7 @@ def _dist_info(archive: zipfile.ZipFile, distribution: Distribution) -> str:
     if canonicalize_name(name) != distribution.project or not same_version(version, distribution.version):
         raise RefusedError(
             f"{distribution.filename} contains {folder}, but the file name has a different name or version",
-            remedy="build the wheel again; the file was renamed",
+            remedy="build the wheel again, since the file was renamed",
         )
     return folder
 
@@ -110,10 +113,13 @@ def _small(archive: zipfile.ZipFile, name: str, distribution: Distribution) -> b
     try:
         member = archive.getinfo(name)
     except KeyError:
-        raise RefusedError(f"{distribution.filename} lacks {name}", remedy="build it again with a PEP 517 backend") from None
+        raise RefusedError(
+            f"{distribution.filename} lacks {name}", remedy="build the wheel again with a PEP 517 backend"
+        ) from None
     if member.file_size > metadata.MAX_METADATA:
         raise RefusedError(
-            f"{distribution.filename}: {name} has {member.file_size} bytes, which is too long", remedy="shorten it"
+            f"{distribution.filename}: {name} has {member.file_size} bytes, which is too long",
+            remedy="shorten this file, and build again",
         )
     return archive.read(member)
 
@@ -125,7 +131,8 @@ def _check_record(
     excused = {f"{folder}/{name}" for name in _UNRECORDED}
     if missing := sorted(present - listed.keys() - excused):
         raise RefusedError(
-            f"{distribution.filename}: {missing[0]} is not in RECORD", remedy="build the wheel again; files were added to it"
+            f"{distribution.filename}: {missing[0]} is not in RECORD",
+            remedy="build the wheel again, since files were added to it",
         )
     if absent := sorted(listed.keys() - present):
         raise RefusedError(
@@ -135,7 +142,7 @@ def _check_record(
         digest, size = listed[name]
         if _digest(archive, name, digest.partition("=")[0], distribution) != digest:
             raise RefusedError(
-                f"{distribution.filename}: {name} does not match RECORD", remedy="build the wheel again; it was changed"
+                f"{distribution.filename}: {name} does not match RECORD", remedy="build the wheel again, since it was changed"
             )
         if size and size != str(archive.getinfo(name).file_size):
             raise RefusedError(f"{distribution.filename}: RECORD has a wrong size for {name}", remedy="build the wheel again")
@@ -181,6 +188,7 @@ def _digest(archive: zipfile.ZipFile, name: str, algorithm: str, distribution: D
                 digest.update(chunk)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise RefusedError(
-            f"{distribution.filename}: {PurePosixPath(name).name} cannot be unpacked: {error}", remedy="upload it again"
+            f"{distribution.filename}: {PurePosixPath(name).name} cannot be unpacked: {error}",
+            remedy="upload the wheel again; if this fails, build it again",
         ) from None
     return f"{algorithm}={base64.urlsafe_b64encode(digest.digest()).rstrip(b'=').decode()}"

@@ -60,7 +60,9 @@ def _check_tags(text: str, defects: Defects) -> None:
         return
     tags = {tag for value in values for tag in parse_tag(value)}
     if tags != defects.distribution.tags:
-        defects.note(f"its WHEEL file has the tags {', '.join(sorted(map(str, tags)))[:300]}", remedy=remedy)
+        defects.note(
+            f"its WHEEL file has other tags than the file name: {', '.join(sorted(map(str, tags)))[:300]}", remedy=remedy
+        )
 
 
 def check_data(names: Iterable[str], defects: Defects) -> None:
@@ -76,7 +78,7 @@ def check_data(names: Iterable[str], defects: Defects) -> None:
         if len(path) < 2 or path[0] not in SCHEMES:
             defects.refuse(
                 f"it contains {name[:200]!r}, which belongs to no install scheme",
-                remedy=f"in a .data folder, use only the folders {', '.join(SCHEMES)} (PEP 427)",
+                remedy=f"build the wheel with only the folders {', '.join(SCHEMES)} in a .data folder (PEP 427)",
             )
         if path[0] == "scripts" and "/" in path[1]:  # uv fails on it
             defects.refuse(

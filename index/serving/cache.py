@@ -41,7 +41,7 @@ async def entry(service: IndexService, entries: EntryStore, request: Request) ->
             if len(body) > MAX_ENTRY:
                 raise TooLargeError(
                     f"cache entries of more than {MAX_ENTRY} bytes are refused",
-                    remedy="this object cannot be shared; compile it on each machine",
+                    remedy="compile this object on each machine, since the index cannot share it",
                 )
         service.check_space(len(body))
         await loop.run_in_executor(service.writer, entries.keep, *place, bytes(body))

@@ -51,7 +51,7 @@ async def body_of(service: IndexService, request: Request) -> bytes:
         body += piece
         if len(body) > records.MAX_RECORD:
             raise TooLargeError(
-                f"records and logs may have at most {records.MAX_RECORD} bytes", remedy="compress or shorten the log"
+                f"records and logs may have at most {records.MAX_RECORD} bytes", remedy="shorten the record or the log"
             )
     return bytes(body)
 
@@ -72,6 +72,6 @@ def send_stored(service: IndexService, request: Request, sha256: str, media: str
         status = path.stat()
     except FileNotFoundError:
         raise DamagedError(
-            "the store has lost this file", remedy="upload it again; `index fsck` lists all lost files"
+            "the store has lost this file", remedy="upload the file again; `index fsck` lists all lost files"
         ) from None
     return FileAnswer(path, service.downloads, stat_result=status, media_type=media, headers=headers)

@@ -73,7 +73,7 @@ async def package(service: IndexService, request: Request) -> Response:
     wanted = filename.removesuffix(".metadata").removesuffix(provenance.SUFFIX)
     row = service.catalogue.row("SELECT sha256 FROM file WHERE filename = ? AND hidden = 0", (wanted,))
     if row is None:
-        raise NotFoundError(f"this index has no file {filename}", remedy="the project's page lists its files")
+        raise NotFoundError(f"this index has no file {filename}", remedy="use the links on the project's page")
     return send_stored(service, request, *_locate(service, row["sha256"], filename))
 
 
@@ -99,7 +99,7 @@ async def bare_name(service: IndexService, request: Request) -> Response:
     """GET /NAME and /NAME/: redirect to the project's page, as in pypiserver."""
     name = name_in_address(request.path_params["name"])
     if not views.files(service.catalogue, views.ALL, name):
-        raise NotFoundError(f"/simple/ has no project {name!r}", remedy="/ and /simple/ list the projects")
+        raise NotFoundError(f"/simple/ has no project {name!r}", remedy="see /simple/, which lists the projects")
     up = "../" if request.url.path.endswith("/") else ""
     return RedirectResponse(f"{up}simple/{name}/", status_code=303)
 
@@ -126,7 +126,10 @@ def _check_state(filename: str, row: sqlite3.Row) -> None:
     if row["deleted"] is not None:
         raise GoneError(f"{filename} was deleted on {row['deleted'][:10]}", remedy="choose a different version")
     if row["status"] == "quarantined":
-        raise ForbiddenError(f"the project of {filename} is quarantined", remedy="ask the operator of this index")
+        raise ForbiddenError(
+            f"the project of {filename} is quarantined",
+            remedy="use a different project, or ask the operator of this index for the reason",
+        )
 
 
 def _locate(service: IndexService, sha256: str, filename: str) -> tuple[str, str]:
@@ -192,7 +195,7 @@ async def set_lock(service: IndexService, request: Request) -> Response:
         with service.catalogue.moment():
             view = views.find(service.catalogue, prefix)
             if view is None or view.kind != "set":
-                raise NotFoundError(f"this index has no set {prefix[-1]!r}", remedy="/sets/ lists the sets")
+                raise NotFoundError(f"this index has no set {prefix[-1]!r}", remedy="see /sets/, which lists the sets")
             return requirements.render(service.catalogue, view)
 
     text = await asyncio.get_running_loop().run_in_executor(service.workers, render)
@@ -204,7 +207,7 @@ def _send_record(service: IndexService, request: Request, row: sqlite3.Row | Non
     digest = row["log_sha256" if is_log else "document_sha256"] if row is not None else None
     if digest is None:
         raise NotFoundError(
-            f"this index has no {'log' if is_log else 'record'} of {identifier}", remedy="/board/ lists the builds"
+            f"this index has no {'log' if is_log else 'record'} of {identifier}", remedy="see /board/, which lists the builds"
         )
     return send_stored(
         service, request, digest, "text/plain; charset=utf-8" if is_log else "application/json", cache="no-cache"

@@ -81,7 +81,7 @@ async def get_pylock(service: IndexService, request: Request) -> Response:
     raw = staged.pylock_of(service.catalogue, view.argument) if view is not None and view.kind == "set" else None
     if raw is None:
         raise NotFoundError(
-            f"this index has no {pylock.FILENAME} of {prefix[-1]!r}", remedy="/sets/ lists the sets and their files"
+            f"this index has no {pylock.FILENAME} of {prefix[-1]!r}", remedy="see /sets/, which lists the sets and their files"
         )
     etag = f'"{hashlib.sha256(raw).hexdigest()}"'
     headers = {"ETag": etag, "Cache-Control": "no-cache"}
@@ -103,7 +103,7 @@ def _find(service: IndexService, name: str) -> ReleaseSet:
     try:
         return staged.find(service.catalogue, name)
     except UsageError as error:
-        raise NotFoundError(error.cause, remedy=f"create it with PUT /stage/{name}") from error
+        raise NotFoundError(error.cause, remedy=f"create the set with PUT /stage/{name}") from error
 
 
 def _open(service: IndexService, actor: str, name: str, matrix: list[staged.ExpectedWheel], without: list[str]) -> ReleaseSet:

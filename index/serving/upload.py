@@ -168,5 +168,5 @@ def _check_digests(form: Form, received: Received) -> None:
         if announced and announced != received.digests[field]:
             raise RefusedError(
                 f"the {field} in the form differs from the digest of the received file ({received.digests[field]})",
-                remedy="upload it again; the transfer was damaged",
+                remedy="upload the file again, since the transfer was damaged",
             )

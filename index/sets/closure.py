@@ -52,7 +52,8 @@ def read(store: Store, row: sqlite3.Row, *, own: bool) -> SetFile:
         except FileNotFoundError:
             if own or row["url"] is None:
                 raise DamagedError(
-                    f"the store has lost the METADATA of {row['filename']}", remedy="run `index fsck`"
+                    f"the store has lost the METADATA of {row['filename']}",
+                    remedy="upload or mirror this file again; `index fsck` lists all lost files",
                 ) from None
     return SetFile(
         filename=row["filename"],

@@ -295,7 +295,7 @@ def _version(filename: str, pin: Pin) -> str:
         ) from error
     if not same:
         raise FetchError(
-            f"the upstream index names a locked file of {pin.name} {pin.version} {filename!r}, which belongs to a "
+            f"the upstream index lists {filename!r} as a file of {pin.name} {pin.version}, but its name is that of a "
             "different release",
             remedy=_UNTRUSTED,
         )
@@ -389,7 +389,7 @@ def withdraw(catalogue: Catalogue, actor: str, filename: str, reason: str, *, un
         if not rows:
             raise UsageError(
                 f"no set has a {'withdrawn' if undo else 'mirrored'} file {filename!r}",
-                remedy="`index stage list --json` lists the files of sets; for files that were uploaded to this index, use"
+                remedy="give a file that `index stage list --json` lists; for a file that was uploaded to this index, use"
                 " `index yank` or `index delete`",
             )
         names = sorted(row["set_name"] for row in rows)

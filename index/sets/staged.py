@@ -137,7 +137,7 @@ def find(catalogue: Catalogue, name: str) -> ReleaseSet:
     """
     row = catalogue.row("SELECT * FROM release_set WHERE name = ?", (name,))
     if row is None:
-        raise UsageError(f"no set is named {name!r}", remedy="`index stage list` shows the sets")
+        raise UsageError(f"no set is named {name!r}", remedy="give the name of a set that `index stage list` shows")
     members = catalogue.rows(
         "SELECT project, version, filename, sha256 FROM live_file JOIN member ON file_id = id WHERE set_name = ?"
         " UNION SELECT project, version, filename, sha256 FROM live_mirrored WHERE set_name = ? ORDER BY filename",
@@ -220,11 +220,13 @@ def publish(store: Store, catalogue: Catalogue, actor: str, name: str) -> Releas
                 remedy=f"upload them to /stage/{name}/legacy/ or mirror the lock again, then publish again",
             )
         if not complete.files:
-            raise RefusedError(f"the set {name} is empty", remedy=f"upload its wheels to /stage/{name}/legacy/ first")
+            raise RefusedError(
+                f"the set {name} is empty", remedy=f"upload its wheels to /stage/{name}/legacy/, then publish again"
+            )
         if unmet := _unmet(store, catalogue, complete):
             shown = "; ".join(unmet[:MAX_UNMET]) + (f"; and {len(unmet) - MAX_UNMET} more" if len(unmet) > MAX_UNMET else "")
             raise RefusedError(
-                f"the set {name} does not contain all that its wheels require; missing: {shown}",
+                f"the set {name} lacks projects that its wheels require: {shown}",
                 remedy=f"upload them to /stage/{name}/legacy/ or mirror a lock that lists them, then publish again; to "
                 "publish a set without a project, create a new set: index stage create NAME --without PROJECT",
             )
@@ -312,6 +314,9 @@ def check_staged(change: Transaction, name: str) -> None:
     """
     row = change.execute("SELECT state FROM release_set WHERE name = ?", (name,)).fetchone()
     if row is None:
-        raise UsageError(f"no set is named {name!r}", remedy="create the set with `index stage create`")
+        raise UsageError(f"no set is named {name!r}", remedy=f"create the set with `index stage create {name}`")
     if row["state"] != "staged":
-        raise UsageError(f"the set {name} is {row['state']}", remedy="create a new set; only staged sets can be changed")
+        raise UsageError(
+            f"the set {name} is {row['state']}, so it cannot be changed",
+            remedy="create a new set: index stage create NAME",
+        )

@@ -25,9 +25,11 @@ def render(catalogue: Catalogue, view: View, project: str, form: Format, base_ur
             torch = f"torch {view.torch}" if view.torch else "every torch"
             raise NotFoundError(
                 f"the view {view.prefix[0]} has no files of {project} that fit {torch}",
-                remedy=f"see {others}",
+                remedy=f"use one of these addresses: {others}",
             )
-        raise NotFoundError(f"this index has no project {project!r}", remedy="the address one level up lists the projects")
+        raise NotFoundError(
+            f"this index has no project {project!r}", remedy="see the address one level up, which lists the projects"
+        )
     files += views.variants_json(catalogue, view, project, files)
     status = views.status(catalogue, project)
     make = simple.project_json if form == "json" else simple.project_html

@@ -105,7 +105,9 @@ def revoke(catalogue: Catalogue, actor: str, name: str) -> int:
     with catalogue.change(actor) as change:
         count = change.execute("UPDATE token SET revoked = ? WHERE name = ? AND revoked IS NULL", (change.time, name)).rowcount
         if not count:
-            raise UsageError(f"no valid token is named {name!r}", remedy="`index token list` lists the valid tokens")
+            raise UsageError(
+                f"no valid token is named {name!r}", remedy="give the name of a token that `index token list` shows"
+            )
         change.note("token.revoke", name, count=count)
     return count
 
@@ -190,7 +192,7 @@ def _living(catalogue: Catalogue, row: sqlite3.Row | None, good: bool) -> Token:
     if row is None or not good or row["revoked"] or (row["expires"] and row["expires"] <= timestamp()):
         raise UnauthenticatedError(
             "the token or password is unknown, revoked or expired",
-            remedy="create a token with `index token create` on the machine of the index",
+            remedy="use a valid token; `index token create` on the machine of the index creates one",
         )
     projects = frozenset((row["project"],)) if row["project"] is not None else None
     if row["minted"]:  # it covers the current projects of its publishers, and nothing once they are removed

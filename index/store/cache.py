@@ -43,7 +43,7 @@ class EntryStore:
             NotFoundError: no entry can have that name, or the index keeps none.
         """
         if not self._limit or kind not in KINDS or not _RECIPE.match(recipe) or not _KEY.match(key):
-            raise NotFoundError("there is no such cache entry", remedy="entries are at /cache/KIND/RECIPE/KEY")
+            raise NotFoundError("there is no such cache entry", remedy="use an address of the form /cache/KIND/RECIPE/KEY")
         return self._root / kind / recipe / key[:2] / key
 
     def read(self, kind: str, recipe: str, key: str) -> bytes:
@@ -57,7 +57,7 @@ class EntryStore:
             content = path.read_bytes()
             os.utime(path)
         except FileNotFoundError:
-            raise NotFoundError("there is no such cache entry", remedy="compile it") from None
+            raise NotFoundError("there is no such cache entry", remedy="compile the object") from None
         return content
 
     def keep(self, kind: str, recipe: str, key: str, entry: bytes) -> None:
@@ -101,7 +101,9 @@ class EntryStore:
 
 def _check(entry: bytes) -> None:
     if len(entry) > MAX_ENTRY:
-        raise TooLargeError(f"cache entries of more than {MAX_ENTRY} bytes are refused", remedy="compile it on each machine")
+        raise TooLargeError(
+            f"cache entries of more than {MAX_ENTRY} bytes are refused", remedy="compile the object on each machine"
+        )
     line, newline, body = entry.partition(b"\n")
     try:
         header = json.loads(line) if newline and len(line) <= _HEADER else None
@@ -110,7 +112,8 @@ def _check(entry: bytes) -> None:
     known = isinstance(header, dict) and all(isinstance(header.get(name), str) for name in ("sha256", "keyid", "sig"))
     if not known or not isinstance(header, dict) or not _SHA256.match(header["sha256"]):
         raise RefusedError(
-            "a cache entry must begin with a line of JSON with sha256, keyid and sig", remedy="write it with `builder build`"
+            "a cache entry must begin with a line of JSON with sha256, keyid and sig",
+            remedy="write the entry with `builder build`",
         )
     if hashlib.sha256(body).hexdigest() != header["sha256"]:
-        raise RefusedError("the sha256 of the cache entry does not match its bytes", remedy="send it again")
+        raise RefusedError("the sha256 of the cache entry does not match its bytes", remedy="send the entry again")

@@ -114,7 +114,7 @@ class Catalogue:
                 raise
             raise StoreFullError(
                 f"no space left on the file system that holds {self.path.parent}",
-                remedy="free space there; nothing was changed",
+                remedy="free space there, then repeat the command; nothing was changed",
             ) from error
 
     @contextmanager

@@ -50,7 +50,7 @@ def check_digest(digest: str) -> str:
         RefusedError: it has not.
     """
     if not _DIGEST.match(digest):
-        raise RefusedError(f"{digest!r} is not a device digest", remedy="write it as 64 hexadecimal digits, in lower case")
+        raise RefusedError(f"{digest!r} is not a device digest", remedy="write 64 hexadecimal digits, in lower case")
     return digest
 
 
@@ -64,7 +64,7 @@ def parse_matrix(raw: bytes, name: str) -> MatrixDocument:
 
     document = _parse(raw, MatrixDocument, "matrix", "send the output of `builder matrix --json`")
     if document.name != name:
-        raise RefusedError(f"the matrix is named {document.name!r}", remedy=f"send it to /matrix/{document.name}")
+        raise RefusedError(f"the matrix is named {document.name!r}", remedy=f"send the matrix to /matrix/{document.name}")
     return document
 
 
@@ -76,11 +76,16 @@ def parse_certificate(raw: bytes, digest: str) -> DeviceCertificate:
     """
     from index.store.schemas import DeviceCertificate
 
-    document = _parse(raw, DeviceCertificate, "certificate", "docs/reference/index-records.md describes the keys")
+    document = _parse(
+        raw,
+        DeviceCertificate,
+        "certificate",
+        "send a certificate of `builder certify`; docs/reference/index-records.md describes its keys",
+    )
     if document.device_digest != digest:
         raise RefusedError(
             f"the certificate is for device digest {document.device_digest}",
-            remedy=f"send it to /certificates/{document.device_digest}",
+            remedy=f"send the certificate to /certificates/{document.device_digest}",
         )
     return document
 
@@ -110,7 +115,8 @@ def put_matrix(store: Store, catalogue: Catalogue, token: Token, raw: bytes, doc
     with catalogue.change(token.actor) as change:
         if token.set_name not in (None, document.name):
             raise ForbiddenError(
-                f"the token {token.name!r} is only for {token.set_name}", remedy=f"send it to /matrix/{token.set_name}"
+                f"the token {token.name!r} is only for {token.set_name}",
+                remedy=f"send the matrix to /matrix/{token.set_name}, or use a different token",
             )
         row = change.execute("SELECT projects FROM matrix WHERE name = ?", (document.name,)).fetchone()
         replaced = row["projects"].split() if row is not None else []

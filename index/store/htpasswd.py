@@ -31,7 +31,7 @@ def read(path: Path) -> dict[str, str]:
             remedy="check that the path is a file and that you have read permission",
         ) from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not a text file", remedy="give a file written by `htpasswd -B`") from error
+        raise ConfigError(f"{path} is not a text file", remedy="give a file that `htpasswd -B` wrote") from error
     users: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
@@ -45,7 +45,7 @@ def read(path: Path) -> dict[str, str]:
         if not name or not hashed.startswith((*_BCRYPT, _APR1)):
             raise ConfigError(
                 f"{path}, line {number}: expected a user with a bcrypt or apr1 hash",
-                remedy="write the line with `htpasswd -B`",
+                remedy=f"remove this line, then add the user with `htpasswd -B {path} USER`",
             )
         users[name] = hashed
     return users

@@ -46,7 +46,9 @@ def set_status(catalogue: Catalogue, actor: str, project: str, status: str, reas
     with catalogue.change(actor) as change:
         row = change.execute("UPDATE project SET status = ?, reason = ? WHERE name = ?", (status, reason, project))
         if not row.rowcount:
-            raise UsageError(f"this index has no project {project!r}", remedy="`index host` lists the projects")
+            raise UsageError(
+                f"this index has no project {project!r}", remedy="give the name of a project that `index host` lists"
+            )
         change.note("project.status", project, project, status=status, reason=reason)
 
 
@@ -82,4 +84,4 @@ def _unknown_release(change: Transaction, project: str, version: str) -> UsageEr
             f"this index has no release {project} {version}",
             remedy=f"repeat the command with one of the releases of {project}: {known}",
         )
-    return UsageError(f"this index has no files of {project}", remedy="`index stats` lists the projects")
+    return UsageError(f"this index has no files of {project}", remedy="give the name of a project that `index stats` lists")

@@ -111,7 +111,7 @@ def put(store: Store, catalogue: Catalogue, token: Token, identifier: str, raw: 
     """
     own = identity(document)
     if own is not None and own != identifier:
-        raise RefusedError(f"the record belongs to the build {own!r}", remedy=f"send it to /records/{own}")
+        raise RefusedError(f"the record belongs to the build {own!r}", remedy=f"send the record to /records/{own}")
     project, digests = project_of(document), _wheel_digests(document)
     with catalogue.change(token.actor) as change:
         _check_reach(change, token, identifier, project, digests)

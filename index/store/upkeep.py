@@ -147,7 +147,8 @@ def heal(store: Store, catalogue: Catalogue, actor: str) -> list[str]:
     copies = catalogue.rows("SELECT * FROM live_mirrored WHERE url IS NULL")
     if (rows or copies) and not sizes:
         raise ConfigError(
-            f"{store.files} is empty, but the catalogue lists files", remedy="mount or restore the files, then start again"
+            f"{store.files} is empty, but the catalogue lists files",
+            remedy="mount the disk with the files, or restore them from a backup, then repeat the command",
         )
     changed = [row for row in rows if lost(row) != bool(row["lost"])]
     changed_copies = [row for row in copies if lost(row) != bool(row["lost"])]

@@ -47,7 +47,7 @@ def exchange(catalogue: Catalogue, keys: IssuerKeys, text: str) -> MintedToken:
     if not matching:
         raise ForbiddenError(
             f"no project of this index trusts {_described(claims)}",
-            remedy="run `index publisher add` on the machine of the index",
+            remedy="to trust this workflow, run `index publisher add` on the machine of the index",
         )
     with catalogue.change(f"publisher:{matching[0].name}") as change:
         _spend(change, claims)

@@ -136,7 +136,7 @@ def remove(catalogue: Catalogue, actor: str, project: str, repository: str) -> i
         if not gone:
             raise UsageError(
                 f"the project {project} has no publisher with the repository {repository}",
-                remedy="`index publisher list` shows all publishers",
+                remedy="give a project and a repository that `index publisher list` shows",
             )
         change.note("token.distrust", project, repository=repository)
     return gone

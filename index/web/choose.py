@@ -26,7 +26,7 @@ def choose(site: Site, request: Request) -> Response:
     """GET /project/NAME/choose.py: a program, served as plain text."""
     name = name_in_address(request.path_params["name"])
     if views.status(site.catalogue, name).status == "quarantined":
-        raise NotFoundError(f"the project {name} is quarantined", remedy="the page of the project gives the reason")
+        raise NotFoundError(f"the project {name} is quarantined", remedy="see the page of the project, which gives the reason")
     choices = choices_of(site.catalogue, name)
     base = site.base(request)
     offered = [choice for choice in choices if choice.recommended]

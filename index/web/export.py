@@ -79,7 +79,7 @@ def _manifest(target: Path) -> dict[str, str]:
         manifest: dict[str, str] = json.loads(path.read_text())
         return manifest
     if target.is_dir() and any(target.iterdir()):
-        raise ConfigError(f"{target} is neither empty nor an earlier export", remedy="choose a new folder")
+        raise ConfigError(f"{target} is neither empty nor an earlier export", remedy="give an empty or new folder")
     return {}
 
 

@@ -20,7 +20,7 @@ def wheel(site: Site, request: Request) -> Response:
     catalogue = site.catalogue
     row = catalogue.row("SELECT * FROM public_file WHERE filename = ?", (request.path_params["filename"],))
     if row is None:
-        raise NotFoundError("this index has no such wheel", remedy="the project's page lists its wheels")
+        raise NotFoundError("this index has no such wheel", remedy="see the project's page, which lists its wheels")
     item = views.listed(row)
     build_row = catalogue.row("SELECT * FROM record WHERE id = ?", (item.build,))
     record = records.summary(build_row) if build_row is not None else None

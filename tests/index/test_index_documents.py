@@ -84,7 +84,7 @@ def test_what_was_put_is_served_byte_for_byte(shared: Server) -> None:
         (matrix("bad", cell(cpu_seconds=-1)), "cells.0.cpu_seconds"),
         (matrix("bad", cell(wheel="../../etc/passwd")), "cells.0.wheel"),
         (matrix("bad", made="yesterday"), "made: Input should be a valid datetime"),
-        (matrix("other"), "the matrix is named 'other' (send it to /matrix/other)"),
+        (matrix("other"), "the matrix is named 'other' (send the matrix to /matrix/other)"),
     ],
 )
 def test_what_is_not_of_the_schema_is_refused_with_its_place(shared: Server, document: object, sentence: str) -> None:
@@ -105,7 +105,7 @@ def test_bytes_that_are_no_json_are_one_sentence(shared: Server, raw: bytes) -> 
 @pytest.mark.parametrize(
     ("document", "sentence"),
     [
-        (certificate(device_digest="0" * 64), f"send it to /certificates/{'0' * 64}"),
+        (certificate(device_digest="0" * 64), f"send the certificate to /certificates/{'0' * 64}"),
         (certificate(wheel={"filename": "a.whl", "sha256": "ab" * 32}), "wheel.filename"),
         (certificate(comparisons=[{"name": "x", "error": "none"}]), "comparisons.0.error"),
     ],
@@ -147,7 +147,7 @@ def test_a_token_for_one_view_reaches_the_matrix_of_its_name(shared: Server) -> 
     nightly = make_token(shared.root, "--nightly")
     assert put(shared, "/matrix/nightly", matrix("nightly", cell()), nightly)[0] == 200
     status, text = put(shared, "/matrix/default", matrix("default", cell()), nightly)
-    assert (status, "send it to /matrix/nightly" in text) == (403, True)
+    assert (status, "send the matrix to /matrix/nightly" in text) == (403, True)
     assert put(shared, f"/certificates/{DIGEST}", certificate(), nightly)[0] == 403
 
 

@@ -92,7 +92,9 @@ FATAL = {
 MARKED = {
     "no-tags": Case(wheel_file=LINES.replace(b"Tag: py3-none-any\n", b""), words="its WHEEL file lists no tags"),
     "tag": Case(wheel_file=LINES.replace(b"py3-none-any", b"py3"), words="its WHEEL file has the invalid tag 'py3'"),
-    "other-tag": Case(wheel_file=LINES.replace(b"py3-", b"py2-"), words="its WHEEL file has the tags py2-none-any"),
+    "other-tag": Case(
+        wheel_file=LINES.replace(b"py3-", b"py2-"), words="its WHEEL file has other tags than the file name: py2-none-any"
+    ),
     "plugin": points(b"[plugins]\nrun = pkg main\n", "run = pkg main does not name an object"),
     "program": points(b"[console_scripts]\na\\b = pkg:main\n", "'a\\\\b' is not a valid name for a program"),
 }

@@ -205,7 +205,7 @@ def test_files_that_are_not_mounted_stop_the_start(server: Server, tmp_path: Pat
     with process.stdout:
         text = process.stdout.read()
     assert process.wait(20) == 3
-    assert "mount or restore" in text
+    assert "mount the disk with the files" in text
 
 
 def test_a_ruined_catalogue_is_told_in_one_sentence(tmp_path: Path) -> None:

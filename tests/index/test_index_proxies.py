@@ -64,12 +64,12 @@ def test_a_proxys_prefix_is_in_answers_for_programs(tmp_path_factory: pytest.Tem
     forwarded = {"X-Forwarded-Prefix": "/wheels/gpu"}
     hints = {
         "/absent/simple/": "(existing views: %s/simple/, %s/cu130/simple/, ",
-        "/cu130/simple/answer-pkg/": "(see %s/cu130-torch2.11/simple/)",
-        "/absent/requirements.lock": "(%s/sets/ lists the sets)",
-        "/absent/pylock.toml": "(%s/sets/ lists the sets and their files)",
-        "/absent": "(%s/ and %s/simple/ list the projects)",
-        "/stage/absent": "(create it with PUT %s/stage/absent)",
-        "/records/absent": "(%s/board/ lists the builds)",
+        "/cu130/simple/answer-pkg/": "(use one of these addresses: %s/cu130-torch2.11/simple/)",
+        "/absent/requirements.lock": "(see %s/sets/, which lists the sets)",
+        "/absent/pylock.toml": "(see %s/sets/, which lists the sets and their files)",
+        "/absent": "(see %s/simple/, which lists the projects)",
+        "/stage/absent": "(create the set with PUT %s/stage/absent)",
+        "/records/absent": "(see %s/board/, which lists the builds)",
     }
     with serving(root, "--allow-new", "--trusted-proxy", "127.0.0.1") as server:
         client, auth = server.client, ("__token__", server.token)

@@ -106,7 +106,7 @@ def test_other_spellings_of_a_name_are_refused(shared: Server, filename: str) ->
 
 def test_one_release_has_one_spelling(shared: Server) -> None:
     assert shared.upload(*wheel("spelled_pkg", "1.0")).status_code == 200
-    refused(shared.upload(*wheel("spelled_pkg", "1.0.0")), "files of this release, with the version 1.0")
+    refused(shared.upload(*wheel("spelled_pkg", "1.0.0")), "the files of this release on this index have the version 1.0")
 
 
 PLAIN = "is not a plain file name"

@@ -53,7 +53,7 @@ def test_a_set_appears_at_once_and_only_when_complete(shared: Server) -> None:
     assert shared.client.get(f"{preview}/requirements.lock").status_code == 404
     late = shared.upload(*wheel("two_pkg", "1.1"), path=upload)
     assert late.status_code == 400
-    assert "not a staged set" in late.text
+    assert "is staged: it does not exist, or it is published or dropped" in late.text
 
 
 def test_a_nightly_set_is_in_the_nightly_view_and_its_own(shared: Server, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_a_view_for_each_cuda_and_torch(server: Server, tmp_path: Path) -> None:
     for view in ("cu130", "cu130-torch2.10"):
         answer = server.client.get(f"/{view}/simple/bound-pkg/", headers={"Accept": JSON})
         assert answer.status_code == 404
-        assert "see /cu130-torch2.11/simple/" in answer.text
+        assert "use one of these addresses: /cu130-torch2.11/simple/" in answer.text
 
     assert server.upload(*wheel("torch", "2.10.0")).status_code == 200
     for view, local in (("cu130", "+cu130"), ("cu130-torch2.10", "+cu130.torch2.10")):
