@@ -167,7 +167,7 @@ def _on_head(url: str | None, plan: ServePlan | None, *, required: bool) -> bool
     else:
         reason = "" if plan.engine == "vllm" else f"the engine is {plan.engine}"
     if reason and required:
-        raise UsageError(f"--client vllm: {reason}", remedy="use --client own, or leave out the option")
+        raise UsageError(f"--client vllm: {reason}", remedy="use --client own, or omit the option")
     return not reason
 
 

@@ -95,7 +95,7 @@ def _matrix(results: dict[str, CommandResult]) -> None:
     first = next((result.error for result in bad if result.error), None)
     kind = type(first) if first else NodeError
     rest = f"; 0 on {', '.join(good)}" if good else ""
-    raise kind("; ".join(parts) + rest, remedy=first.remedy if first else "see the output of the command above")
+    raise kind("; ".join(parts) + rest, remedy=first.remedy if first else "fix the error that the command printed above")
 
 
 @click.command(context_settings={"ignore_unknown_options": True})

@@ -41,7 +41,7 @@ def weights_verify(context: DeployContext, remove: bool) -> None:
     with held(context) as keeper:
         kept = keeper.state.data("weights")
         if not kept:
-            raise ConfigError("the weights are not downloaded yet", remedy="run `deploy up`")
+            raise ConfigError("the weights are not downloaded yet", remedy="download the weights with `deploy up`")
         spec = weights.WeightsSpec(root=paths.root(deployment), repo=deployment.data.model.repo)
         wrong = at_work(context, keeper, lambda work: weights.verify(work.nodes, spec, str(kept["commit"]), remove=remove))
         if wrong and remove:
@@ -49,8 +49,8 @@ def weights_verify(context: DeployContext, remove: bool) -> None:
     if wrong:
         raise InstallError(
             f"{len(wrong)} files are wrong or missing: {', '.join(wrong[:3])}",
-            remedy="download them again with `deploy up`"
+            remedy="download these files again with `deploy up`"
             if remove
-            else "run `deploy weights verify --remove`, then `deploy up`",
+            else "remove these files with `deploy weights verify --remove`, then download them again with `deploy up`",
         )
     context.console.result({"wrong": wrong}, "all files match the Hub's digests")

@@ -166,12 +166,13 @@ def first_cause(lines: list[str], names: Mapping[str, str], *, returncode: int |
         return best
     error = next((text for text in map(_bare, lines) if _ERROR.search(text)), None)
     if error:
-        return Cause(kind="unknown", text=error, remedy="see the whole log with `deploy logs`", line=error)
+        return Cause(kind="unknown", text=error, remedy="read the engine's log with `deploy logs`", line=error)
     if returncode in (137, -9, 9):
         return Cause(
             kind="killed",
-            text="it was killed (SIGKILL), either by the kernel because host memory ran out, or by a user",
-            remedy="collect the kernel's messages with `deploy collect`; if host memory was full, reduce cpu_offload_gib",
+            text="it was killed with SIGKILL, by the kernel (host memory ran out) or by a user",
+            remedy="collect the kernel's messages with `deploy collect`; if host memory was full, reduce cpu_offload_gib "
+            "in [layout]",
         )
     return no_cause(lines)
 

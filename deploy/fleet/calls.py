@@ -141,10 +141,11 @@ async def call(
         raise refusal_of(node.name, function, ended.stderr)
     last = last_line(ended.stderr, heard.last or f"exit code {ended.code}")
     if ended.code == 127 or "not found" in last:
-        raise HostError(f"{node.name}: {last}", remedy=f"install {python} on this node")
+        there = f"check that the shared folder is mounted on this node: it contains {python}"
+        raise HostError(f"{node.name}: {last}", remedy=there if "/" in python else f"install {python} on this node")
     raise HostError(
         f"{node.name}: the program for {function} ended without an answer: {last}",
-        remedy="repeat the command; it continues where it stopped",
+        remedy="repeat the command, which continues where it stopped",
     )
 
 

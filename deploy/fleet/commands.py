@@ -30,8 +30,8 @@ def env_block(env: Mapping[str, str]) -> bytes:
     for name, value in env.items():
         if "\n" in value or not name.isidentifier():
             raise UsageError(
-                f"the environment variable {name} cannot be sent",
-                remedy="use a value without line breaks, and a name of letters, digits and _",
+                f"the environment variable {name} cannot be sent to the nodes",
+                remedy="give the variable a value without line breaks, and a name of letters, digits and _",
             )
     return "".join(f"{name}={value}\n" for name, value in env.items()).encode() + b".\n"
 
@@ -95,7 +95,7 @@ class RunningCommand:
             if max(len(kept), len(lines.rest)) > LIMIT:
                 raise NodeError(
                     f"{self.node}: {name} of the command is larger than {LIMIT >> 20} MiB",
-                    remedy="redirect the output to a file on the node",
+                    remedy="redirect this output to a file on the node",
                 )
         lines.end()
 

@@ -166,7 +166,7 @@ def explain(node: Node, error: BaseException) -> GracefarmError:
     if isinstance(error, asyncssh.PermissionDenied):
         return SshError(
             f"{where} refuses the key: {error.reason}",
-            remedy="set user and key in [nodes] of deploy.toml, or load the key: `ssh-add KEY`",
+            remedy="set user and key in [nodes] of deploy.toml, or load the key with `ssh-add KEY`",
         )
     if isinstance(error, (asyncssh.KeyImportError, asyncssh.KeyEncryptionError)):
         key = node.key or f"{where}: a key in the configuration of ssh"
@@ -178,7 +178,7 @@ def explain(node: Node, error: BaseException) -> GracefarmError:
     if isinstance(error, asyncssh.ConfigParseError):
         return SshError(
             f"the configuration of ssh cannot be read: {error}",
-            remedy="fix that line, then check the configuration with `ssh -G HOST`",
+            remedy="fix this line of ~/.ssh/config, then check the file with `ssh -G HOST`",
         )
     if isinstance(error, FileNotFoundError):
         return SshError(

@@ -75,7 +75,10 @@ async def forward_local(fleet: Fleet, node: Node, local_port: int, remote_port: 
     try:
         server = await asyncio.start_server(serve, "127.0.0.1", local_port)
     except OSError as error:
-        raise SshError(f"port {local_port} of this machine: {error.strerror}") from error
+        raise SshError(
+            f"port {local_port} of this machine cannot be used: {error.strerror}",
+            remedy="stop the program that uses this port, or give a different port",
+        ) from error
     try:
         yield int(server.sockets[0].getsockname()[1])
     finally:

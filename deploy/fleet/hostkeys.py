@@ -104,8 +104,8 @@ def refuse_changed(shown: Sequence[HostKey]) -> None:
         raise SshError(
             "the host key differs from the pinned one: "
             + "; ".join(f"{host_key.name} has {host_key.fingerprint}" for host_key in changed),
-            remedy="the connection may be intercepted: compare the fingerprint on the console of the node; if the node was "
-            "reinstalled, run `deploy init --repin`",
+            remedy="compare the fingerprint on the console of the node, since the connection may be intercepted; if the "
+            "node was reinstalled, run `deploy init --repin`",
         )
 
 
@@ -133,7 +133,10 @@ async def scan(fleet: Fleet, node: Node) -> tuple[str, asyncssh.SSHKey]:
     except (OSError, asyncssh.Error, ValueError) as error:  # ValueError: an unreadable key or configuration
         raise explain(node, error) from error
     if key is None:
-        raise SshError(f"{node} sent no host key", remedy="check that address and port belong to an SSH server")
+        raise SshError(
+            f"{node} sent no host key",
+            remedy="check in deploy.toml that the address and the port of this node belong to an SSH server",
+        )
     return entry_name(node.address, options.port), key
 
 

@@ -113,7 +113,7 @@ async def follow_job(
             if problem is None and not result.ok:
                 problem = NodeError(
                     f"{node}: the log of {name} cannot be read: {result.stderr.strip() or result.returncode}",
-                    remedy=f"check the node: `deploy ssh {node.name}`",
+                    remedy=f"open a shell on the node with `deploy ssh {node.name}`, and fix this error",
                 )
         except GracefarmError as error:
             problem = error
@@ -151,6 +151,6 @@ async def stop_job(fleet: Fleet, node: Node, name: str, *, grace: float = 10.0) 
     if result.returncode == 1 and result.stdout.strip():
         raise NodeError(
             f"{node}: these processes of {name} cannot be stopped: {result.stdout.strip()}",
-            remedy="stop them as the user who owns them, then repeat the command",
+            remedy="stop these processes as root or as the user who owns them, then repeat the command",
         )
     require({node.name: result}, f"stopping {name}")

@@ -86,7 +86,7 @@ def private_address(node: Node, answer: Mapping[str, object]) -> tuple[str, str,
         address, name, prefix = chosen[0]
         return address, name, _network(address, prefix)
     raise NodeError(
-        f"{node}: found no address at which the other nodes can reach it",
+        f"{node}: no address was found at which the other nodes can reach this node",
         remedy=f"set `private` of this node in deploy.toml to one of its addresses: {known}",
     )
 

@@ -69,7 +69,9 @@ def refusal_of(node: str, what: str, words: str) -> GracefarmError:
         where = place[0] if place else "its local disk"
         look = f"`deploy run -k {node} -- df -h{' ' + where if place else ''}` shows it"
         return DiskFullError(f"{node}: no space left on {where}", remedy=f"free space on it ({look}), then repeat the command")
-    return NodeError(f"{node}: {what}: {last_line(words)}", remedy=f"check the node: `deploy ssh {node}`")
+    return NodeError(
+        f"{node}: {what}: {last_line(words)}", remedy=f"open a shell on the node with `deploy ssh {node}`, and fix this error"
+    )
 
 
 def require(results: Mapping[str, CommandResult], what: str) -> None:
@@ -92,7 +94,7 @@ def require(results: Mapping[str, CommandResult], what: str) -> None:
     reason = last_line(words, "")
     raise NodeError(
         f"{what}: exit code {first.returncode} on {first.node}{': ' + reason if reason else ''}{more}",
-        remedy=f"check the node: `deploy ssh {first.node.name}`",
+        remedy=f"open a shell on the node with `deploy ssh {first.node.name}`, and fix this error",
     )
 
 

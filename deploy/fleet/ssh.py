@@ -102,15 +102,15 @@ class Fleet(Connections):
         except TimeoutError:
             error = NodeError(
                 f"{node}: the command timed out after {seconds:g} s and was terminated",
-                remedy=f"check the node: `deploy ssh {node.name}`; with `deploy run`, increase --timeout",
+                remedy=f"find out with `deploy ssh {node.name}` why the node is slow; with `deploy run`, increase --timeout",
             )
         except (OSError, asyncssh.Error) as lost:
             error = NodeError(
                 f"{node}: the connection was cut ({lost or type(lost).__name__}); the command's outcome is unknown",
-                remedy="repeat the command",
+                remedy="repeat the command; if you used `deploy run`, first check on the node whether your command ended",
             )
         if code is None and error is None:
-            error = NodeError(f"{node}: the connection ended before the command", remedy="repeat the command")
+            error = NodeError(f"{node}: the connection ended before the command ended", remedy="repeat the command")
         return CommandResult(
             node=node,
             returncode=code,

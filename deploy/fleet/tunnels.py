@@ -126,7 +126,7 @@ def end_all(folder: Folder, *, seconds: float = 10) -> int:
                     if time.monotonic() > deadline:
                         raise HostError(
                             f"the tunnel (process {path.name}) did not stop within {seconds:g} s",
-                            remedy=f"kill it with `kill -9 {path.name}`",
+                            remedy=f"end the process with `kill -9 {path.name}`, then repeat the command",
                         )
                     time.sleep(0.05)
         path.unlink(missing_ok=True)

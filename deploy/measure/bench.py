@@ -152,7 +152,9 @@ async def find_model(client: httpx.AsyncClient, wanted: str | None) -> str:
     except CompletionError as failure:
         if wanted:
             return wanted
-        raise EngineError(f"{client.base_url}: {failure.cause}", remedy=remedy(failure.status)) from failure
+        raise EngineError(
+            f"{client.base_url} does not list its models: {failure.cause}", remedy=remedy(failure.status)
+        ) from failure
     if wanted and wanted not in names:
         raise EngineError(f"the server has no model {wanted!r}", remedy=f"use one of its models: {', '.join(names)}")
     return wanted or names[0]
@@ -174,7 +176,7 @@ async def query(server: CompletionServer, prompt: Prompt, *, patience: float, on
     async with server.client() as client:
         answer = await completion.stream(client, prompt, patience=patience, on_text=on_text)
     if answer.failure not in (None, "usage"):
-        raise EngineError(f"{answer.failure}: {answer.cause}", remedy=remedy(answer.status))
+        raise EngineError(f"the answer is not complete: {answer.failure}: {answer.cause}", remedy=remedy(answer.status))
     return answer
 
 
@@ -191,7 +193,9 @@ async def settle(client: httpx.AsyncClient, sweep: Sweep, model: str) -> bool:
             return to_the_end
         if answer.status not in (400, 422):
             break
-    raise EngineError(f"{client.base_url}: {answer.failure}: {answer.cause}", remedy=remedy(answer.status))
+    raise EngineError(
+        f"{client.base_url} does not answer correctly: {answer.failure}: {answer.cause}", remedy=remedy(answer.status)
+    )
 
 
 async def measure(

@@ -147,7 +147,7 @@ class Deployment(BaseModel):
             if name in (node.name, node.address, str(node.rank)):
                 return node
         known = ", ".join(str(node) for node in self.nodes)
-        raise UsageError(f"no node {name!r}", remedy=f"the nodes are: {known}")
+        raise UsageError(f"no node {name!r}", remedy=f"give one of these nodes: {known}")
 
     def select(self, words: Sequence[str]) -> tuple[Node, ...]:
         """Select nodes by name, rank, address, group, `head`, `rest`, `all` or a range of ranks such as 2-5.
@@ -178,7 +178,9 @@ class Deployment(BaseModel):
                 chosen.add(self.node(word).name)
         nodes = tuple(node for node in self.nodes if node.name in chosen)
         if not nodes:
-            raise UsageError(f"no node matches {','.join(words) or 'an empty list'}", remedy="`deploy facts` lists the nodes")
+            raise UsageError(
+                f"no node matches {','.join(words) or 'an empty list'}", remedy="give nodes that `deploy facts` lists"
+            )
         return nodes
 
 
@@ -228,7 +230,7 @@ def _nodes(path: Path, config: Config) -> tuple[Node, ...]:
         node = _node(rank, entry, config.nodes, base)
         for other in nodes:
             if other.name == node.name or (other.address, other.port) == (node.address, node.port):
-                raise ConfigError(f"{path}: {node} is a duplicate of {other}", remedy="remove one of them")
+                raise ConfigError(f"{path}: {node} is a duplicate of {other}", remedy="remove one of the two nodes")
         nodes.append(node)
     return tuple(nodes)
 

@@ -19,7 +19,7 @@ def read_ips(path: Path) -> tuple[str, ...]:
     try:
         text = path.read_text()
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file", remedy=_REMEDY) from error
+        raise ConfigError(f"{path}: no such file", remedy=f"create this file: {_REMEDY}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file", remedy=_REMEDY) from error
     seen: dict[str, int] = {}
@@ -33,9 +33,9 @@ def read_ips(path: Path) -> tuple[str, ...]:
             raise ConfigError(f"{path}:{number}: {error}", remedy=_REMEDY) from error
         if address in seen:
             raise ConfigError(
-                f"{path}:{number}: {address} is a duplicate of line {seen[address]}", remedy="remove one of them"
+                f"{path}:{number}: {address} is a duplicate of line {seen[address]}", remedy="remove one of the two lines"
             )
         seen[address] = number
     if not seen:
-        raise ConfigError(f"{path}: no addresses", remedy=_REMEDY)
+        raise ConfigError(f"{path}: the file has no addresses", remedy=_REMEDY)
     return tuple(seen)

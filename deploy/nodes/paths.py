@@ -22,7 +22,7 @@ def share(deployment: Deployment) -> str:
     if deployment.data.share is None:
         raise ConfigError(
             f"{deployment.path}: the key share is missing",
-            remedy='add share = "/path" to it: a folder that all nodes share at the same path',
+            remedy='add share = "/path" to this file, with the path of a folder that all nodes share at the same path',
         )
     return deployment.data.share
 

@@ -73,13 +73,13 @@ def read(folder: Folder) -> State:
         state = State.model_validate_json(text)
     except ValidationError as error:
         raise ConfigError(
-            f"{folder.state}: {error.errors()[0]['msg']}",
-            remedy="rename this file, then repeat the command; every step then checks the nodes again, and does only "
-            "what is missing",
+            f"{folder.state} is damaged: {error.errors()[0]['msg']}",
+            remedy="rename this file, then repeat the command; its steps check the nodes again, and do only what is missing",
         ) from error
     if state.version != VERSION:
         raise ConfigError(
-            f"{folder.state}: version {state.version} is unknown", remedy="use the version of gracefarm that wrote the file"
+            f"{folder.state}: version {state.version} is unknown",
+            remedy="install the version of gracefarm that wrote the file",
         )
     return state
 
@@ -135,7 +135,7 @@ def hold(folder: Folder, command: str, *, wait: bool = True, on_wait: Callable[[
         if not wait:
             raise HostError(
                 f"{who} is running for this deployment",
-                remedy="wait until it ends, or stop it; a repeated command continues where it stopped",
+                remedy="wait until that command ends, or stop it; then repeat your command",
             )
         on_wait(who)
 

@@ -47,19 +47,20 @@ def node_env(deployment: Deployment, engine: Engine, layout: Layout, facts: Node
         if redact.called_secret(name) or redact.Redactor().line(value) != value:
             raise ConfigError(
                 f"[env] {name} is a secret, which must not be in deploy.toml or in a plan",
-                remedy="remove it from [env]; `deploy serve` creates the keys itself, and takes the Hub's token from "
-                "HF_TOKEN in your shell",
+                remedy="remove this variable from [env]; `deploy serve` creates the keys itself, and takes the Hub's token "
+                "from HF_TOKEN in your shell",
             )
         if name in (engine.host_variable, engine.partition_variable):
             raise ConfigError(
                 f"[env] {name} is set by the plan",
-                remedy="remove it from [env]; to change its value, set `private` of a [[node]], or `partition` in [layout]",
+                remedy="remove this variable from [env]; to change its value, set `private` of a [[node]], or "
+                "`partition` in [layout]",
             )
         if layout.offload_gib and engine.offload_env.get(name, value) != value:
             raise ConfigError(
                 f"[env] {name} = {value}: with this setting, {engine.name} {engine.version} ignores the "
                 f"{layout.offload_gib:g} GiB of weights in host memory that this layout needs",
-                remedy="remove it from [env], or use more nodes, so that no weights are in host memory",
+                remedy="remove this variable from [env]; or use more nodes, so that no weights are in host memory",
             )
         env[name] = value
     return env

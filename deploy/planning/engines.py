@@ -301,7 +301,8 @@ def require(engine_: Engine, model: Model, split: Split, pp: int) -> None:
         raise LayoutError(
             f"{sizes(split.tp, split.expert_ranks)} pp {pp}: {engine_.name} requires that the {model.experts.columns} "
             f"columns of an expert are divisible by the number of GPUs, which is {world}",
-            remedy="set tensor_parallel, pipeline_parallel and data_parallel in [layout] so that their product divides it",
+            remedy="set tensor_parallel, pipeline_parallel and data_parallel in [layout] to values whose product divides "
+            f"{model.experts.columns}",
         )
 
 
@@ -350,7 +351,8 @@ def check(engine_: Engine, given: Mapping[str, GivenValue], arch: str) -> None:
         name = option.name if option else {"tp": "tensor-parallel-size", "pp": "pipeline-parallel-size"}.get(name, name)
         if name in engine_.refused:
             raise ConfigError(
-                f"[engine_options] {key} is not allowed: {engine_.refused[name]}", remedy="remove it from deploy.toml"
+                f"[engine_options] {key} is not allowed: {engine_.refused[name]}",
+                remedy=f"remove {key} from [engine_options] in deploy.toml",
             )
     _check_cache(engine_, given, arch)
 

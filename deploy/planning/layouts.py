@@ -295,12 +295,12 @@ def _partition(question: Question, split: Split, pp: int, given: Sequence[int] |
     if len(given) != pp:
         raise LayoutError(
             f"partition has {len(given)} stages, but pp is {pp}",
-            remedy="give the number of layers of each stage in partition of [layout]",
+            remedy=f"set partition in [layout] to {pp} numbers, the number of layers of each stage",
         )
     if sum(given) != model.layers:
         raise LayoutError(
             f"partition has {sum(given)} layers, but the model has {model.layers}",
-            remedy="correct partition in [layout]: the sum must be the number of layers",
+            remedy=f"correct partition in [layout]: the sum of its numbers must be {model.layers}",
         )
     return tuple(given)
 
@@ -347,7 +347,7 @@ def _host(name: str, slots: Sequence[Slot], offload: float) -> int:
             raise LayoutError(
                 f"{name}: {offload:g} GiB of weights per GPU in host memory pin {used / GIB:.0f} GiB of "
                 f"{machine.host / GIB:.0f} GiB on {machine.name}; the maximum is {HOST_SHARE:.0%}",
-                remedy="use more nodes; Llama 405B requires at least three GH200 with weights in host memory",
+                remedy="use more nodes, or nodes with more host memory; Llama 405B requires at least three GH200",
             )
         most = max(most, used)
     return most

@@ -30,7 +30,7 @@ ENDPOINT = "https://huggingface.co"
 TIMEOUT = 10.0
 WHOLE = "check that the file is the complete config.json of this model"
 SAME = "check that config.json and the weights belong to the same model"
-_HUB = "correct the environment variable HF_ENDPOINT"
+_HUB = "set the environment variable HF_ENDPOINT to the address of the Hub or of a mirror, or unset it"
 TRUST = "to serve this model without a prediction, set trust = true, tensor_parallel and pipeline_parallel in [layout]"
 
 
@@ -113,7 +113,10 @@ def _unreadable(path: Path, error: OSError) -> ConfigError:
     place = error.filename or path
     if isinstance(error, PermissionError):
         return ConfigError(f"{place}: no permission to read it", remedy="give your user permission to read the model's files")
-    return ConfigError(f"{place} cannot be read: {error.strerror}", remedy="check the path and its file system")
+    return ConfigError(
+        f"{place} cannot be read: {error.strerror}",
+        remedy="check that this path is a file of the model, and that its file system answers",
+    )
 
 
 def _named(model: Model, index: Mapping[str, str]) -> Model:
@@ -123,7 +126,8 @@ def _named(model: Model, index: Mapping[str, str]) -> Model:
         for tensor in architectures.layer_tensors(model, layer):
             if not tensor.scale and (layer, tensor.name) not in there:
                 raise ConfigError(
-                    f"{model.source}: {tensor.name} of layer {layer} is missing in the index, but config.json implies it",
+                    f"{model.source}: config.json requires {tensor.name} of layer {layer}, but the index of the weights "
+                    "does not have it",
                     remedy=SAME,
                 )
     return model
@@ -219,8 +223,8 @@ def _ask(path: str, repo: str, revision: str, token: str | None) -> dict[str, An
     except httpx.HTTPError as error:
         raise FetchError(
             f"{base} cannot be reached: {error or type(error).__name__}",
-            remedy="set the environment variable HF_ENDPOINT to a mirror, or config in [model] of deploy.toml to a local"
-            " config.json",
+            remedy="check the network of this machine; or set the environment variable HF_ENDPOINT to a mirror, or config in"
+            " [model] of deploy.toml to a local config.json",
         ) from error
     except ValueError as error:
         raise FetchError(f"{base} does not answer like the Hugging Face Hub", remedy=_HUB) from error

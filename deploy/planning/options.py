@@ -114,7 +114,7 @@ def _check_count(option: Option, values: Sequence[str]) -> None:
             f"--{option.name} does not accept a value", remedy=f"set {option.name} = true in [engine_options], or remove it"
         )
     if not bare and not values and option.nargs not in ("?", "*"):
-        raise ConfigError(f"--{option.name} requires a value", remedy="set a value in [engine_options]")
+        raise ConfigError(f"--{option.name} requires a value", remedy=f"give {option.name} a value in [engine_options]")
 
 
 def _check_value(option: Option, text: str) -> None:
@@ -124,7 +124,7 @@ def _check_value(option: Option, text: str) -> None:
         value = _parse(option, text)
     except ValueError as error:
         raise ConfigError(
-            f"--{option.name} {text}: not {_article(option.kind)}", remedy="correct the value in [engine_options]"
+            f"--{option.name} {text}: the value is not {_article(option.kind)}", remedy="correct the value in [engine_options]"
         ) from error
     if option.choices is not None and value not in option.choices:
         known = ", ".join(str(choice) for choice in option.choices if choice is not None)

@@ -23,7 +23,7 @@ def render(plan: ServePlan, nodes: Sequence[Node] = ()) -> str:
     """
     if plan.launcher == "native":
         raise ConfigError(
-            '--shell requires launcher = "ray"', remedy="`deploy plan --commands` shows the commands of each node"
+            '--shell requires launcher = "ray"', remedy="use `deploy plan --commands`, which shows the commands of each node"
         )
     access = {node.name: node for node in nodes}
     head, *rest = plan.nodes

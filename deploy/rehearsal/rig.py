@@ -154,7 +154,7 @@ class Rig:
         inner = ["setpriv", "--pdeathsig", "TERM", "--", "env", "--chdir", str(Path.cwd()), *argv]
         first = only_child(self._process.pid)
         if first is None:
-            raise HostError("the rehearsal's namespaces have ended")
+            raise HostError("the rehearsal's namespaces have ended", remedy="repeat the command")
         return ["nsenter", "-t", str(first), "--net", "--pid", "--mount", *inner]
 
     @contextmanager

@@ -108,7 +108,8 @@ def index_command(root: Path, *arguments: str) -> Any:
         kind: type[GracefarmError] = FetchError if arguments[0] == "mirror" else HostError
         raise kind(
             f"index {arguments[0]}: {reason}",
-            remedy=last.get("remedy") or "check that pip can reach a package index: `pip config list`",
+            remedy=last.get("remedy")
+            or "check that pip can reach a package index; `pip config list` shows which index it uses",
         )
     return answers[-1]
 

@@ -75,7 +75,7 @@ class Rehearsal:
         if code:
             raise NodeError(
                 f"`{' '.join(argv)}` failed with exit code {code}",
-                remedy="see its error above",
+                remedy="fix the error above, then repeat the rehearsal",
                 repeat=f"deploy rehearse --nodes {len(self.room.nodes)}",
             )
         step = CommandRun(name=arguments[0], argv=argv, seconds=seconds, output=output)

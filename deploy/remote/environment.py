@@ -267,7 +267,7 @@ def switch(request: Json) -> Json:
     root, link = Path(request["root"]), request["link"]
     if not (root / "envs" / request["id"] / DESCRIPTION).is_file():
         raise WorkerError(
-            "node", f"there is no complete environment {request['id']}", "`deploy env list` shows the environments"
+            "node", f"there is no complete environment {request['id']}", "build the environment with `deploy env up`"
         )
     with SharedLock(root / "locks" / f"switch-{link}"):
         if active(root, link) == request["id"]:
@@ -327,7 +327,7 @@ def roll_back(request: Json) -> Json:
             if generation.name < current and target.name != now and (target / DESCRIPTION).is_file():
                 _point(root / link, Path(f"generations-{link}") / generation.name)
                 return {"from": now, "active": target.name, "generation": int(generation.name)}
-    raise WorkerError("nothing", "there is no earlier environment", "`deploy env list` shows the environments")
+    raise WorkerError("nothing", "there is no earlier environment", "build an environment with `deploy env up`")
 
 
 def listing(request: Json) -> Json:

@@ -93,11 +93,11 @@ def explain(error: Exception, request: Json) -> WorkerError:
         remedy = f"accept the licence at {place}, set HF_TOKEN to a read token of that account, then repeat the command"
     elif isinstance(error, errors.RepositoryNotFoundError):
         cause = f"the repository {repo} is not accessible on the Hub" + ("" if has_token else " without a token")
-        remedy = "check its name" + (
+        remedy = "check the name of the repository" + (
             "; the token may be wrong or expired" if has_token else ", or set HF_TOKEN if it is private"
         )
     elif isinstance(error, errors.RevisionNotFoundError):
-        kind, remedy = "fetch", "check revision in [model]"
+        kind, remedy = "fetch", "correct revision in [model] of deploy.toml"
         cause = f"{repo} has no revision {request.get('revision') or request.get('commit')}"
     elif getattr(getattr(error, "response", None), "status_code", None) == 401:
         cause = f"the Hub refuses the token for {repo} (401)"

@@ -25,7 +25,7 @@ def remove(request: Json) -> Json:
     for folder, mark in request.get("owned", {}).items():
         if (owner := environment.owner(Path(folder))) not in (None, mark):
             raise WorkerError(
-                "node", f"{folder} belongs to another deployment ({owner})", "run the command for that deployment"
+                "node", f"{folder} belongs to another deployment ({owner})", "run the command in the folder of that deployment"
             )
     if request.get("cache"):
         wanted += sorted((Path.home() / ".cache" / "gracefarm").glob("uv-*"))
@@ -34,7 +34,7 @@ def remove(request: Json) -> Json:
         if not os.path.lexists(path):
             continue
         if path.lstat().st_uid != os.getuid():
-            raise WorkerError("node", f"{path} belongs to another user", "remove it as that user")
+            raise WorkerError("node", f"{path} belongs to another user", "remove it as root or as that user")
         size += size_of(path)
         remove_all(path)
         removed.append(str(path))

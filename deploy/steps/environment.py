@@ -92,13 +92,18 @@ def matrix(engine: str) -> Matrix:
     """
     table = tomllib.loads((resources.files("deploy") / "data" / "imports.toml").read_text())
     if engine not in table:
-        raise ConfigError(f"no import matrix for the engine {engine!r}", remedy=f"use one of {', '.join(sorted(table))}")
+        raise ConfigError(
+            f"no import matrix for the engine {engine!r}",
+            remedy=f"set engine in deploy.toml to one of: {', '.join(sorted(table))}",
+        )
     return Matrix.model_validate(table[engine])
 
 
 def identity(lock: str, *, python: str, source: str, machine: str) -> str:
     """The id of an environment, from its pins, digests, Python and architecture. Comments and order of pins are ignored."""
-    lines = sorted(pin.text for pin in pins.parse(lock, "the lock", remedy="add --hash=sha256:… to every line"))
+    lines = sorted(
+        pin.text for pin in pins.parse(lock, "the lock", remedy="add --hash=sha256:DIGEST to every line of the lock")
+    )
     content = json.dumps([SCHEMA, lines, python, source, machine])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
@@ -263,8 +268,8 @@ async def prove(targets: Sequence[RemoteNode], folder: str, wanted: Matrix, seco
     if bad:
         raise InstallError(
             f"the environment does not work on all nodes: {'; '.join(bad[:4])}" + ("; …" if len(bad) > 4 else ""),
-            remedy="the environment was not activated; run `deploy env matrix` for all results, and `deploy preflight` "
-            "to check the nodes",
+            remedy="see all results with `deploy env matrix`, and check the nodes with `deploy preflight`; the environment "
+            "was not activated",
         )
     return rows
 

@@ -48,7 +48,7 @@ class StepChoice:
         """Check the names of the steps. Raises UsageError."""
         for name in (*([self.start] if self.start else []), *self.skip):
             if name not in known:
-                raise UsageError(f"unknown step {name!r}", remedy=f"the steps are: {', '.join(known)}")
+                raise UsageError(f"unknown step {name!r}", remedy=f"give one of these steps: {', '.join(known)}")
 
     def wants(self, lane: Lane) -> bool:
         """True if the lane is not skipped."""
@@ -141,5 +141,5 @@ def unfinished(failed: Mapping[str, GracefarmError], ended: Mapping[str, int], o
     stopped = f"stopped on the others: {', '.join(others)} processes" if others else "nothing was running on the others"
     stopped = stopped if clean else "nothing could be stopped"
     away = ", ".join(failed)
-    remedy = f"repeat `deploy down`, since processes on {away} may still run and cost; {error.remedy}"
+    remedy = f"repeat `deploy down`, since processes on {away} may still run and cost money; {error.remedy}"
     return type(error)(f"{error.cause}; {stopped}", remedy=remedy, repeat="deploy down")

@@ -433,7 +433,7 @@ def _version(text: str) -> tuple[int, ...]:
 
 def _shm(space: Bytes | None) -> Judgement:
     if space is None:
-        return _bad("there is no /dev/shm", "mount a tmpfs there")
+        return _bad("there is no /dev/shm", "mount a tmpfs at /dev/shm")
     text, enlarge = f"{space.free / GIB:.1f} GiB free", "`mount -o remount,size=50% /dev/shm`"
     if space.free < min(SHM, space.total) * 0.5 or space.total < SHM // 4:
         return _bad(text, f"enlarge it with {enlarge}, or remove large files from it")

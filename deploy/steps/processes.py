@@ -58,7 +58,7 @@ async def try_stop(
             pids = ", ".join(str(process["pid"]) for process in answer["left"])
             raise NodeError(
                 f"{node.name}: these processes cannot be stopped: {pids}",
-                remedy="stop them as the user who owns them, then repeat `deploy down`",
+                remedy="stop these processes as root or as the user who owns them, then repeat `deploy down`",
             )
         return int(answer["ended"])
 

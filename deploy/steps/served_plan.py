@@ -28,7 +28,7 @@ async def plan_of(work: Work) -> ServePlan:
     """
     weights = work.keeper.state.data("weights")
     if not weights:
-        raise ConfigError("the weights are not downloaded yet", remedy="run `deploy up`")
+        raise ConfigError("the weights are not downloaded yet", remedy="download the weights with `deploy up`")
     plan = await _plan(work, weights)
     assert plan is not None  # the weights exist, so there is a model
     atomic_write(work.deployment.folder.path / "plan.json", plan.model_dump_json(indent=1) + "\n")
@@ -77,7 +77,10 @@ async def _model_brought(work: Work, weights: Mapping[str, Any]) -> Model:
     path = f"{weights['folder']}/config.json"
     result = (await work.fleet.run(f"cat {shlex.quote(path)}", nodes=[head], timeout=60))[head.name]
     if not result.ok:
-        raise HostError(f"{head}: {path} cannot be read: {result.stderr.strip()}", remedy="run `deploy up --from weights`")
+        raise HostError(
+            f"{head}: {path} cannot be read: {result.stderr.strip()}",
+            remedy="download the file again with `deploy up --from weights`",
+        )
     model = models.from_config(_parsed(result.stdout, path), repo=data.repo, revision=commit, source=f"{head.name}:{path}")
     if work.deployment.data.options.rehearsal:  # its weights are placeholders
         return model
@@ -89,7 +92,9 @@ def _parsed(text: str, path: str) -> object:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"{path}: not JSON: {error}", remedy="fetch the file again: `deploy up --from weights`") from error
+        raise ConfigError(
+            f"{path}: not JSON: {error}", remedy="download the file again with `deploy up --from weights`"
+        ) from error
 
 
 def _local(work: Work, name: str) -> Path:

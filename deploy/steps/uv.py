@@ -60,10 +60,10 @@ def fetch_uv(version: str, tag: str, sha256: str, settings: SharedSettings) -> b
         wheels = list(Path(folder).glob("*.whl"))
         if process.returncode or not wheels:
             last = last_line(process.stderr)
-            remedy = "check that pip can reach a package index: `pip config list`"
+            remedy = "check that pip can reach a package index; `pip config list` shows which index it uses"
             if last.endswith("No module named pip"):  # virtual environments of uv have no pip
-                remedy = f"install pip: `{sys.executable} -m ensurepip`"
-            raise FetchError(f"uv {version} for {tag}: {last}", remedy=remedy)
+                remedy = f"install pip with `{sys.executable} -m ensurepip`"
+            raise FetchError(f"uv {version} for {tag} cannot be fetched: {last}", remedy=remedy)
         with zipfile.ZipFile(io.BytesIO(wheels[0].read_bytes())) as zipped:
             binary = zipped.read(f"uv-{version}.data/scripts/uv")
     atomic_write(kept, binary)

@@ -202,7 +202,7 @@ class _Run:
             self._measure(shares, state)
             nodes = self._without(nodes, await self._round(nodes, shares))
         raise DigestError(
-            f"{', '.join(sorted(set(self.corrupt))[:3]) or 'some files'}: corrupt in {ROUNDS} downloads",
+            f"{', '.join(sorted(set(self.corrupt))[:3]) or 'some files'}: corrupt in each of {ROUNDS} downloads",
             remedy="set the environment variable HF_ENDPOINT to a different server, or revision in [model] of "
             "deploy.toml to a later commit",
         )
@@ -237,8 +237,8 @@ class _Run:
             raise DiskFullError(
                 f"{assignment.told(missing)} are missing, but the shared folder has only "
                 f"{assignment.told(state['free'])} free",
-                remedy="free space on the shared folder: `deploy env gc` removes old environments, and "
-                f"{self.spec.root}/weights contains the models",
+                remedy="free space on the shared folder: remove old environments with `deploy env gc`, or models that you "
+                f"do not need from {self.spec.root}/weights",
             )
 
     async def _round(self, nodes: Sequence[RemoteNode], shares: Mapping[str, Portion]) -> dict[str, GracefarmError]:

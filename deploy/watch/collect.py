@@ -52,7 +52,7 @@ SHOWN = 4
 "Maximum number of stacks in a message. The archive contains all."
 EARLY = 120.0
 "Seconds before the engine's start from which messages of the kernel may be related to it."
-STUCK = "check the server of that file system: `deploy run --timeout 10 -- df -h`"
+STUCK = "check the server of that file system; `deploy run --timeout 10 -- df -h` shows on which nodes it answers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +177,7 @@ async def _nodes(archive: _Archive, watch: Watch) -> dict[str, str]:
         except TimeoutError as error:
             raise NodeError(
                 f"{node.name}: collecting its data timed out after {GATHER:g} s",
-                remedy=f"check the node: `deploy ssh {node.name}`",
+                remedy=f"find out with `deploy ssh {node.name}` why the node is slow",
             ) from error
 
     _good, bad = await try_all(watch.nodes, gather)

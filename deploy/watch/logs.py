@@ -50,7 +50,8 @@ async def engine_log(fleet: Fleet, head: Node, wish: Wish, on_line: OnLogLine) -
     status = await job_status(fleet, head, paths.ENGINE_JOB)
     if status.state == "absent":
         raise EngineError(
-            "no engine was started yet", remedy="start it with `deploy serve`, or show Ray's logs with `deploy logs --ray`"
+            "no engine was started yet",
+            remedy="start an engine with `deploy serve`, or show Ray's logs with `deploy logs --ray`",
         )
 
     def say(line: str) -> None:

@@ -144,7 +144,7 @@ def test_an_index_without_its_files_is_checked_by_name(tmp_path: Path) -> None:
     models.from_file(folder, repo="a/b", revision="0" * 40)  # seven of eight are there: the files will say it
     index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if ".mlp.gate." not in name}
     (folder / checkpoint.INDEX).write_text(json.dumps(index))
-    with pytest.raises(ConfigError, match=r"mlp.gate.weight of layer 1 is missing in the index"):
+    with pytest.raises(ConfigError, match=r"requires mlp.gate.weight of layer 1, but the index of the weights"):
         models.from_file(folder, repo="a/b", revision="0" * 40)
 
 

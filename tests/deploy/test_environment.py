@@ -298,4 +298,4 @@ def test_a_python_without_pip_is_told_how_to_get_it(tmp_path: Path, monkeypatch:
     here = settings.load().model_copy(update={"home": tmp_path / "home"})
     with pytest.raises(FetchError, match=r"No module named pip$") as error:
         uv.fetch_uv("0.0.1", "any", "0" * 64, here)
-    assert error.value.remedy == f"install pip: `{tmp_path}/bare/bin/python -m ensurepip`"
+    assert error.value.remedy == f"install pip with `{tmp_path}/bare/bin/python -m ensurepip`"

@@ -56,7 +56,7 @@ def test_what_deploy_toml_says_and_the_node_has_not_is_named(more: dict[str, str
 
 
 def test_a_docker_bridge_joins_no_machines() -> None:
-    with pytest.raises(NodeError, match="found no address at which the other nodes"):
+    with pytest.raises(NodeError, match="no address was found at which the other nodes"):
         private_address(node(), said(interfaces=INTERFACES[:2], route_address=None))
 
 
