@@ -52,7 +52,10 @@ def accept_new(
     for error in failed:
         console.error(error)
     if failed:
-        raise SeveralError(f"{len(failed)} of {len(missing)} digests could not be fetched; see the errors above")
+        raise SeveralError(
+            f"{len(failed)} of {len(missing)} digests could not be fetched; see the errors above",
+            remedy="fix these errors, then repeat the command",
+        )
 
 
 def _each_once(lacking: Iterable[tuple[LoadedStack, Sequence[Gap]]]) -> list[tuple[LoadedStack, Gap]]:

@@ -267,7 +267,10 @@ def _conclude(
         console.step("matrix", line)
     if failures:
         what = "cells" if cells else "recipes"
-        raise SeveralError(f"{len(failures)} of {len(asked)} {what} failed; see the errors above")
+        raise SeveralError(
+            f"{len(failures)} of {len(asked)} {what} failed; see the errors above",
+            remedy="fix these errors, then repeat the command; finished builds are kept",
+        )
 
 
 def _cells(names: Sequence[str], selector: str | None, part: Part, aim: Aim, settings: Settings) -> list[Cell] | None:

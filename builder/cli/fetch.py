@@ -47,7 +47,10 @@ def fetch_command(names: tuple[str, ...], stack_name: str | None) -> None:
             console.error(error)
             failures.append(error)
     if failures:
-        raise SeveralError(f"{len(failures)} of {len(names)} recipes failed; see the errors above")
+        raise SeveralError(
+            f"{len(failures)} of {len(names)} recipes failed; see the errors above",
+            remedy="fix these errors, then repeat the command",
+        )
 
 
 def _fetch_one(name: str, stack_name: str | None, settings: Settings, console: Console) -> None:

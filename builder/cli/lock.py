@@ -157,7 +157,10 @@ def _fill(
     for error in filled.failed:
         console.error(error)
     if count:
-        raise SeveralError(f"{count} of {count + len(rows)} digests could not be fetched; see the errors above")
+        raise SeveralError(
+            f"{count} of {count + len(rows)} digests could not be fetched; see the errors above",
+            remedy="fix these errors, then repeat the command",
+        )
 
 
 def _lock_build(loaded: LoadedRecipe, base: LoadedStack, settings: Settings, console: Console) -> None:

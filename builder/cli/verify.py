@@ -93,7 +93,7 @@ def _wheel(what: str, settings: Settings) -> Path:
     """The file, or the wheel of a recipe's last build."""
     if what.endswith(".whl"):
         if not Path(what).is_file():
-            raise UsageError(f"{what}: no such file")
+            raise UsageError(f"{what}: no such file", remedy="give the path of a wheel, or the name of a recipe")
         return Path(what)
     return last_wheel(what, settings)[1]
 

@@ -167,7 +167,8 @@ def _keep(plan: Plan, files: Mapping[str, bytes], settings: Settings) -> Record 
                 wheel = files.get(f"dist/{sent.wheel.filename}", b"")
                 if hashlib.sha256(wheel).hexdigest() != sent.wheel.sha256 or sent.build_id != plan.build_id:
                     raise VerifyError(
-                        f"{sent.wheel.filename} came back from the Ray cluster with different bytes than its record lists"
+                        f"{sent.wheel.filename} came back from the Ray cluster with different bytes than its record lists",
+                        remedy="do not use this wheel; check the worker that built it (`ray status`), then repeat the command",
                     )
             for name, content in files.items():
                 if name == "log.txt" or name == f"dist/{Path(name).name}":

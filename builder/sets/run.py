@@ -97,7 +97,11 @@ def _published(built: BuiltSet, at: SetAddress, settings: Settings, console: Con
         process = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
         if process.returncode:
             words = first_line(process.stderr)
-            raise PublishError(f"the index cannot mirror {own}: {words}", repeat=" ".join(command[2:]))
+            raise PublishError(
+                f"the index cannot mirror the lock {own}: {words}",
+                remedy="fix this error, then repeat the command",
+                repeat=f"builder set run {built.plan.set.data.name}",
+            )
     took = time.monotonic() - start
     return build.stage(built, at, settings, console), took
 
@@ -157,7 +161,11 @@ def _dry_run(plan: SetPlan, pylock: Path, home: Path, console: Console) -> None:
     command += [*platform(of.stack, of.data.target), f"--cache-dir={home / 'uv'}"]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode:
-        raise InstallError(f"uv cannot install from {pylock}: {explain(process.stderr)[1]}", repeat=" ".join(command))
+        raise InstallError(
+            f"uv cannot install from {pylock}: {explain(process.stderr)[1]}",
+            remedy="lock the set again, then repeat the build of the set",
+            repeat=" ".join(command),
+        )
     lines = process.stderr.splitlines()
     outcome = next((line for line in lines if line.startswith("Would install")), "nothing to install")
     console.step("pylock", f"{pylock}, read by uv: {outcome.lower()}")

@@ -48,7 +48,9 @@ def nodes(request: Json) -> Json:
         )
     except Exception as error:
         raise WorkerError(
-            "engine", f"Ray at {request['address']} does not answer: {first_line(str(error), type(error).__name__)}"
+            "engine",
+            f"Ray at {request['address']} does not answer: {first_line(str(error), type(error).__name__)}",
+            "see Ray's logs with `deploy logs --ray`, then restart Ray with `deploy serve`",
         ) from error
     known = [
         {
