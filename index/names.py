@@ -160,7 +160,7 @@ def _wheel(filename: str, published: bool) -> Distribution:
         name, version, _build, tags = parse_wheel_filename(plain)
     except (InvalidWheelFilename, InvalidVersion) as error:
         raise RefusedError(
-            f"{filename} is not a wheel's name: {error}", remedy="name it NAME-VERSION-PYTHON-ABI-PLATFORM.whl (PEP 427)"
+            f"{filename} is not a wheel's name: {error}", remedy="name the file NAME-VERSION-PYTHON-ABI-PLATFORM.whl (PEP 427)"
         ) from None
     if label and not variants.is_label(label):
         raise RefusedError(
@@ -194,7 +194,7 @@ def _sdist(filename: str, published: bool) -> Distribution:
         name, version = parse_sdist_filename(filename)
     except (InvalidSdistFilename, InvalidVersion) as error:
         raise RefusedError(
-            f"{filename} is not an sdist's name: {error}", remedy="name it NAME-VERSION.tar.gz (PEP 625)"
+            f"{filename} is not an sdist's name: {error}", remedy="name the file NAME-VERSION.tar.gz (PEP 625)"
         ) from None
     canonical = f"{str(name).replace('-', '_')}-{version}.tar.gz"
     if not published:

@@ -69,7 +69,7 @@ def _newest(
     if wanted not in files:
         known = ", ".join(map(str, sorted(files)[-5:]))
         raise FetchError(
-            f"{project} {wanted}: the index {index} does not have this version", remedy=f"choose one of these: {known}"
+            f"{project} {wanted}: the index {index} does not have this version", remedy=f"give one of these versions: {known}"
         )
     sdist = next((package for package in files[wanted] if package.package_type == "sdist"), None)
     if sdist is None:

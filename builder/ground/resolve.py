@@ -97,7 +97,7 @@ def resolution(texts: Sequence[str], stack: LoadedStack, arch: Arch, settings: S
             settings,
             lambda message: ConfigError(
                 f"the requirements cannot be resolved for {arch}: {message}",
-                remedy="correct them in the file that is locked: stack.toml, recipe.toml or set.toml",
+                remedy="correct the requirements in the file that is locked: stack.toml, recipe.toml or set.toml",
             ),
         )
         resolved = tomllib.loads(answer.read_text())["packages"]

@@ -56,7 +56,7 @@ def run(
         program = uv.find_uv_bin()
     except FileNotFoundError as error:
         raise HostError(
-            "the package uv is not installed in gracefarm's environment", remedy="pip install 'gracefarm[builder]'"
+            "the package uv is not installed in gracefarm's environment", remedy="run `pip install 'gracefarm[builder]'`"
         ) from error
     lines: list[str] = []
     with subprocess.Popen(

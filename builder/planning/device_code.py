@@ -102,8 +102,8 @@ def require(recipe: LoadedRecipe, stack: LoadedStack, ptx: str | None) -> None:
         if value not in supported:
             raise ConfigError(
                 f"{recipe.key} does not support sm_{value}: its recipe lists {', '.join(supported)}",
-                remedy=f"choose one of these architectures with --sm; if the source supports sm_{value}, add it to "
-                "sm_supported of [wheel] in the recipe",
+                remedy=f"choose one of these architectures with --sm; if the source supports sm_{value}, add "
+                f"{value} to sm_supported of [wheel] in the recipe",
             )
 
 

@@ -65,7 +65,7 @@ def variables(plan: Plan, settings: Settings, *, shared: bool = False) -> dict[s
     except ValueError as error:
         raise ConfigError(
             f"setting 'compiler_cache': {settings.compiler_cache!r} is not a size",
-            remedy="set it to a size such as 10GiB, or to off",
+            remedy="set compiler_cache to a size such as 10GiB, or to off",
         ) from error
     return {
         "GRACEFARM_CCACHE": PROGRAM,

@@ -86,7 +86,8 @@ class ContainerToolchain(SandboxToolchain):
             return cls(engine=engine, cibuildwheel=version("cibuildwheel"), bounds_memory=bounds is not None)
         except PackageNotFoundError:
             raise HostError(
-                "cibuildwheel is not installed; builds in containers require it", remedy="pip install 'gracefarm[container]'"
+                "cibuildwheel is not installed; builds in containers require it",
+                remedy="run `pip install 'gracefarm[container]'`",
             ) from None
 
     @classmethod

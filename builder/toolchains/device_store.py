@@ -75,7 +75,7 @@ def limit(settings: Settings) -> int:
     except ValueError as error:
         raise ConfigError(
             f"setting 'device_store': {settings.device_store!r} is not a size",
-            remedy="set it to a size such as 5GiB, or to off",
+            remedy="set device_store to a size such as 5GiB, or to off",
         ) from error
 
 

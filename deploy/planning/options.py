@@ -111,7 +111,8 @@ def _check_count(option: Option, values: Sequence[str]) -> None:
     bare = option.action in ("store_true", "switch")
     if bare and values:
         raise ConfigError(
-            f"--{option.name} does not accept a value", remedy=f"set {option.name} = true in [engine_options], or remove it"
+            f"--{option.name} does not accept a value",
+            remedy=f"set {option.name} = true in [engine_options], or remove the option",
         )
     if not bare and not values and option.nargs not in ("?", "*"):
         raise ConfigError(f"--{option.name} requires a value", remedy=f"give {option.name} a value in [engine_options]")

@@ -218,7 +218,8 @@ def configure(rehearsal: Rehearsal) -> None:
     for old, new in changes.items():
         if old not in text:
             raise NodeError(
-                f"deploy init did not write {old!r}", remedy="nodes/template.py and rehearsal/walkthrough.py must agree"
+                f"deploy init did not write {old!r}",
+                remedy="report this defect: deploy/nodes/template.py and deploy/rehearsal/walkthrough.py must agree",
             )
         text = text.replace(old, new)
     path.write_text(f"{text}\n{more}")

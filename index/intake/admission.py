@@ -299,8 +299,7 @@ def _check_release(catalogue: Catalogue, distribution: Distribution) -> None:
     if spellings and distribution.version not in spellings:
         raise RefusedError(
             f"{distribution.filename}: the files of this release on this index have the version {min(spellings)}",
-            remedy=f"build the file with the version {min(spellings)}, since all files of a release have the same "
-            "spelling of it",
+            remedy=f"build the file with the version {min(spellings)}, since a release has one spelling of its version",
         )
 
 

@@ -189,6 +189,6 @@ def _digest(archive: zipfile.ZipFile, name: str, algorithm: str, distribution: D
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise RefusedError(
             f"{distribution.filename}: {PurePosixPath(name).name} cannot be unpacked: {error}",
-            remedy="upload the wheel again; if this fails, build it again",
+            remedy="upload the wheel again; if this fails, build the wheel again",
         ) from None
     return f"{algorithm}={base64.urlsafe_b64encode(digest.digest()).rstrip(b'=').decode()}"

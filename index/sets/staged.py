@@ -217,7 +217,7 @@ def publish(store: Store, catalogue: Catalogue, actor: str, name: str) -> Releas
         if complete.missing:
             raise RefusedError(
                 f"the set {name} lacks {len(complete.missing)} of {complete.wanted} wheels: {'; '.join(complete.missing)}",
-                remedy=f"upload them to /stage/{name}/legacy/ or mirror the lock again, then publish again",
+                remedy=f"upload these wheels to /stage/{name}/legacy/ or mirror the lock again, then publish again",
             )
         if not complete.files:
             raise RefusedError(
@@ -227,7 +227,8 @@ def publish(store: Store, catalogue: Catalogue, actor: str, name: str) -> Releas
             shown = "; ".join(unmet[:MAX_UNMET]) + (f"; and {len(unmet) - MAX_UNMET} more" if len(unmet) > MAX_UNMET else "")
             raise RefusedError(
                 f"the set {name} lacks projects that its wheels require: {shown}",
-                remedy=f"upload them to /stage/{name}/legacy/ or mirror a lock that lists them, then publish again; to "
+                remedy=f"upload their wheels to /stage/{name}/legacy/ or mirror a lock that lists them, then publish "
+                "again; to "
                 "publish a set without a project, create a new set: index stage create NAME --without PROJECT",
             )
         _check_pylock(catalogue, complete)

@@ -99,7 +99,7 @@ def test_without_ray_the_extra_is_named(farm: Farm, tmp_path: object) -> None:
         check=False,
     )
     assert ended.returncode == 4, ended.stderr
-    assert "remedy: pip install 'gracefarm[farm]'" in ended.stderr
+    assert "remedy: run `pip install 'gracefarm[farm]'`" in ended.stderr
 
 
 def test_the_archive_of_a_project_is_the_same_for_the_same_files(farm: Farm) -> None:

@@ -173,7 +173,7 @@ def test_a_missing_extra_is_named(installed: Mapping[str, Installed], extra: str
     cause, remedy = process.stderr.splitlines()
     assert cause.startswith(f"error: {needed} requires ")
     assert cause.endswith(", which is not installed")
-    assert remedy == f"remedy: pip install 'gracefarm[{needed}]'"
+    assert remedy == f"remedy: run `pip install 'gracefarm[{needed}]'`"
 
 
 def test_the_builder_alone_lists_and_plans_what_the_wheel_carries(installed: Mapping[str, Installed]) -> None:

@@ -106,7 +106,7 @@ def test_a_build_that_downloads_is_told_the_variable_of_its_setup_py_that_avoids
     [
         ({}, ("thing-1.2-py3-none-any.whl",), (), 10, "it has no sdist, only thing-1.2-py3-none-any.whl"),
         (FILES, ("thing-1.3-py3-none-any.whl",), (), 10, "give the newest version that has an sdist: --version 1.2"),
-        (FILES, (), ("--version", "7"), 10, "choose one of these: 1.2"),
+        (FILES, (), ("--version", "7"), 10, "give one of these versions: 1.2"),
         ({"setup.py": SETUP, "PKG-INFO": FILES["PKG-INFO"]}, (), (), 13, "it lacks core.c, which setup.py:7 compiles"),
         (
             {**FILES, "pyproject.toml": '[build-system]\nrequires = ["no-such-thing"]\n'},

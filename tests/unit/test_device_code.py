@@ -106,7 +106,7 @@ def test_ptx_is_the_command_lines_or_the_recipes_or_the_stacks(
         (
             {"sm": "75", "sm_supported": ("80", "90")},
             "causal_conv1d does not support sm_75: its recipe lists 80, 90",
-            "if the source supports sm_75, add it",
+            "if the source supports sm_75, add 75 to",
         ),
     ],
 )

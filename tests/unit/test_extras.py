@@ -74,7 +74,7 @@ def test_a_package_that_is_missing_is_told_with_its_extra(capsys: pytest.Capture
     assert caught.value.code == ExitCode.HOST
     cause, remedy = capsys.readouterr().err.splitlines()
     assert cause == "error: builder requires psutil, which is not installed"
-    assert remedy == "remedy: pip install 'gracefarm[builder]'"
+    assert remedy == "remedy: run `pip install 'gracefarm[builder]'`"
 
 
 @pytest.mark.parametrize("name", ["builder.planning.gone", None])
@@ -99,4 +99,4 @@ def test_an_extra_is_asked_for_before_the_work_that_ends_with_it(monkeypatch: py
     extras.require("deploy")
     with pytest.raises(HostError, match="index requires granian, which is not installed") as caught:
         extras.require("index")
-    assert caught.value.remedy == "pip install 'gracefarm[index]'"
+    assert caught.value.remedy == "run `pip install 'gracefarm[index]'`"
