@@ -21,6 +21,8 @@ from gracefarm.console import Console
 from gracefarm.errors import ConfigError, HostError, UsageError
 from gracefarm.files import atomic_write, remove_tree
 
+_CUOBJDUMP = "install the CUDA toolkit and give its folder with --cuda PATH, or add cuobjdump to PATH"
+
 
 @click.command("certify")
 @click.argument("wheel", type=FILE, required=False)
@@ -102,10 +104,8 @@ def certify_command(
     place = report or Path(f"{wheel.name}.gpu.json")
     loaded = recipe.load(settings.project / "recipes", recipe_name)
     if loaded.smoke_gpu_script is None:
-        raise ConfigError(
-            f"recipe {recipe_name} has no smoke_gpu.py",
-            remedy=f"write {loaded.folder / 'smoke_gpu.py'}, as docs/howto/gpu.md describes",
-        )
+        remedy = f"write {loaded.folder / 'smoke_gpu.py'}, as docs/howto/gpu.md describes"
+        raise ConfigError(f"recipe {recipe_name} has no smoke_gpu.py", remedy=remedy)
     scratch = settings.home / "smoke" / str(os.getpid())
     scratch.mkdir(parents=True)
     try:
@@ -115,10 +115,7 @@ def certify_command(
                 plain, loaded.data.imports, loaded.smoke_gpu_script, stack, on, scratch, settings, cuda=True
             )
             if reader is None:
-                raise HostError(
-                    "NVIDIA's cuobjdump, which reads device code, was not found",
-                    remedy="install the CUDA toolkit and give its folder with --cuda PATH, or add cuobjdump to PATH",
-                )
+                raise HostError("NVIDIA's cuobjdump, which reads device code, was not found", remedy=_CUOBJDUMP)
             console.step("certify", f"smoke_gpu.py of {recipe_name} with {wheel.name}")
             written = certificates.report(wheel, smoke.run_gpu(trial, sm), reader)
     finally:
