@@ -103,7 +103,7 @@ def test_native_and_cross_builds_have_different_ids(project: Path) -> None:
 
 
 def test_no_x86_64_wheels_on_an_aarch64_host(project: Path) -> None:
-    with pytest.raises(ConfigError, match="aarch64 host"):
+    with pytest.raises(ConfigError, match="aarch64 machine"):
         build_id(project, Arch.AARCH64, Arch.X86_64)
 
 
