@@ -59,9 +59,9 @@ class DeviceStatistics(Table):
     not_kept: dict[str, int] = Field(default_factory=dict)
     "Number of runs whose result cannot be stored. The key is the reason"
     cpu_s: float
-    "CPU seconds of all runs, and of the lookups in the store"
+    "CPU seconds of all runs, of the lookups in the store, and of nvcc's program fatbinary"
     saved_cpu_s: float
-    "CPU seconds that the found results took when they were compiled"
+    "CPU seconds that the results from the store took when they were compiled"
 
     @property
     def taken(self) -> int:

@@ -124,7 +124,7 @@ class Record(Table):
     toolchain: ToolchainKind = "sandbox"
     "Kind of toolchain that compiled the wheel"
     unconfirmed: tuple[str, ...] = ()
-    "Sentences about digests that `--accept-new` read from a download, and that no second source confirms"
+    "Digests that `--accept-new` read from a download and that no second source confirms. Each entry is a sentence"
     outcome: Literal["built", "failed"]
     "Result of the build"
     failure: Failure | None = None
@@ -136,7 +136,7 @@ class Record(Table):
     source: BuiltFile | None = None
     "Archive with the patched source. null: the recipe does not publish its source"
     torch_cxx11_abi: bool | None = None
-    "Value of torch._C._GLIBCXX_USE_CXX11_ABI in the build environment"
+    "`true`: the torch of the build environment uses the C++11 ABI. null: the environment has no torch"
     crates: tuple[Crate, ...] = Field(default=(), exclude_if=_none)
     "Rust crates in the Cargo.lock of the source"
     jobs: Jobs | None = None
@@ -158,13 +158,13 @@ class Record(Table):
     smoke: SmokeResult | None = None
     "Result of the smoke test"
     device_digests: dict[str, str] = Field(default_factory=dict)
-    "Digest of the wheel's device code. The key is the sm value. A certificate is for one such digest"
+    "Digests of the wheel's device code. The key is the sm value. A certificate is for one such digest"
     gpu: GpuResult | None = None
     "Result of the test on a GPU, smoke_gpu.py. null: the recipe has no such script"
     published: tuple[Publication, ...] = ()
     "Uploads of the wheel"
     provenance: dict[str, Any] | None = None
-    "Signed statement about the build: a DSSE envelope with an in-toto statement"
+    "Signed statement about the build: a DSSE envelope with an in-toto statement. null: there is no key to sign with"
     finished: str
     "Time at which the build ended (UTC, ISO 8601)"
 

@@ -65,7 +65,7 @@ class SharedCacheUse(Table):
     refused: tuple[str, ...] = ()
     "Names of refused entries, each with the reason"
     off: str = ""
-    "Why the cache was no longer used after an error during the build"
+    "Error after which the build stopped reading or writing entries. Empty: no such error"
 
     @property
     def title(self) -> str:
