@@ -112,7 +112,7 @@ def build_command(
     builder build causal_conv1d
     # Build for x86_64 with two compilations at a time. Keep the working folder.
     builder build causal_conv1d --target x86_64 --jobs 2 --keep
-    # Build each recipe whose inputs have changed. Upload the wheels.
+    # Build each recipe that has changed. Upload the wheels.
     builder build --changed --publish http://127.0.0.1:8080/legacy/
     # Build with gcc of this machine and with the CUDA in /usr/local/cuda.
     builder build causal_conv1d --toolchain host --cuda /usr/local/cuda

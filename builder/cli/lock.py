@@ -52,8 +52,7 @@ NAMES: Mapping[str, Callable[[Settings], list[str]]] = {
 def lock_command(name: str, python: str | None, digests: bool, stack_name: str | None, toolchain: ToolchainKind) -> None:
     """Write lock files, and fill in unknown digests.
 
-    A lock pins packages by version and digest (sha256). The argument is the name of a recipe, stack, set or interpreter.
-    These are the actions for each of them:
+    A lock pins packages by version and digest (sha256). The argument is the name of a recipe, stack, set or interpreter:
 
     \b
     RECIPE (a folder in recipes/)

@@ -57,7 +57,7 @@ def why_command(
     builder why causal_conv1d
     # Compare two builds.
     builder why causal_conv1d 9acd96ed b1971544
-    # The last build used --toolchain host --environment ~/engine.
+    # Do the same for a build with --toolchain host --environment ~/engine.
     builder why causal_conv1d --environment ~/engine
     # Show what has changed for each wheel that this machine has built.
     builder why --all
