@@ -52,7 +52,7 @@ class Submodule(Table):
     tree: Commit | None = None
     "Git's tree id of that commit, as an additional check"
     license: SpdxExpression | None = None
-    "SPDX expression of its licence. Without this key, the gate `licence` refuses the wheel"
+    "SPDX expression of the licence. Without this key, the gate `licence` refuses the wheel"
 
 
 class Repository(Table):
@@ -67,7 +67,7 @@ class Repository(Table):
     path: InsidePath
     "Destination in the source tree"
     license: SpdxExpression | None = None
-    "SPDX expression of its licence. Without this key, the gate `licence` refuses the wheel"
+    "SPDX expression of the licence. Without this key, the gate `licence` refuses the wheel"
 
 
 class GitSource(Table):
@@ -116,7 +116,7 @@ class File(DigestFields):
     suite: str | None = None
     "Debian suite of the package. Required with `deb`"
     text: str | None = None
-    "Content of the file"
+    "Content of the file. Such a file has no `sha256`"
     path: InsidePath
     "Destination in the source tree"
     unpack: bool = False
@@ -127,7 +127,7 @@ class File(DigestFields):
         "below `path`, or a list of destinations"
     )
     license: SpdxExpression | None = None
-    "SPDX expression of its licence. Without this key, the gate `licence` refuses the wheel"
+    "SPDX expression of the licence. Without this key, the gate `licence` refuses the wheel"
     binfmt: bool = False
     "`true`: the build runs programs of this file that are compiled for the target"
     host: Arch | None = None
