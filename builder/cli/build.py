@@ -137,8 +137,7 @@ def build_command(
     caches = Caches(compiler=not no_compiler_cache, device=not no_device_store)
     options = BuildOptions(jobs=jobs, publish=url, keep=keep, caches=caches, shared_cache=shared_cache)
     with _farm(address, aim, console) as cluster:
-        if cluster is not None:
-            aim = replace(aim, on=replace(aim.on, hosts=cluster.hosts))
+        aim = aim if cluster is None else replace(aim, on=replace(aim.on, hosts=cluster.hosts))
         failures = _build(asked, aim, changed, options, cluster, settings, console)
     _conclude(asked, failures, aim, settings, console)
 

@@ -13,6 +13,7 @@ from builder.cli.check import trial_of
 from builder.cli.options import FILE, cuda_option, start, tried
 from builder.flow import publishing
 from builder.planning import recipe
+from builder.planning.recipe import LoadedRecipe
 from builder.planning.settings import Settings
 from builder.proof import certificates, provenance, publish, record, signing
 from builder.toolchains.choice import ToolchainChoice
@@ -106,20 +107,8 @@ def certify_command(
     if loaded.smoke_gpu_script is None:
         remedy = f"write {loaded.folder / 'smoke_gpu.py'}, as docs/howto/gpu.md describes"
         raise ConfigError(f"recipe {recipe_name} has no smoke_gpu.py", remedy=remedy)
-    scratch = settings.home / "smoke" / str(os.getpid())
-    scratch.mkdir(parents=True)
-    try:
-        stack = stack_name or loaded.data.stack
-        with plainly_named(wheel.absolute()) as (plain, _):
-            trial, sm, reader = trial_of(
-                plain, loaded.data.imports, loaded.smoke_gpu_script, stack, on, scratch, settings, cuda=True
-            )
-            if reader is None:
-                raise HostError("NVIDIA's cuobjdump, which reads device code, was not found", remedy=_CUOBJDUMP)
-            console.step("certify", f"smoke_gpu.py of {recipe_name} with {wheel.name}")
-            written = certificates.report(wheel, smoke.run_gpu(trial, sm), reader)
-    finally:
-        remove_tree(scratch)
+    console.step("certify", f"smoke_gpu.py of {recipe_name} with {wheel.name}")
+    written = _tested(wheel, loaded, loaded.smoke_gpu_script, stack_name or loaded.data.stack, on, settings)
     atomic_write(place, written.model_dump_json(indent=2) + "\n")
     codes = ", ".join(f"sm_{name} {digest[:16]}" for name, digest in written.device_digests.items())
     lines = [
@@ -128,6 +117,22 @@ def certify_command(
         f"report  {place}; on the machine that built the wheel: builder certify --accept {place.name}",
     ]
     console.result(written.model_dump(mode="json"), "\n".join(lines))
+
+
+def _tested(
+    wheel: Path, loaded: LoadedRecipe, script: Path, stack: str, on: ToolchainChoice, settings: Settings
+) -> certificates.GpuReport:
+    """Run smoke_gpu.py with the wheel, and return the report."""
+    scratch = settings.home / "smoke" / str(os.getpid())
+    scratch.mkdir(parents=True)
+    try:
+        with plainly_named(wheel.absolute()) as (plain, _):
+            trial, sm, reader = trial_of(plain, loaded.data.imports, script, stack, on, scratch, settings, cuda=True)
+            if reader is None:
+                raise HostError("NVIDIA's cuobjdump, which reads device code, was not found", remedy=_CUOBJDUMP)
+            return certificates.report(wheel, smoke.run_gpu(trial, sm), reader)
+    finally:
+        remove_tree(scratch)
 
 
 def _unclear(wheel: Path | None, url: str | None) -> UsageError:

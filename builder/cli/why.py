@@ -15,7 +15,7 @@ from builder.planning.settings import Settings
 from builder.planning.stack import HOST_SUFFIX
 from builder.proof import judges, record, why
 from builder.proof.record import Record
-from builder.proof.why import CellChange
+from builder.proof.why import CellChange, Change, Rebuild
 from gracefarm.cli import json_option
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, UsageError
@@ -85,15 +85,27 @@ def why_command(
     changes = list(why.changes(old.inputs, inputs))
     records = record.all_of(settings)
     rebuilt = why.others(records, loaded.key, old, changes)
-    took = why.seconds(records, old)
+    _tell(name, (old.build_id, new_id), changes, why.seconds(records, old), rebuilt, console)
+
+
+def _tell(
+    name: str,
+    builds: tuple[str, str],
+    changes: Sequence[Change],
+    took: float | None,
+    rebuilt: Sequence[Rebuild],
+    console: Console,
+) -> None:
+    """Show the changes between two builds, and what is built again. `took`: seconds of the recipe's last build."""
+    before, after = builds
     value = {
-        "before": old.build_id,
-        "after": new_id,
+        "before": before,
+        "after": after,
         "changes": [change.__dict__ for change in changes],
         "seconds": took,
         "rebuilds": [rebuild.__dict__ for rebuild in rebuilt],
     }
-    lines = [f"{old.build_id[:16]} > {new_id[:16]}"]
+    lines = [f"{before[:16]} > {after[:16]}"]
     if not changes:
         lines.append("nothing changed: inputs and id are the same")
     lines += [f"changed   {change.path}: {_short(change.before)} > {_short(change.after)}" for change in changes]

@@ -20,6 +20,7 @@ from deploy.planning import accuracy, hardware, models, plans, script, suppose
 from deploy.planning.models import UnknownModelError
 from deploy.planning.plans import ServePlan
 from gracefarm.cli import json_option, show_schemas
+from gracefarm.console import Console
 from gracefarm.errors import ConfigError, UsageError
 
 
@@ -102,10 +103,9 @@ def plan(
 ) -> None:
     """Show the layout, memory, predicted speed and cost, and the rejected layouts.
 
-    The layout says how the model is divided among the GPUs of the machines (nodes) in
-    deploy.toml. The command starts nothing, and does
-    not connect to the nodes. It uses the facts that `deploy init` or `deploy facts` has stored. With --nodes, it plans for
-    nodes that you do not have yet.
+    The layout says how the model is divided among the GPUs of the machines (nodes) in deploy.toml. The command starts
+    nothing, and does not connect to the nodes. It uses the facts that `deploy init` or `deploy facts` has stored. With
+    --nodes, it plans for nodes that you do not have yet.
 
     \b
     # Show the plan for the nodes in deploy.toml.
@@ -122,14 +122,10 @@ def plan(
     deploy plan --accuracy
     """
     if accurate:
-        rows = accuracy.rows()
-        context.console.result([row.model_dump(mode="json") for row in rows], plan_text.accuracy(rows))
+        _show_accuracy(context.console)
         return
-    if count is None and any(each is not None for each in (kind, engine_name, repo, tp, pp, dp, ep)):
-        raise UsageError(
-            "--gpu, --engine, --model, --tp, --pp, --dp and --ep require --nodes",
-            remedy="add --nodes N; or set these values in deploy.toml: engine, repo in [model], and the keys of [layout]",
-        )
+    if count is None:
+        _require_none(kind, engine_name, repo, tp, pp, dp, ep)
     split = {
         "tensor_parallel": tp,
         "pipeline_parallel": pp,
@@ -137,11 +133,10 @@ def plan(
         "expert_parallel": ep,
         "objective": objective,
     }
+    base = _layout(context.deployment if count is None else _changed(_base(context), engine_name, repo), split, price)
     if count is None:
-        deployment: Deployment = _layout(context.deployment, split, price)
-        facts = load_facts(deployment)
+        deployment, facts = base, load_facts(base)
     else:
-        base = _layout(_changed(_base(context), engine_name, repo), split, price)
         deployment, facts = suppose.suppose(hardware.named(kind or plans.REHEARSED), count, base)
     planned, note = make(deployment, facts, offline=count is not None)
     for caution in (*filter(None, (note, _without_engine(deployment))), *plans.cautions(facts)):
@@ -150,6 +145,21 @@ def plan(
         sys.stdout.write(script.render(planned, () if count else deployment.nodes))
         return
     context.console.result(planned.model_dump(mode="json"), plan_text.text(planned, commands=commands))
+
+
+def _show_accuracy(console: Console) -> None:
+    """Show the predictions beside the measurements."""
+    rows = accuracy.rows()
+    console.result([row.model_dump(mode="json") for row in rows], plan_text.accuracy(rows))
+
+
+def _require_none(*given: object) -> None:
+    """Raise an error if a value was given that only --nodes uses."""
+    if any(value is not None for value in given):
+        raise UsageError(
+            "--gpu, --engine, --model, --tp, --pp, --dp and --ep require --nodes",
+            remedy="add --nodes N; or set these values in deploy.toml: engine, repo in [model], and the keys of [layout]",
+        )
 
 
 @click.command("schema")

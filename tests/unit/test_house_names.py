@@ -87,13 +87,11 @@ def bound_name(node: ast.AST) -> str | None:
 
 
 def long_functions(modules: dict[str, Module]) -> Iterator[str]:
-    """Functions that do not fit on a screen. The docstring does not count: that of a command is its --help."""
+    """Functions that do not fit on a screen."""
     for module in modules.values():
         for node in ast.walk(module.tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
-                if ast.get_docstring(node) is not None:
-                    length -= (node.body[0].end_lineno or node.body[0].lineno) - node.body[0].lineno + 1
                 if length > FUNCTION_LINES:
                     yield f"{module.path}:{node.lineno} {node.name} has {length} lines of at most {FUNCTION_LINES}: divide it"
 
