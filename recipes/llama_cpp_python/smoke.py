@@ -1,4 +1,4 @@
-"""The package and its five libraries load, with the backend for CUDA; the kernels need a GPU (smoke_gpu.py).
+"""The package and its six libraries load, with the backend for CUDA; the kernels need a GPU (smoke_gpu.py).
 
 libggml-cuda is linked with libcuda.so.1, the driver's. If the driver is missing, an empty stand-in is compiled that has the
 names which the library asks for, so that the loader resolves all other ones for real. So the recipe does not import the
