@@ -30,11 +30,11 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "smoke": ("builder.cli.check:smoke_command", "Install a wheel in a new environment, and import it."),
         "certify": ("builder.cli.certify:certify_command", "Test a wheel on a GPU, and sign a certificate of the results."),
         "verify": ("builder.cli.verify:verify_command", "Check that a wheel is unchanged, or build it again and compare."),
-        "set": ("builder.cli.sets:set_command", "Build, test and publish several wheels together."),
-        "lock": ("builder.cli.lock:lock_command", "Write lock files, and fill in unknown digests."),
-        "stack": ("builder.cli.stack:stack_command", "Create a stack."),
-        "key": ("builder.cli.key:key_command", "Create or show the key that signs the origin of wheels."),
-        "sign": ("builder.cli.key:sign_command", "Sign the origin of wheels that are already built."),
+        "set": ("builder.cli.sets:set_command", "Build, test and publish sets: wheels that belong together."),
+        "lock": ("builder.cli.lock:lock_command", "Write lock files, and fill in unknown sha256 digests."),
+        "stack": ("builder.cli.stack:stack_command", "Create a stack for a version of torch."),
+        "key": ("builder.cli.key:key_command", "Create or show the key that signs statements about wheels' origin."),
+        "sign": ("builder.cli.key:sign_command", "Sign the statements about the origin of built wheels."),
         "updates": ("builder.cli.updates:updates_command", "List newer releases of torch, Python and the recipes' packages."),
         "doctor": ("builder.cli.upkeep:doctor_command", "Check whether this machine can build wheels."),
         "clean": ("builder.cli.upkeep:clean_command", "Remove temporary files of builds."),
@@ -48,16 +48,17 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
 def cli() -> None:
     """Build and test wheels with CUDA code, for aarch64 and x86_64.
 
-    A recipe (a folder in recipes/) describes how to build one package. A stack (a folder in stacks/) pins the torch, CUDA,
-    Python and compilers for the build. The builder looks for these two folders in the working directory, then in its parent
-    folders. If it does not find them there, it uses the recipes and stacks that belong to gracefarm.
+    A recipe (a folder in recipes/) describes how to build one package. A stack (a folder in stacks/) pins the versions of
+    torch, CUDA, Python and the compilers for the build. The builder looks for recipes/ and stacks/ in the working directory,
+    then in its parent folders. If these folders do not exist, the builder uses the recipes and stacks that belong to
+    gracefarm.
 
     \b
     # List the recipes.
     builder list
     # Show what the build of the recipe causal_conv1d would do.
     builder plan causal_conv1d
-    # Build the wheel, and upload it to an index on this machine.
+    # Build the wheel, and upload it to a package index on this machine.
     builder build causal_conv1d --publish http://127.0.0.1:8080/legacy/
     # Check a wheel against the stack cu130.
     builder audit some.whl --stack cu130

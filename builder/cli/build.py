@@ -37,8 +37,8 @@ from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageErr
 @click.option(
     "--changed",
     is_flag=True,
-    help="Build each recipe that was not built successfully with its current sources, options and compilers. With --matrix: "
-    "build each such cell.",
+    help="Build each recipe that has no successful build with its current sources, options and compilers. With --matrix: "
+    "build each cell that has no such build.",
 )
 @click.option(
     "--matrix",
@@ -59,8 +59,8 @@ from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageErr
     "--publish",
     "url",
     metavar="URL",
-    help="Upload each wheel to the index with this upload address, such as http://HOST:8080/legacy/. User name and password "
-    "come from TWINE_USERNAME and TWINE_PASSWORD, or from keyring.",
+    help="Upload each wheel to the index with this upload address, such as http://HOST:8080/legacy/. The environment "
+    "variables TWINE_USERNAME and TWINE_PASSWORD, or the program keyring, give the user name and the password.",
 )
 @click.option("--keep", is_flag=True, help="Do not delete the working folder after a successful build.")
 @click.option("--no-compiler-cache", is_flag=True, help="Do not use the compiler cache (ccache).")
@@ -69,8 +69,9 @@ from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageErr
     type=click.Choice(MODES),
     default="read",
     show_default=True,
-    help="How to use a compiler cache that several machines share. Its address is the setting shared_cache in settings.toml. "
-    "off: do not use it. read: only read. write: read and write.",
+    help="How to use a compiler cache that several machines share. off: do not use this cache. read: only read. write: "
+    "read and write. The setting shared_cache in settings.toml is the address of the cache. `builder doctor` prints the "
+    "path of settings.toml.",
 )
 @click.option(
     "--no-device-store",
@@ -98,21 +99,21 @@ def build_command(
 ) -> None:
     """Build wheels from recipes, test them, and publish them.
 
-    NAMES are recipes (folders in recipes/). To select recipes in a different way, use --changed or --matrix. The steps
-    for each wheel are: fetch the sources, compile them in a sandbox without network, check the files of the wheel
-    (audit), import the wheel in a new environment (smoke test), and upload it if --publish is given. A wheel that was
-    already built from the same sources, options and compilers is not built again.
+    NAMES are recipes: folders in recipes/, each of which describes how to build one package. To select recipes in a
+    different way, use --changed or --matrix. The steps for each wheel are: fetch the sources, compile them in a sandbox
+    without network, check the files of the wheel (audit), import the wheel in a new environment (smoke test), and upload it
+    if --publish is given. A wheel that was already built from the same sources, options and compilers is not built again.
 
     With --matrix, a recipe is built several times, for example for several Pythons. Each of these wheels is a cell. A
-    selector names the cells as a list of AXIS=VALUES. The axes are recipe, stack, torch, cuda, python, target and sm. A
-    comma separates values. A + joins GPU architectures that one wheel contains.
+    selector names the cells as a list of AXIS=VALUES. The axes are recipe, stack, torch, cuda, python, target (processor
+    architecture) and sm (GPU architectures). A comma separates values. A + joins GPU architectures that one wheel contains.
 
     \b
     # Build the wheel of one recipe.
     builder build causal_conv1d
     # Build for x86_64 with two compilations at a time. Keep the working folder.
     builder build causal_conv1d --target x86_64 --jobs 2 --keep
-    # Build each recipe that has changed. Upload the wheels.
+    # Build each recipe that has changed, and upload the wheels.
     builder build --changed --publish http://127.0.0.1:8080/legacy/
     # Build with gcc of this machine and with the CUDA in /usr/local/cuda.
     builder build causal_conv1d --toolchain host --cuda /usr/local/cuda
@@ -122,9 +123,9 @@ def build_command(
     builder build triton --accept-new
     # Build two wheels, for Python 3.11 and 3.13, each for two GPU architectures.
     builder build causal_conv1d --matrix 'python=3.11,3.13 sm=90+100'
-    # Build the aarch64 wheels of the selector `default` that have changed.
+    # Build those aarch64 cells of the selector `default` that have changed.
     builder build --changed --matrix default --only target=aarch64
-    # Build the changed wheels of this selector on a Ray cluster.
+    # Build the changed cells of the selector `default` on a Ray cluster.
     builder build --changed --matrix default --farm ray://head:10001
     """
     settings, console = start()
@@ -417,9 +418,9 @@ def build_one(plan: Plan, options: BuildOptions, settings: Settings, console: Co
 def run_command(name: str, stack_name: str | None, target: str) -> None:
     """Build one wheel, publish it on this machine, install it with pip, and import it.
 
-    NAME is a recipe (a folder in recipes/). The default is causal_conv1d. The command starts an index on this machine,
-    uploads the wheel to it, and installs the wheel from it in a new environment. At the end it stops the index, and
-    prints the paths of the wheel, the record and the log.
+    NAME is a recipe: a folder in recipes/, which describes how to build one package. The default is causal_conv1d. The
+    command starts an index on this machine, uploads the wheel to it, and installs the wheel from it in a new environment. At
+    the end it stops the index, and prints the paths of the wheel, the record and the log.
 
     \b
     # Run all these steps for causal_conv1d on aarch64.

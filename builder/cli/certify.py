@@ -50,7 +50,7 @@ _CUOBJDUMP = "install the CUDA toolkit and give its folder with --cuda PATH, or 
     "accepted",
     type=FILE,
     metavar="REPORT",
-    help="Check this report file, and sign a certificate. Run this on the machine that built the wheel.",
+    help="Check this report file, and sign a certificate. Use the option on the machine that built the wheel.",
 )
 @click.option(
     "--publish",
@@ -73,13 +73,12 @@ def certify_command(
     """Test a wheel on a GPU, and sign a certificate of the results.
 
     1. On the machine with the GPU, run the command with WHEEL, the path of a .whl file. The script smoke_gpu.py of the
-    recipe compares the results of the wheel with the results of a reference, such as plain torch. The command writes a
-    report file. The report contains the digest
-    (hash) of the wheel's GPU code.
+    recipe compares the results of the wheel with correct results, for example those of torch. The command writes a report
+    file. The report contains the digest (hash) of the wheel's GPU code.
 
-    2. Copy the report to the machine that built the wheel, and run the command there with --accept. The command looks
-    for a wheel with the same digest that was built there. It signs a certificate with the key of that machine (see
-    `builder key`).
+    2. Copy the report to the machine that built the wheel, and run the command there with --accept. The command looks there
+    for a wheel whose GPU code has the same digest. Then it signs a certificate with the key of that machine (see `builder
+    key`).
 
     The certificate applies to each wheel with the same GPU code, even if the wheel is for a different processor
     architecture or Python. The exit code is 31 if results are wrong. It is 32 if the machine of step 2 has built no

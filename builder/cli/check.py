@@ -34,7 +34,7 @@ from gracefarm.tables import parse_size
     "stack_name",
     required=True,
     metavar="NAME",
-    help="Check the wheel against the torch, CUDA and C library of this stack (a folder in stacks/).",
+    help="Check the wheel against the torch, CUDA and C library of this stack.",
 )
 @click.option(
     "--recipe",
@@ -53,8 +53,9 @@ def audit_command(
 ) -> None:
     """Check the files in a wheel against a stack, without running the wheel.
 
-    WHEEL is the path of a .whl file. Any program may have built it. Each check is called a gate. Each line of the
-    output shows one gate and its result: passed, failed or not applicable. The exit code is 30 if a gate failed.
+    WHEEL is the path of a .whl file, which any program may have built. A stack (a folder in stacks/) pins torch, CUDA,
+    Python and compilers. Each check is called a gate. Each line of the output shows one gate and its result: passed, failed
+    or not applicable. The exit code is 30 if a gate failed.
 
     \b
     # Check a wheel against the stack cu130.

@@ -20,15 +20,17 @@ from gracefarm.files import lock, remove_tree
     "--stack",
     "stack_name",
     metavar="NAME",
-    help="Stack for which to patch the sources: a folder in stacks/. Default: the stack that the recipe names.",
+    help="Stack to build against (a folder in stacks/). A recipe can contain changes to the sources that apply only to "
+    "some stacks. Default: the stack that the recipe names.",
 )
 @json_option
 def fetch_command(names: tuple[str, ...], stack_name: str | None) -> None:
     """Download and check the sources of recipes.
 
-    NAMES are recipes (folders in recipes/). Each commit and digest must have the value that the recipe pins. The command
-    also tests whether the patches of the recipe can be applied. The downloaded files stay on this machine for later builds.
-    Files whose digest is unknown are not downloaded.
+    NAMES are recipes: folders in recipes/, each of which describes how to build one package. The command compares each
+    commit and the digest (sha256) of each file with the value in the recipe. It also tests whether the patches of the recipe
+    can be applied to the sources. The downloaded files stay on this machine for later builds. The command does not download
+    files whose digest is unknown.
 
     \b
     # Download and check the sources of one recipe.

@@ -13,7 +13,7 @@ from gracefarm.errors import ConfigError
 
 @click.group("key", cls=CommandGroup)
 def key_command() -> None:
-    """Create or show the key that signs the origin of wheels.
+    """Create or show the key that signs statements about the origin of wheels.
 
     For each wheel, the builder writes a statement about its origin (provenance): the sources, the options and the
     compilers. If this machine has a key, the builder signs the statement with it. The key is an ed25519 key.
@@ -43,10 +43,11 @@ def _private() -> Ed25519PrivateKey:
 @key_command.command("create")
 @json_option
 def create_command() -> None:
-    """Create the key that signs the origin of wheels, and print its public key.
+    """Create the key that signs statements about the origin of wheels.
 
-    Later builds on this machine are signed with this key. The private key is in a file that only its owner can read. The
-    command prints the path of this file.
+    A statement lists the sources, the options and the compilers of a wheel. Later builds on this machine sign it with the
+    key. The private key is in a file that only its owner can read. The command prints the path of this file, and the public
+    key.
 
     \b
     # Create the key, and print its public key.
@@ -63,8 +64,8 @@ def create_command() -> None:
 def show_command() -> None:
     """Print the public key of this machine.
 
-    The private key of this machine signs the origin of wheels. Users of these wheels check the signature with the public
-    key.
+    With its private key, this machine signs a statement about the origin of each wheel that it builds. Users of the wheels
+    check the signature with the public key.
 
     \b
     # Write the public key into a file.
@@ -81,11 +82,12 @@ def show_command() -> None:
 @click.argument("names", nargs=-1, required=True)
 @json_option
 def sign_command(names: tuple[str, ...]) -> None:
-    """Sign the origin of wheels that are already built.
+    """Sign the statements about the origin of wheels that are already built.
 
-    NAMES are recipes (folders in recipes/). For the last build of each recipe, the command signs the statement about the
-    origin of the wheel (provenance) with the key of this machine. Use the command if you created the key after the build. The
-    command prints the path of each signed statement.
+    NAMES are recipes: folders in recipes/, each of which describes how to build one package. A statement about the origin
+    (provenance) lists the sources, the options and the compilers of a wheel. The command signs the statement of each
+    recipe's last build with the key of this machine. Use the command if you created the key after the build. The command
+    prints the path of each signed statement.
 
     \b
     # Sign the statement of the last build of causal_conv1d.

@@ -23,8 +23,9 @@ from gracefarm.errors import ConfigError
 def list_command() -> None:
     """List the recipes, and the result of each recipe's last build.
 
-    Each line shows the recipe, the version of its package, its stack, the result of the last build on this machine, and a
-    summary. The sign - means that this machine has no build of the recipe.
+    A recipe (a folder in recipes/) describes how to build one package. Each line shows the recipe, the version of the
+    package, the stack, the result of the last build on this machine, and a summary. A stack pins the versions of torch,
+    CUDA, Python and the compilers. The sign - means that this machine has no build of the recipe.
 
     \b
     builder list
@@ -54,9 +55,10 @@ def list_command() -> None:
 def plan_command(name: str, aim: Aim) -> None:
     """Show what a build would do, without starting it.
 
-    NAME is a recipe (a folder in recipes/). The output shows the inputs of the build, the build id (the hash of these
-    inputs), the steps, and the command that compiles. It also shows which files are not downloaded yet, which files have an
-    unknown digest, and whether the wheel exists already.
+    NAME is a recipe: a folder in recipes/, which describes how to build one package. The output shows the inputs of the
+    build (such as sources, options and compilers), the build id (the hash of the inputs), the steps, and the command that
+    compiles. It also shows which files are not downloaded yet, which files have an unknown digest (sha256), and whether the
+    wheel exists already.
 
     \b
     # Print the plan as JSON.
@@ -106,8 +108,8 @@ def plan_command(name: str, aim: Aim) -> None:
 def log_command(name: str) -> None:
     """Print the log of the last build of a recipe.
 
-    NAME is a recipe (a folder in recipes/). The last build is the build that was started last on this machine, for any
-    stack and architecture.
+    NAME is a recipe: a folder in recipes/, which describes how to build one package. The last build is the build that was
+    started last on this machine, for any stack and architecture.
 
     \b
     # Print the log of the last build of causal_conv1d.
@@ -135,9 +137,10 @@ def log_command(name: str) -> None:
 def show_command(name: str) -> None:
     """Show the record of the last build of a recipe.
 
-    NAME is a recipe (a folder in recipes/). The last build is the build that was started last on this machine, for any
-    stack and architecture. The record shows the result, the duration of each step, the result of each check of the wheel
-    (gate), and the paths of the files. For a failed build, it shows the cause and the remedy.
+    NAME is a recipe: a folder in recipes/, which describes how to build one package. The last build is the build that was
+    started last on this machine, for any stack and architecture. The record shows the result, the duration of each step, the
+    result of each check of the wheel (gate), and the paths of the files. For a failed build, it shows the cause and the
+    remedy.
 
     \b
     # Show the record of the last build of causal_conv1d.

@@ -80,8 +80,9 @@ def parted(function: Callable[..., None]) -> Callable[..., None]:
 def matrix_command(names: tuple[str, ...], selector: str, part: Part, url: str | None, name: str | None, prune: bool) -> None:
     """List the wheels that could be built (the cells), and the state of each.
 
-    A cell is one wheel: a recipe with a stack, a Python, a processor architecture (target) and GPU architectures (sm).
-    NAMES are recipes (folders in recipes/). Default: all recipes, or the recipes that the selector names.
+    A cell is one wheel: a recipe with a stack, a Python, a processor architecture (target) and GPU architectures (sm). A
+    recipe describes how to build one package. A stack pins torch, CUDA, Python and compilers. NAMES are recipes (folders in
+    recipes/). Default: the recipes that the selector names, else all recipes.
 
     A selector names the cells as a list of AXIS=VALUES. The axes are recipe, stack, torch, cuda, python, target and sm. A
     comma separates values, and 3.11..3.14 is a range. A + joins GPU architectures that one wheel contains.

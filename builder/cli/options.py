@@ -80,8 +80,8 @@ _TOOLS = (
     click.option(
         "--cuda",
         type=_PLACE,
-        help="With --toolchain host: folder of the CUDA toolkit. Default: CUDA_HOME, else /usr/local/cuda, else the toolkit "
-        "of the nvcc on PATH.",
+        help="With --toolchain host: folder of the CUDA toolkit. Default: the environment variable CUDA_HOME, else "
+        "/usr/local/cuda, else the toolkit of the nvcc on PATH.",
     ),
 )
 
@@ -148,8 +148,8 @@ _COMPARED_TOOLS = (
     click.option(
         "--cuda",
         type=_PLACE,
-        help="For builds with --toolchain host: folder of the CUDA toolkit to compare with. Default: CUDA_HOME, else "
-        "/usr/local/cuda, else the toolkit of the nvcc on PATH.",
+        help="For builds with --toolchain host: folder of the CUDA toolkit to compare with. Default: the environment "
+        "variable CUDA_HOME, else /usr/local/cuda, else the toolkit of the nvcc on PATH.",
     ),
 )
 

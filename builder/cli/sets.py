@@ -21,8 +21,8 @@ from gracefarm.cli import CommandGroup, json_option
 def set_command() -> None:
     """Build, test and publish several wheels together.
 
-    A set (a folder in sets/) names recipes whose wheels are built, and packages that come from the Python index. All wheels
-    of a set are tested in one environment.
+    A set (a folder in sets/) lists recipes whose wheels are built, and packages from the Python index. A recipe describes
+    how to build one package. All wheels of a set are tested in one environment.
 
     \b
     # List the sets.
@@ -60,8 +60,9 @@ def plan_command(name: str) -> None:
     """Show what the build of a set would do, without starting it.
 
     NAME is a set: a folder in sets/, which lists wheels that are built, tested and published together. The output shows the
-    wheels to build, in the order of the builds, with their sources and whether they are built already. It also shows the
-    wheels from the Python index, the tests, and the files whose digest is unknown.
+    wheels to build, in the order of the builds. For each of these wheels, it shows the sources, and whether the wheel is
+    built already. The output also shows the wheels from the Python index, the tests, and the files whose digest (sha256) is
+    unknown.
 
     \b
     # Show what the build of the set gh200-cu124 would do.
@@ -150,8 +151,9 @@ def build_command(
     """Build the wheels of a set, test them in one environment, and write the lock files of the set.
 
     NAME is a set: a folder in sets/, which lists wheels that are built, tested and published together. The command prints
-    the paths of the lock files and of the record. With --stage, it also uploads the set to an index and publishes it there.
-    The environment variables TWINE_USERNAME and TWINE_PASSWORD contain the user name and the password for the upload.
+    the paths of the lock files and of the record (set.json, which contains the results). With --stage, the command also
+    uploads the set to an index and publishes it there. The environment variables TWINE_USERNAME and TWINE_PASSWORD contain
+    the user name and the password for the upload.
 
     \b
     # Build and test the set.
@@ -191,9 +193,9 @@ def build_command(
 def run_command(name: str, jobs: int | None) -> None:
     """Run all steps of a set on this machine: build, test, publish, install and import.
 
-    NAME is a set: a folder in sets/, which lists wheels that are built, tested and published together. The command starts
-    an index on this machine, uploads the built wheels, and copies the other wheels from the Python index. Then it installs
-    the set from this index into a new environment, checks the hash of each wheel, and imports the modules.
+    NAME is a set: a folder in sets/, which lists wheels that are built, tested and published together. The command starts an
+    index on this machine, uploads the built wheels, and copies the other wheels from the Python index. Then it installs the
+    set from the new index into a new environment, checks the hash of each wheel, and imports the modules.
 
     \b
     # Run all steps of the set gh200-cu130.

@@ -29,7 +29,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 def stack_command() -> None:
     """Create a stack.
 
-    A stack (a folder in stacks/) pins the torch, CUDA, Python and compilers that wheels are built against.
+    A stack (a folder in stacks/) pins the versions of torch, CUDA, Python and the compilers that wheels are built with.
 
     \b
     # Create the stack cu132 for torch 2.15.0.
@@ -45,16 +45,16 @@ def stack_command() -> None:
 @click.option(
     "--like",
     metavar="STACK",
-    help="Existing stack to copy the other settings from, such as GPU architectures. The new stack also uses its Debian "
-    "system. Default: the stack with the newest torch.",
+    help="Existing stack to copy the other settings from, such as GPU architectures. The new stack also uses the Debian "
+    "system of that stack. Default: the stack with the newest torch.",
 )
 @json_option
 def new_command(name: str, version: str, like: str | None) -> None:
     """Create the stack NAME for a version of torch, with its lock files.
 
-    A stack (a folder in stacks/) pins the torch, CUDA, Python and compilers that wheels are built against. The new stack
-    uses the CUDA version that this torch requires, and the compiler nvcc of the same version. The command writes a lock
-    file for each Python in interpreters/ for which torch has a wheel.
+    A stack (a folder in stacks/) pins the versions of torch, CUDA, Python and the compilers that wheels are built with. The
+    new stack uses the CUDA version that this torch requires, and the compiler nvcc of the same version. For each Python in
+    interpreters/ for which torch has a wheel, the command writes a lock file (a list of packages with their digests).
 
     \b
     # Create the stack cu132 for torch 2.15.0.

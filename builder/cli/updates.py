@@ -29,7 +29,8 @@ def updates_command(age: str) -> None:
     """List newer releases of torch, Python and the packages of the recipes.
 
     The command looks for releases on the Python index and in the tags of git repositories. For Python, it uses the list of
-    releases that uv can download. For each newer release, it prints the change to make. It does not change any file.
+    releases that uv can download. For each newer release, the command prints how to change the recipe, stack or interpreter.
+    It does not change any file.
 
     \b
     # List the newer releases.

@@ -89,8 +89,8 @@ def clean_command(everything: bool) -> None:
 def shell_command(name: str) -> None:
     """Open a shell in the sandbox of the last build of a recipe, even if this build failed.
 
-    NAME is a recipe (a folder in recipes/). The files of the build are in /build. Leave the shell with exit. The command
-    requires a build with --toolchain sandbox, the default of `builder build`.
+    NAME is a recipe: a folder in recipes/, which describes how to build one package. The files of the build are in /build.
+    Leave the shell with exit. The command requires a build with --toolchain sandbox, the default of `builder build`.
 
     \b
     # Open a shell in the sandbox of the last build of causal_conv1d.

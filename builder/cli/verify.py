@@ -44,7 +44,7 @@ from gracefarm.errors import ConfigError, UsageError, VerifyError
     "--rebuild",
     "again",
     is_flag=True,
-    help="Build the wheel again in a different folder, and compare both wheels. The checks above are not made.",
+    help="Build the wheel again in a different folder, and compare both wheels, instead of the four checks.",
 )
 @jobs_option
 @json_option
@@ -55,11 +55,12 @@ def verify_command(what: str, key_file: Path | None, envelope: Path | None, agai
     command checks the wheel of its last build on this machine. Each line of the output shows one check:
 
     \b
-    record      each file in the wheel has the digest that RECORD lists
-    build-id    the build id is the hash of the inputs that the wheel names
+    record      each file in the wheel has the digest in the wheel's file RECORD
+    build-id    the build id in the wheel is the hash of the build's inputs (such
+                as sources, options and compilers), which the wheel lists
     sbom        the list of components in the wheel matches these inputs
-    provenance  the signed statement about the origin is about this wheel, and
-                the signature is from the key
+    provenance  the statement about the origin is about this wheel, and is
+                signed with the key of the machine that built the wheel
 
     With --rebuild, the result is `identical`, `device code only` (only the GPU code differs), or `differs` with the files
     that differ. The exit code is 32 if a check fails or is not possible, or if the result is `differs`.

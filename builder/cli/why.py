@@ -44,9 +44,9 @@ def why_command(
 ) -> None:
     """Show which inputs of a build have changed.
 
-    NAME is a recipe (a folder in recipes/). Inputs are everything that can change the wheel, such as sources, patches,
-    options and compilers. The build id is the hash of the inputs. If an input has changed, `builder build` builds the wheel
-    again.
+    NAME is a recipe: a folder in recipes/, which describes how to build one package. Inputs are everything that can change
+    the wheel, such as sources, patches, options and compilers. The build id is the hash of the inputs. If an input has
+    changed, `builder build` builds the wheel again.
 
     Without ids, the command compares the last build of NAME with the current inputs for the same stack, architecture and
     toolchain. With two ids, it compares two builds of NAME. The first characters of a build id are sufficient. The command
@@ -57,7 +57,7 @@ def why_command(
     builder why causal_conv1d
     # Compare two builds.
     builder why causal_conv1d 9acd96ed b1971544
-    # Do the same for a build with --toolchain host --environment ~/engine.
+    # Show what has changed since a build with --environment ~/engine.
     builder why causal_conv1d --environment ~/engine
     # Show what has changed for each wheel that this machine has built.
     builder why --all
