@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from builder.drafting.reading import Draft
 from builder.planning.sources import GitSource, SdistSource
@@ -21,7 +21,7 @@ def recipe_toml(
         f"license = {_text(licence)}",
         f"stack = {_text(draft.stack)}",
         "",
-        *_source(source),
+        *_source(source, {"name": draft.name, "version": version}),
         "",
         *_build(draft),
         *_wheel(draft, texts),
@@ -36,12 +36,13 @@ def recipe_toml(
     return "\n".join(lines) + "\n"
 
 
-def _source(source: SdistSource | GitSource) -> Iterator[str]:
+def _source(source: SdistSource | GitSource, recipe: Mapping[str, str]) -> Iterator[str]:
+    """The table of the source. Keys that repeat a value of the recipe are left out."""
     yield "[source]"
     yield f"kind = {_text(source.kind)}"
     if isinstance(source, SdistSource):
-        yield f"name = {_text(source.name)}"
-        yield f"version = {_text(source.version)}"
+        own = {"name": source.name, "version": source.version}
+        yield from (f"{key} = {_text(value)}" for key, value in own.items() if value != recipe[key])
         yield f"sha256 = {_text(source.sha256 or '')}"
         return
     yield f"url = {_text(source.url)}"

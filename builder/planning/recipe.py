@@ -270,6 +270,16 @@ class Recipe(Table):
     tree: TreeProduct | None = None
     "Tree of files that is built instead of a wheel"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sdist_of_the_recipe(cls, values: object) -> object:
+        """Give an sdist the recipe's name and version where the table `[source]` has no others."""
+        source = values.get("source") if isinstance(values, dict) else None
+        if isinstance(values, dict) and isinstance(source, dict) and source.get("kind") == "sdist":
+            own = {key: values[key] for key in ("name", "version") if key in values}
+            return {**values, "source": {**own, **source}}
+        return values
+
     @model_validator(mode="after")
     def _one_product(self) -> Self:
         if (self.smoke is None) == (self.tree is None):

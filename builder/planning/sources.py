@@ -31,10 +31,10 @@ class SdistSource(PinnedDownload):
 
     kind: Literal["sdist"]
     "Selects this kind of source"
-    name: str
-    "Project on the Python index"
-    version: VersionText
-    "Exact version of the project"
+    name: str = ""
+    "Project on the Python index. Default: the recipe's `name`"
+    version: VersionText = ""
+    "Exact version of the project. Default: the recipe's `version`"
 
     @property
     def origin(self) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import statistics
 from pathlib import Path
 
 import pytest
 
 from builder.cli.upkeep import schemas
 from builder.planning import recipe, stack
+from builder.planning.sources import SdistSource
 from gracefarm import tables
 from gracefarm.errors import ConfigError, ExitCode
 
@@ -49,6 +52,23 @@ def test_every_committed_recipe_and_stack_fits_the_schema() -> None:
     for name in recipe.names(REPOSITORY / "recipes"):
         loaded = recipe.load(REPOSITORY / "recipes", name)
         assert stack.load(REPOSITORY / "stacks", loaded.data.stack).data.sm
+
+
+def test_the_median_recipe_has_at_most_18_lines() -> None:
+    """Lines that are neither empty nor a comment."""
+    texts = [(REPOSITORY / "recipes" / name / "recipe.toml").read_text() for name in recipe.names(REPOSITORY / "recipes")]
+    assert statistics.median(len(re.findall(r"^ *[^ #\n]", text, re.MULTILINE)) for text in texts) <= 18
+
+
+def test_an_sdist_has_the_name_and_the_version_of_its_recipe_unless_it_says_otherwise(tmp_path: Path) -> None:
+    short = GOOD.replace('kind = "sdist"\nname = "thing"\nversion = "1.0"\n', 'kind = "sdist"\n')
+    assert short != GOOD
+    others = short.replace('kind = "sdist"\n', 'kind = "sdist"\nname = "other"\nversion = "1"\n')
+    for text, wanted in ((GOOD, ("thing", "1.0")), (short, ("thing", "1.0")), (others, ("other", "1"))):
+        shutil.rmtree(tmp_path / "thing", ignore_errors=True)
+        source = recipe.load(write(tmp_path, text), "thing").data.source
+        assert isinstance(source, SdistSource)
+        assert (source.name, source.version) == wanted
 
 
 def test_any_spelling_of_the_name_finds_the_recipe(tmp_path: Path) -> None:
