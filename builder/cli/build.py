@@ -163,7 +163,7 @@ def _build(
 
     for built in _results(_longest_first(plans, settings), served, options, cluster, settings, console):
         if isinstance(built, GracefarmError):
-            _survive(built, failures, plans, console)
+            _survive(built, failures, asked, console)
         else:
             product = record.product_path(settings, built)
             console.result(built.model_dump(mode="json") | {"path": str(product)}, str(product))
@@ -330,9 +330,9 @@ def _longest_first(plans: list[Plan], settings: Settings) -> list[Plan]:
     return sorted(oldest_first, key=took, reverse=True)
 
 
-def _survive(error: GracefarmError, failures: list[GracefarmError], asked: Sequence[object], console: Console) -> None:
-    """Print the error and continue, so that one failure does not stop the others. The error of a single build is raised."""
-    if len(asked) == 1 and not failures:
+def _survive(error: GracefarmError, failures: list[GracefarmError], asked: Sequence[str | Cell], console: Console) -> None:
+    """Print the error and continue, so that one failure does not stop the others. The error of a single recipe is raised."""
+    if len(asked) == 1 and isinstance(asked[0], str):
         raise error
     console.error(error)
     failures.append(error)
