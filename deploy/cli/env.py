@@ -15,13 +15,13 @@ from gracefarm.cli import CommandGroup
 
 @click.group(cls=CommandGroup)
 def env() -> None:
-    """Build, list, roll back and remove environments in the shared folder.
+    """Build, list, switch and remove environments in the shared folder.
 
     An environment is a Python environment with the engine (the program that serves the model) and all packages of its
     lock file. It is in the folder that all nodes share.
 
     \b
-    # Build the environment of deploy.toml and activate it.
+    # Build the environment that deploy.toml describes, and activate it.
     deploy env up
     # List all environments.
     deploy env list
@@ -39,7 +39,7 @@ def env_up(context: DeployContext, no_wait: bool) -> None:
     next `deploy serve` uses the active environment.
 
     \b
-    # Build the environment of deploy.toml and activate it.
+    # Build the environment that deploy.toml describes, and activate it.
     deploy env up
     """
     others = [name for name in order.UP if name not in ("environment", "proof")]
@@ -80,9 +80,9 @@ def env_list(context: DeployContext) -> None:
 def env_matrix(context: DeployContext) -> None:
     """Test the active environment on every node again.
 
-    The active environment is the Python environment with the engine, the program that serves the model. On each node,
-    the command imports the modules of the engine, and runs the engine's test commands. It prints a line for each test,
-    with the duration.
+    The active environment is the Python environment that `deploy serve` uses. It contains the engine (the program that
+    serves the model). On each node, the command imports the modules of the engine, and runs the engine's test commands. It
+    prints a line for each test, with the duration.
 
     \b
     # Repeat the tests.
@@ -106,9 +106,9 @@ def env_matrix(context: DeployContext) -> None:
 def env_rollback(context: DeployContext) -> None:
     """Activate the environment that was active before.
 
-    An environment is a Python environment with the engine (the program that serves the model) and all packages of its
-    lock file. The next `deploy serve` uses the activated environment. A running engine keeps its environment. `deploy
-    env up` undoes the rollback.
+    An environment is a Python environment with the engine (the program that serves the model) and all packages of its lock
+    file. The next `deploy serve` uses the activated environment. A running engine continues with its old environment.
+    `deploy env up` undoes the rollback.
 
     \b
     # Activate the previous environment.
@@ -126,13 +126,14 @@ def env_rollback(context: DeployContext) -> None:
     default=2,
     show_default=True,
     type=click.IntRange(1),
-    help="Number of environments to keep, the last activated ones. The active environment is always kept.",
+    help="For the engine and for downloads, keep this number of environments: those that were activated last.",
 )
 @reporting
 def env_gc(context: DeployContext, keep: int) -> None:
     """Remove old environments that no process on any node uses.
 
-    Environments are Python environments in the folder that all nodes share. The active environment always stays.
+    Environments are Python environments in the folder that all nodes share. They contain the engine (the program that serves
+    the model) or the program that downloads models. `deploy serve` uses the active environments, which always stay.
     Environments that are less than an hour old also stay.
 
     \b

@@ -60,7 +60,12 @@ GIB = 1 << 30
     help="Model on the Hugging Face Hub, such as Qwen/Qwen3-32B. Without this option, the command asks. If there is no "
     "terminal, it uses Llama 3.1 405B.",
 )
-@click.option("--accept", is_flag=True, help="Trust new host keys without asking. Compare the fingerprints first.")
+@click.option(
+    "--accept",
+    is_flag=True,
+    help="Trust new host keys without asking. First run the command without --accept, "
+    "and compare the printed fingerprints with those on the nodes.",
+)
 @click.option(
     "--repin",
     is_flag=True,
@@ -79,12 +84,12 @@ def init(
     accept: bool,
     repin: bool,
 ) -> None:
-    """Write deploy.toml, trust the nodes' host keys, and collect facts of all nodes.
+    """Write deploy.toml, trust the nodes' ssh host keys, and collect facts of all nodes.
 
-    FILE is a text file with the address of one machine (node) per line. The first node is the head, where the engine
-    (the program that serves the model) accepts requests. The command writes deploy.toml in the working directory, shows
-    the ssh host key of each node, and asks whether to trust the keys. Later commands refuse a node with a different
-    host key. Facts are, for example, the GPUs, the memory and the network of a node.
+    FILE is a text file with the address of one machine (node) per line. The first node is the head. On the head, the engine
+    (the program that serves the model) accepts requests. The command writes deploy.toml in the working directory, shows the
+    ssh host key of each node, and asks whether to trust the keys. Later commands refuse a node with a different host key.
+    Facts are, for example, the GPUs, the memory and the network of a node.
 
     FILE can also be an existing deploy.toml. The command then uses the nodes in this file. Without FILE, it uses the
     deploy.toml in the working directory or in a parent folder. At the end, the command lists everything that is still

@@ -38,9 +38,10 @@ LOOKS = (
 def rehearse(context: DeployContext, count: int, keep: bool) -> None:
     """Try all steps on this machine with simulated nodes, from `deploy init` to an answer of the model.
 
-    Each node is a group of Linux namespaces with its own ssh server. Ray is real. The engine (the program that serves the
-    model) is simulated: it accepts the options of the engine Aphrodite, but loads no model. The command requires root, but
-    no GPU. It shows the duration of each step. At the end, it stops all processes that it has started.
+    Each node is a group of Linux namespaces with its own ssh server. Ray (the program that connects the nodes) is real. The
+    engine (the program that serves the model) is simulated: it accepts the options of the engine Aphrodite, but loads no
+    model. The command requires root, but no GPU. It shows the duration of each step. At the end, it stops all processes that
+    it has started.
 
     \b
     # Try all steps with 3 nodes.

@@ -45,12 +45,12 @@ def up(context: DeployContext, start: str | None, skip: tuple[str, ...], no_wait
 
     \b
     preflight    check the nodes and the network between them
-    cache        set up a cache on each node's disk, if the shared folder is NFS
+    cache        if the shared folder is NFS, cache its files on each node's disk
     environment  install the engine (the program that serves the model)
     weights      download the model; runs at the same time as environment
     proof        check the nodes again, with the installed software
 
-    After Ctrl-C, builds and downloads on the nodes continue. Run the same command again to wait for them.
+    After Ctrl-C, builds and downloads on the nodes continue. Run the same command again to wait for these jobs.
 
     \b
     # Run all steps that are not finished.
@@ -70,15 +70,15 @@ def up(context: DeployContext, start: str | None, skip: tuple[str, ...], no_wait
 
 
 @click.command()
-@click.option("--skip-up", is_flag=True, help="Do not prepare the nodes first (`deploy up`).")
+@click.option("--skip-up", is_flag=True, help="Do not run the steps of `deploy up`.")
 @no_wait_option
 @reporting
 def serve(context: DeployContext, skip_up: bool, no_wait: bool) -> None:
     """Start the engine, and wait until it has answered a test request.
 
-    The engine is the program that serves the model. The command first runs the unfinished steps of `deploy up`, and
-    starts Ray, which connects the nodes. If the engine already runs or loads the model, the command only waits for it.
-    Ctrl-C does not stop the engine; `deploy down` stops it.
+    The engine is the program that serves the model. The command first runs the unfinished steps of `deploy up`, which
+    prepare the nodes. Then it starts Ray (the program that connects the nodes) and the engine. If the engine already runs or
+    loads the model, the command only waits for the answer. Ctrl-C does not stop the engine; `deploy down` stops it.
 
     \b
     # Prepare the nodes, and start the engine.
@@ -125,8 +125,9 @@ def curl_line(key: Path, port: int) -> str:
 def down(context: DeployContext, keep_ray: bool, no_wait: bool) -> None:
     """Stop the engine and Ray on all nodes, and check that no process is left.
 
-    The engine is the program that serves the model. The command also stops running builds, downloads and tunnels, and
-    removes the copies of keys from the nodes. It skips nodes that it cannot reach, and lists them at the end.
+    The engine is the program that serves the model. Ray is the program that connects the nodes. The command also stops
+    running builds, downloads and tunnels, and removes the copies of keys from the nodes. It skips nodes that it cannot
+    reach, and lists them at the end.
 
     \b
     # Stop everything.

@@ -32,12 +32,12 @@ def _prepare(folder: Folder) -> None:
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
-    help="Port for the engine on this machine. Default: its port on the head (2242).",
+    help="Port on this machine for the engine. Default: the engine's port on the head (2242).",
 )
 @click.option(
     "--dashboard-port",
     type=click.IntRange(0, 65535),
-    help="Port for Ray's dashboard on this machine. Default: its port on the head (8265).",
+    help="Port on this machine for Ray's dashboard. Default: the dashboard's port on the head (8265).",
 )
 @click.option(
     "--background",
@@ -49,9 +49,9 @@ def _prepare(folder: Folder) -> None:
 def tunnel(context: DeployContext, port: int | None, dashboard_port: int | None, background: bool, end: bool) -> None:
     """Make the engine and Ray's dashboard available on this machine, until Ctrl-C.
 
-    The engine (the program that serves the model) accepts requests only on the head, the first node. The tunnel
-    forwards a port of this machine to the head through ssh. The command prints the addresses to use. If a port is in
-    use, the command chooses a free port. If the connection is lost, the command connects again.
+    The engine (the program that serves the model) accepts requests only on the head, the first node. Ray is the program that
+    connects the nodes. The tunnel forwards a port of this machine to the head through ssh. The command prints the addresses
+    to use. If a port is in use, the command chooses a free port. If the connection is lost, the command connects again.
 
     \b
     # Open the tunnel until Ctrl-C.

@@ -49,21 +49,22 @@ _BAD = "bold red"
 def status(context: DeployContext, canary: float) -> None:
     """Show the state of the nodes and of the engine.
 
-    The engine is the program that serves the model. The command sends a test request to the engine, and waits for one
-    token. The first word of the output is the state of the engine. The exit code depends on this state:
+    The engine is the program that serves the model. Ray is the program that connects the nodes. The command sends a test
+    request to the engine, and waits for one token. The first word of the output is the state of the engine. The exit code
+    depends on this state:
 
     \b
     STATE         EXIT CODE  MEANING
     READY         0          the engine answers
     BUSY          0          the engine answers other requests
     PLANNED       65         nothing was started yet
-    LOADING       65         the engine loads the model, or a step is running
+    LOADING       65         the engine is being prepared, or loads the model
     STOPPED       65         the engine is not running
     DEGRADED      63         the engine answers, but Ray has lost a node
     WEDGED        63         the engine accepts requests but generates no tokens
     DEAD(engine)  63         the engine has ended, or it answers with errors
     DEAD(node)    63         a node is lost
-    FAILED(step)  63         the engine did not start, or a different step failed
+    FAILED(step)  63         a step failed, such as the start of the engine
     UNREACHABLE   60         no ssh connection to the head (the first node)
 
     \b
@@ -254,9 +255,9 @@ def logs(
 ) -> None:
     """Show the logs of the engine and of Ray.
 
-    The engine is the program that serves the model, and Ray connects the nodes. Without NODE, the command shows the log
-    of the engine. With NODE, such as k3, it shows the logs of Ray on this node. For the head (the first node), it shows
-    the log of the engine too. API keys and access tokens are hidden in the output.
+    The engine is the program that serves the model. Ray is the program that connects the nodes. Without NODE, the command
+    shows the log of the engine. With NODE, such as k3, it shows the logs of Ray on this node. For the head (the first node),
+    it shows the log of the engine too. API keys and access tokens are hidden in the output.
 
     \b
     # Show the last lines of the engine's log, then follow the log.

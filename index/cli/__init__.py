@@ -20,21 +20,21 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "serve": ("index.cli.serve:serve", "Run the index server until Ctrl-C."),
         "token": ("index.cli.tokens:token", "Create, list and revoke upload tokens."),
         "publisher": ("index.cli.publishers:publisher", "Allow CI workflows to upload without a stored token."),
-        "host": ("index.cli.projects:host", "Allow uploads for projects, or list these projects."),
-        "status": ("index.cli.projects:status", "Set the status of a project, such as deprecated."),
-        "yank": ("index.cli.projects:yank", "Mark a release as yanked, so that installers do not choose it."),
+        "host": ("index.cli.projects:host", "Allow uploads for projects (packages), or list these projects."),
+        "status": ("index.cli.projects:status", "Set the status of a project (a package), such as deprecated."),
+        "yank": ("index.cli.projects:yank", "Mark a release as yanked: installers no longer choose it."),
         "unyank": ("index.cli.projects:unyank", "Undo `index yank` for a release."),
         "delete": ("index.cli.projects:delete", "Delete all files of a release permanently."),
         "stage": ("index.cli.sets:stage", "Create, fill and publish sets of wheels."),
         "mirror": ("index.cli.mirror:mirror", "Add the packages of a lock file to a set."),
-        "withdraw": ("index.cli.mirror:withdraw", "Remove a mirrored file from every set."),
+        "withdraw": ("index.cli.mirror:withdraw", "From all sets, remove a file that `index mirror` added."),
         "export": ("index.cli.folders:export", "Write the index as static files."),
-        "import": ("index.cli.folders:import_", "Import the wheels and sdists in a folder."),
+        "import": ("index.cli.folders:import_", "Import the wheels and source archives (sdists) in a folder."),
         "fsck": ("index.cli.upkeep:fsck", "Check the sha256 of every stored file."),
         "gc": ("index.cli.upkeep:gc", "Delete stored files that the index no longer needs."),
-        "prune": ("index.cli.upkeep:prune", "Delete old wheels of the nightly channel."),
+        "prune": ("index.cli.upkeep:prune", "Delete old wheels of the nightly channel (/nightly/simple/)."),
         "stats": ("index.cli.upkeep:stats", "List the projects, with the number and size of their files."),
-        "schema": ("index.cli.documents:schema", "Print the JSON schemas of matrices and certificates."),
+        "schema": ("index.cli.documents:schema", "Print the JSON schemas of two documents that clients upload."),
         "log": ("index.cli.upkeep:log", "Show the audit log: all changes of the index."),
     }
 )
@@ -47,8 +47,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
 def cli(context: click.Context, root: Path | None) -> None:
     """Run a package index for pip and uv, and accept uploads of wheels.
 
-    All data of the index is in one folder (--root). Run the commands on the machine with this folder. You can run them
-    while the server is running.
+    All data of the index is in one folder (--root). Run all commands on the machine with this folder. They also work while
+    the server is running.
 
     \b
     # Allow uploads for the project causal-conv1d.

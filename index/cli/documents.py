@@ -23,8 +23,8 @@ from index.store.schemas import DeviceCertificate, MatrixDocument
 def schema(_context: IndexContext, write: Path | None) -> None:
     """Print the JSON schemas of matrices and certificates.
 
-    A matrix is a list of wheels with the state of their builds. A certificate says that the GPU code of a wheel has passed
-    a test. The schemas are for programs that upload these documents to the index.
+    A matrix is a list of wheels with the state of their builds. A certificate says that the GPU code of a wheel has passed a
+    test. The schemas are for programs that upload matrices or certificates to the index.
 
     \b
     # Print both schemas.

@@ -19,7 +19,7 @@ from index.web.export import export_tree
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option(
     "--url",
-    help="Address to show on the web pages: the address at which the folder will be served.",
+    help="Address at which the folder will be served. The web pages show it.",
 )
 def export(context: IndexContext, folder: Path, url: str | None) -> None:
     """Write the index as static files.
@@ -48,7 +48,7 @@ def export(context: IndexContext, folder: Path, url: str | None) -> None:
     help="Also accept wheels with a variant label in their file name (PEP 825, a draft).",
 )
 def import_(context: IndexContext, folder: Path, variants: bool) -> None:
-    """Import the wheels and sdists in a folder.
+    """Import the wheels and source archives (sdists) in a folder.
 
     FOLDER can be the package folder of pypiserver. The command also reads the folders in FOLDER. It prints the number of
     imported files, and the reason for each file that it refuses.

@@ -45,10 +45,10 @@ def mirror(
 ) -> None:
     """Add the packages of a lock file to a set.
 
-    A set is a group of wheels that become visible together (see `index stage`). LOCK is a requirements file with a sha256
-    hash for each file. The command downloads the files with these hashes from a Python index, and stores them. The setting
-    GRACEFARM_PYTHON_INDEX is the address of this Python index. Default: the index that uv or pip uses. Files that were
-    uploaded to your own index are not downloaded.
+    A set is a group of wheels that become visible together (see `index stage`). LOCK is a requirements file that lists
+    packages with versions and with the sha256 hashes of their files. The command downloads the files with these hashes from
+    a Python index, and stores them. The environment variable GRACEFARM_PYTHON_INDEX contains the address of this Python
+    index. Default: the index that uv or pip uses. The command does not download files that were uploaded to this index.
 
     \b
     # Add all files of the lock to the set spring.
@@ -84,10 +84,10 @@ def mirror(
 @click.option("--reason", default="", help="Reason to write into the audit log.")
 @click.option("--undo", is_flag=True, help="Add the file to its sets again.")
 def withdraw(context: IndexContext, filename: str, reason: str, undo: bool) -> None:
-    """Remove a mirrored file from every set, including published sets.
+    """From all sets, also published sets, remove a file that `index mirror` added.
 
-    FILENAME is the name of a file that `index mirror` added. The index then answers requests for this file with the HTTP
-    status 410 (Gone).
+    A set is a group of wheels that become visible together. FILENAME is the name of the file. The index then answers
+    requests for this file with the HTTP status 410 (Gone).
 
     \b
     # Withdraw a wheel with a vulnerability.

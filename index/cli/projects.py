@@ -38,7 +38,8 @@ def host(context: IndexContext, names: tuple[str, ...], remove: bool) -> None:
 def status(context: IndexContext, name: str, status: str, reason: str) -> None:
     """Set the status of a project, such as deprecated.
 
-    NAME is the name of a project (a package). The page of the project and the package index API (PEP 792) show the status:
+    NAME is the name of a project (a package). The web page of the project shows the status, and the simple API (PEP 792)
+    sends it to installers:
 
     \b
     active       the default
@@ -60,10 +61,10 @@ def status(context: IndexContext, name: str, status: str, reason: str) -> None:
 @click.argument("version")
 @click.option("--reason", default="", help="Reason that pip and uv show to users who install the release.")
 def yank(context: IndexContext, name: str, version: str, reason: str) -> None:
-    """Mark a release as yanked, so that installers do not choose it (PEP 592).
+    """Mark a release as yanked: installers no longer choose it (PEP 592).
 
-    A release is all files of one version of the project NAME. An install that requires exactly this version still works.
-    `index unyank` undoes the command.
+    A release is all files of one version of the project NAME. If exactly this version is required, installers still install
+    it. `index unyank` undoes the command.
 
     \b
     # Yank version 1.7.0 of causal-conv1d.

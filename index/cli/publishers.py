@@ -47,8 +47,8 @@ def add(
 
     PROJECT is the name of the project on the index. REPOSITORY is OWNER/NAME on GitHub, or GROUP/NAME on GitLab. WORKFLOW is
     the file name of the workflow in .github/workflows on GitHub, or the path of the CI file on GitLab. Attestations are
-    signatures of the uploaded files. The command prints the audience. The workflow must request its identity token
-    for this audience.
+    signatures of the uploaded files. The command prints the name of the audience, for which the workflow must request its
+    identity token.
 
     \b
     # Allow the workflow nightly.yml on GitHub to upload to flash-attn.
@@ -77,7 +77,8 @@ def add(
 def list_(context: IndexContext) -> None:
     """List the CI workflows that may upload.
 
-    Each line shows a project, github or gitlab, the repository and the workflow.
+    Each line shows a project of the index, github or gitlab, and the repository and file of a workflow that may upload to
+    this project.
 
     \b
     index publisher list

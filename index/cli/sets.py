@@ -59,8 +59,8 @@ def create(
 ) -> None:
     """Create the staged set NAME.
 
-    A set is a group of wheels that become visible together, when you publish the set. Upload its wheels to
-    /stage/NAME/legacy/ of the index. The command prints this path, and a secret path where you can preview the set.
+    A set is a group of wheels that become visible together, when you publish the set. The command prints two paths of the
+    index: /stage/NAME/legacy/, to which you upload the wheels, and a secret path, at which pip and uv see the staged set.
 
     \b
     # The set must contain causal-conv1d 1.7.0 for two Pythons on aarch64.
@@ -127,9 +127,10 @@ def add(context: IndexContext, name: str, filenames: tuple[str, ...]) -> None:
 def publish(context: IndexContext, name: str) -> None:
     """Make all wheels of the set NAME visible at /NAME/simple/.
 
-    The uploaded wheels of the set also become visible at /simple/ and on the web pages. If the set was created with
-    --nightly, they become visible at /nightly/simple/ instead of /simple/. The command fails if the set does not contain
-    an expected wheel, or does not contain a package that its wheels require. A published set cannot be changed.
+    A set is a group of wheels that become visible together. Its wheels that were uploaded to this index also become visible
+    at /simple/ and on the web pages. If the set was created with --nightly, they become visible at /nightly/simple/ instead
+    of /simple/. The command fails if the set does not contain an expected wheel, or does not contain a package that its
+    wheels require. A published set cannot be changed.
 
     \b
     # Publish the set spring.
@@ -146,8 +147,8 @@ def publish(context: IndexContext, name: str) -> None:
 def put_pylock(context: IndexContext, name: str, file: Path) -> None:
     """Store the pylock.toml of the staged set NAME.
 
-    FILE is a lock file in the format of PEP 751. The index serves it as /NAME/pylock.toml. Before you publish the
-    set, it must contain the packages in this file.
+    A set is a group of wheels that become visible together. FILE is a lock file in the format of PEP 751. The index serves
+    FILE at /NAME/pylock.toml. `index stage publish` fails if the set does not contain all packages in FILE.
 
     \b
     # Store pylock.toml of the set spring.
@@ -163,7 +164,8 @@ def put_pylock(context: IndexContext, name: str, file: Path) -> None:
 def drop(context: IndexContext, name: str) -> None:
     """Drop the staged set NAME, and delete its unpublished files.
 
-    Files that another set also contains stay. A published set cannot be dropped. The name NAME cannot be used for a new set.
+    A set is a group of wheels that become visible together, when you publish the set. Files that another set also contains
+    stay. A published set cannot be dropped. The name of a dropped set cannot be used for a new set.
 
     \b
     # Drop the set spring.

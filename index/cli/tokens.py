@@ -33,7 +33,7 @@ def token() -> None:
 @click.option("--name", required=True, help="Name of the token. The audit log shows this name for each upload.")
 @click.option("--project", help="Accept the token only for this project.")
 @click.option("--set", "set_name", help="Accept the token only for this set of wheels (see `index stage`).")
-@click.option("--nightly", is_flag=True, help="Accept the token only for the nightly channel, uploads to /nightly/legacy/.")
+@click.option("--nightly", is_flag=True, help="Accept the token only for uploads to the nightly channel (/nightly/legacy/).")
 @click.option("--cache", is_flag=True, help="Accept the token only for the compiler cache that build machines share.")
 @click.option("--expires", help="Lifetime of the token, such as 90d (days) or 12h (hours). Default: no limit.")
 def create(
@@ -110,8 +110,9 @@ def import_(context: IndexContext, file: Path, project: str | None, set_name: st
 def list_(context: IndexContext) -> None:
     """List the upload tokens and users.
 
-    Each line shows the name, the projects and sets that the token is valid for, its kind, and when it expires. The kinds
-    are token, user (from an htpasswd file) and short (for a CI workflow). The secrets are not shown.
+    Each line shows the name, the projects and sets for which uploads are allowed, the kind, and when the token expires. The
+    kinds are token, user (from an htpasswd file) and short (a short-lived token of a CI workflow). The secrets are not
+    shown.
 
     \b
     index token list

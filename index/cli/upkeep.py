@@ -67,13 +67,13 @@ def gc(context: IndexContext) -> None:
     default=14,
     show_default=True,
     type=click.IntRange(1),
-    help="Number of newest versions to keep for each project, CUDA version, Python and platform.",
+    help="For each project, CUDA version, Python and platform, keep this number of newest versions.",
 )
 @click.option("--dry-run", is_flag=True, help="List the files that would be deleted. Do not delete them.")
 def prune(context: IndexContext, keep: int, dry_run: bool) -> None:
     """Delete old wheels of the nightly channel.
 
-    The nightly channel contains the wheels at /nightly/simple/. Wheels in staged or published sets stay. `index gc` then
+    The nightly channel contains the wheels at /nightly/simple/. Wheels in sets (see `index stage`) stay. `index gc` then
     frees the disk space.
 
     \b
