@@ -345,8 +345,8 @@ def _host(name: str, slots: Sequence[Slot], offload: float) -> int:
         used = sum(slot.machine is machine for slot in slots) * (int(offload * GIB) + SWAP)
         if offload and used > HOST_SHARE * machine.host:
             raise LayoutError(
-                f"{name}: {offload:g} GiB of weights per GPU in host memory pin {used / GIB:.0f} GiB of "
-                f"{machine.host / GIB:.0f} GiB on {machine.name}; the maximum is {HOST_SHARE:.0%}",
+                f"{name}: {used / GIB:.0f} GiB of the {machine.host / GIB:.0f} GiB of host memory on {machine.name} would be "
+                f"pinned for weights; the maximum is {HOST_SHARE:.0%}",
                 remedy="use more nodes, or nodes with more host memory; Llama 405B requires at least three GH200",
             )
         most = max(most, used)

@@ -120,7 +120,9 @@ def test_ten_is_the_fewest_without_host_memory_and_three_with_it() -> None:
     assert choosing.choose(question(9)).best.layout.offload_gib > 0
     assert choosing.choose(question(10)).best.layout.offload_gib == 0
     assert choosing.choose(question(3)).best.layout.offload_gib > 0
-    with pytest.raises(LayoutError, match=r"pin 301 GiB of 432 GiB on k0; the maximum is 60%"):
+    with pytest.raises(
+        LayoutError, match=r"301 GiB of the 432 GiB of host memory on k0 would be pinned for weights; the maximum is 60%"
+    ):
         choosing.choose(question(2))
 
 
