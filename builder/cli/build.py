@@ -13,7 +13,7 @@ from builder.cli.accept import accept_new, accept_option, yes_option
 from builder.cli.matrix import Part, cells_of, parted, plan_cell, reports_of, table_of
 from builder.cli.options import Aim, aimed, aimed_at_sandbox, jobs_option, plan_of, start
 from builder.farm.cluster import Cluster, connected
-from builder.flow import history
+from builder.flow import history, room
 from builder.flow.attempt import BuildOptions
 from builder.flow.matrix import serving
 from builder.planning import matrix, recipe, stack
@@ -152,11 +152,18 @@ def _build(
     settings: Settings,
     console: Console,
 ) -> list[GracefarmError]:
-    """Plan and build what was asked for; what failed."""
+    """Plan and build what was asked for; what failed.
+
+    Raises:
+        DiskFullError: this machine has too little space for the builds.
+    """
     failures: list[GracefarmError] = []
     plans, by_id = _all_planned(asked, failures, aim, changed, options.publish, settings, console)
     if changed:
         console.step("plan", f"changed since the last success: {', '.join(plan.recipe.key for plan in plans) or 'nothing'}")
+
+    if cluster is None:
+        room.require(plans, settings, keep=options.keep)
 
     def served(plan: Plan) -> Plan:
         return _server(plan, by_id.get(plan.build_id), aim, settings, console) or plan

@@ -58,6 +58,8 @@ class Attempt:
     device_digests: dict[str, str] = field(default_factory=dict)
     smoke: SmokeResult | None = None
     gpu: GpuResult | None = None
+    work_bytes: int | None = None
+    "Disk space of the working folder of a finished build."
     tree: str | None = None
     "Digest of the finished tree, for a recipe of a tree."
 
@@ -110,6 +112,7 @@ class Attempt:
             crates=self.crates,
             jobs=self.jobs,
             stages=tuple(self.stages),
+            work_bytes=self.work_bytes,
             units=self.units,
             compiler_cache=self.compiler_cache,
             device_code=self.device_code,

@@ -27,7 +27,7 @@ from builder.proof import embed, judges, provenance, record, shared_cache
 from builder.proof.record import Failure, Record
 from gracefarm.console import Console
 from gracefarm.errors import DiskFullError, ExitCode, GracefarmError, HostError
-from gracefarm.files import full_disk, lock, remove_tree
+from gracefarm.files import disk_used, full_disk, lock, remove_tree
 
 
 def build(plan: Plan, options: BuildOptions, settings: Settings, console: Console) -> Record:
@@ -90,6 +90,7 @@ def _recorded(attempt: Attempt) -> Record:
                 record.write(attempt.record(None, error), attempt.settings)
             raise
         wheel = product if attempt.tree is None else None
+        attempt.work_bytes = disk_used(attempt.work)
         built = provenance.signed(attempt.record(wheel, None), attempt.settings)
         place = record.write(built, attempt.settings)
     if not attempt.options.keep:

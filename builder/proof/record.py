@@ -81,6 +81,10 @@ def _none(values: tuple[object, ...]) -> bool:
     return not values
 
 
+def _unknown(value: int | None) -> bool:
+    return value is None
+
+
 class Publication(Table):
     """One upload of the wheel to an index."""
 
@@ -143,6 +147,8 @@ class Record(Table):
     "Number of parallel compile jobs"
     stages: tuple[Stage, ...] = ()
     "Steps of the build, in order"
+    work_bytes: int | None = Field(default=None, exclude_if=_unknown)
+    "Disk space of the working folder at the end of a successful build, in bytes"
     units: dict[str, Unit] = Field(default_factory=dict)
     "Cost of each compiled source file. The key is the path of the file in the source tree"
     compiler_cache: CacheStatistics | None = None
