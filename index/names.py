@@ -95,7 +95,7 @@ def name_in_address(text: str) -> str:
     try:
         return normalise(text)
     except RefusedError as error:
-        raise NotFoundError(error.cause, remedy="see /, which lists the projects of this index") from None
+        raise NotFoundError(error.cause, remedy="open the page / of this index, which lists the projects") from None
 
 
 def same_version(text: str, version: str) -> bool:

@@ -66,7 +66,7 @@ def open_meter(bound: int, kinds: Sequence[MemoryBy] = KINDS) -> Meter:
         return Watchdog(bound)
     raise HostError(
         f"this machine cannot limit memory by {' or '.join(kinds)}",
-        remedy="allow this user to write to its cgroup (version 2), or also allow the watchdog",
+        remedy="give this user permission to write to its cgroup (version 2)",
     )
 
 

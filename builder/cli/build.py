@@ -132,7 +132,7 @@ def build_command(
     asked = _asked(names, selector, part, aim, settings, changed=changed)
     _refuse_credentials(url)
     if accepts and changed:
-        raise UsageError("--accept-new requires names of recipes", remedy="give the names of the recipes, and omit --changed")
+        raise UsageError("--accept-new and --changed cannot be used together", remedy="replace --changed by names of recipes")
     if accepts:
         accept_new(_lacking(asked, aim, settings), settings, console, yes=yes)
     caches = Caches(compiler=not no_compiler_cache, device=not no_device_store)
@@ -189,9 +189,11 @@ def _farm(address: str | None, aim: Aim, console: Console) -> Iterator[Cluster |
         yield None
         return
     if not aim.on.type.pinned:
-        raise UsageError("--farm supports only the sandbox toolchain", remedy=f"omit --toolchain {aim.on.kind} or --farm")
+        raise UsageError(
+            "--farm supports only the sandbox toolchain", remedy=f"omit --toolchain {aim.on.kind}, or omit --farm"
+        )
     if aim.on.from_source:
-        raise UsageError("--farm and --llvm source cannot be used together", remedy="omit --llvm source or --farm")
+        raise UsageError("--farm and --llvm source cannot be used together", remedy="omit --llvm source, or omit --farm")
     console.step("farm", f"connecting to {address}")
     with connected(address) as cluster:
         yield cluster

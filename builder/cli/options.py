@@ -318,7 +318,7 @@ def as_built(built: Record, own: Path | None, python: str | None, cuda: Path | N
     if own is None and toolchain.used_environment(built.inputs):
         raise UsageError(
             "the earlier build used --environment, but its record does not contain the path",
-            remedy="add --environment PATH",
+            remedy="add --environment PATH, with the path that the earlier build used",
         )
     on = wanted(toolchain.kind, own, python or built.interpreter, cuda)
     asked = replace(on, sm=built.asked_sm, ptx=built.asked_ptx, variant=built.asked_variant)

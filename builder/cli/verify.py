@@ -110,8 +110,8 @@ def _rebuild(wheel: Path, jobs: int | None, settings: Settings, console: Console
     if comparison.verdict == "differs":
         raise VerifyError(
             f"a second build of {wheel.name} differs: {comparison.sentence.partition(': ')[2]}",
-            remedy="find what the build reads from the clock, from its folder or from a random source "
-            "(docs/explanation/provenance.md)",
+            remedy="change the build so that it does not use the time, the path of its folder or random numbers; "
+            "docs/explanation/provenance.md explains the result",
             repeat=f"builder verify {wheel} --rebuild",
         )
 
@@ -128,7 +128,7 @@ def _plan_of(inside: Inside, wheel: Path, settings: Settings) -> Plan:
     if kind.unsealed is not None:
         raise UsageError(
             f"{wheel.name} was built {kind.unsealed}",
-            remedy="run `builder verify` without --rebuild; or build the wheel in the sandbox, whose wheels can be rebuilt",
+            remedy="omit --rebuild; only wheels that were built with --toolchain sandbox can be built again and compared",
         )
     loaded = recipe.load(settings.project / "recipes", inside.inputs["recipe"]["name"])
     target, python = Arch(inside.inputs["target"]), inside.inputs["stack"]["python"]

@@ -23,7 +23,7 @@ from gracefarm.errors import FetchError
 if TYPE_CHECKING:
     from pypi_simple import DistributionPackage
 
-GIT_REMEDY = "give its repository instead: --git URL --commit COMMIT"
+GIT_REMEDY = "give the git repository of the package: --git URL --commit COMMIT"
 PinnedSource = SdistSource | GitSource
 
 

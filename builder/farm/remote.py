@@ -217,7 +217,9 @@ def cause_of(error: Exception, title: str, tries: int) -> str:
 
 def lost(cause: str) -> dict[str, Any]:
     """The outcome of a cell that left no record."""
-    remedy = "look at the workers (`ray status`, the logs of Ray), then repeat the command: finished builds are kept"
+    remedy = (
+        "find the cause with `ray status` and in Ray's logs on the worker, then repeat the command; finished builds are kept"
+    )
     return {"failure": {"kind": "farm", "exit_code": 51, "cause": cause, "remedy": remedy}}
 
 
@@ -243,11 +245,11 @@ def build_cell(job: dict[str, Any], project: bytes, foreman: Any) -> tuple[dict[
     if answer is None:
         absent = "No module named 'builder" in words
         cause = (
-            f"{machine} has no gracefarm, or an old one without --farm"
+            f"{machine} has no gracefarm, or a version that is too old for --farm"
             if absent
-            else f"the build on {machine} broke off: {words}"
+            else f"the build on {machine} ended without a result: {words}"
         )
-        remedy = f"install the same there: pip install 'gracefarm[farm]=={job['gracefarm'].split()[0]}'"
+        remedy = f"install this version on that worker: pip install 'gracefarm[farm]=={job['gracefarm'].split()[0]}'"
         answer = {**lost(cause), "unfit": absent}
         if absent:
             answer["failure"]["remedy"] = remedy

@@ -59,7 +59,7 @@ def _choose(
         names = ", ".join(package.filename for package in of_version)
         raise DigestError(
             f"{name} {version}: the index {index} has no file with sha256 {sha256}, only these files: {names}",
-            remedy="find out who changed the file, or correct the pinned digest; nothing was fetched",
+            remedy="ask the publisher of the file for its sha256; if the pinned digest is wrong, correct it",
         )
     if chosen.is_yanked:
         reason = f": {chosen.yanked_reason}" if chosen.yanked_reason else ", without a reason"

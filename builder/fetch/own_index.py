@@ -31,7 +31,7 @@ def fetch_wheel(wheel: LockedWheel, settings: Settings) -> tuple[Path, str]:
     if not files:
         raise DigestError(
             f"{wheel.name} {wheel.version}: {shown(wheel.index)} has no file with sha256 {wheel.sha256}",
-            remedy="find out who changed the file, or correct the pinned digest; nothing was fetched",
+            remedy="ask the publisher of the file for its sha256; if the pinned digest is wrong, correct it",
         )
     _require_told(wheel.name, wheel.version, wheel.index, files)
     filename, url, _ = files[0]

@@ -107,7 +107,7 @@ def choose(source: SdistSource, packages: Sequence[DistributionPackage], index: 
         theirs = ", ".join(f"{package.filename} with sha256 {package.digests['sha256']}" for package in sdists)
         raise DigestError(
             f"{wanted}: sha256 {source.sha256} is pinned, but the index {index} has {theirs}",
-            remedy="find out who changed the file, or correct the pinned digest; nothing was fetched",
+            remedy="ask the publisher of the file for its sha256; if the pinned digest is wrong, correct it",
         )
     if sdist.is_yanked:
         reason = f": {sdist.yanked_reason}" if sdist.yanked_reason else ", without a reason"

@@ -54,7 +54,9 @@ def project_page(project: str, index: str, credentials: tuple[str, str] | None) 
             except NoSuchProjectError as error:
                 raise _no_project(project, index) from error
             except (UnsupportedContentTypeError, UnsupportedRepoVersionError, requests.JSONDecodeError) as error:
-                raise FetchError(f"{shown(index)} is not a simple API", remedy=INDEX_REMEDY) from error
+                raise FetchError(
+                    f"{shown(index)} is not the address of a simple API (PEP 503)", remedy=INDEX_REMEDY
+                ) from error
             except requests.HTTPError as error:
                 status = error.response.status_code if error.response is not None else 0
                 reason = f"HTTP status {status}"

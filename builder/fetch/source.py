@@ -256,7 +256,7 @@ def _apply(patch: Path, tree: Path, recipe: LoadedRecipe) -> None:
     except GitError as error:
         raise SourceError(
             f"patch {patch.name} of {recipe.key} does not apply: {_where(patch, str(error))}",
-            remedy=f"rebase the patch on the pinned {recipe.data.name} {recipe.data.version}, or remove it",
+            remedy=f"change the patch for the pinned {recipe.data.name} {recipe.data.version}, or remove it",
         ) from error
 
 

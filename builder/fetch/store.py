@@ -170,7 +170,8 @@ def _verify(transfer: Transfer, request: Request) -> None:
     transfer.discard()
     raise DigestError(
         f"{transfer.download.what}: {shown(transfer.url)} has sha256 {got} ({size} bytes), but {expected} is pinned",
-        remedy="find out who changed the file, or correct the pinned digest; the fetched file was not kept",
+        remedy="ask the publisher of the file for its sha256; if the pinned digest is wrong, correct it; the fetched file was "
+        "not kept",
     )
 
 

@@ -70,7 +70,7 @@ class Solver:
         if match is None or not match[1].startswith(f"{self.url}/"):
             raise RootError(
                 f"apt printed a line that cannot be parsed: {line!r}",
-                remedy="run the command on Debian or Ubuntu, whose apt prints such lines as expected",
+                remedy="run the command on a Debian or Ubuntu machine with a different version of apt",
             )
         return Deb(
             name=match[2],
@@ -117,7 +117,8 @@ def solver(
     if shutil.which("apt-get") is None or not KEYRING.exists():
         raise HostError(
             f"a lock of Debian packages requires apt-get and Debian's keyring {KEYRING}, but one of them is not installed",
-            remedy="on Debian or Ubuntu, run `apt-get install debian-archive-keyring` as root; otherwise, use such a machine",
+            remedy="on Debian or Ubuntu, run `apt-get install debian-archive-keyring` as root; on a different system, run "
+            "the command on a Debian or Ubuntu machine",
         )
     url = debian_mirror.mirror(suite, settings)
     with TemporaryDirectory(prefix="gracefarm-apt-") as name:

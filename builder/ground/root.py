@@ -58,8 +58,9 @@ def ensure(stack: LoadedStack, host: Arch, target: Arch, settings: Settings, tic
     if final.is_dir():
         if (program := lost(final, stack, host, target)) is not None:
             raise RootError(
-                f"{program} is missing in the root {final}",
-                remedy="remove the root with `builder doctor --fix`; the next build assembles it again from the store",
+                f"{program} is missing in the root file system {final}",
+                remedy="remove it with `builder doctor --fix`; the next build assembles the root file system again from "
+                "downloaded packages",
                 repeat="builder doctor --fix",
             )
         return final
@@ -165,7 +166,7 @@ def _link_compilers(folder: Path, gcc: int, target: Arch) -> None:
         own = f"{prefix}{versioned}-{gcc}"
         if not (tools / own).exists():
             raise RootError(
-                f"the root has no /usr/bin/{own}",
+                f"the root file system of the stack has no /usr/bin/{own}",
                 remedy="correct [root], or gcc of [toolchain], in stack.toml, then run `builder lock STACK`",
             )
         for name in (plain, f"{prefix}{plain}"):
@@ -195,7 +196,8 @@ def _lay_out_python(folder: Path, python: str, host: Arch, target: Arch) -> None
     native = folder / NATIVE_PYTHON[1:]
     if not interpreter.is_file():
         raise RootError(
-            f"the root has no /usr/bin/python{python}", remedy="correct [root] in stack.toml, then run `builder lock STACK`"
+            f"the root file system of the stack has no /usr/bin/python{python}",
+            remedy="correct [root] in stack.toml, then run `builder lock STACK`",
         )
     if host is target:
         native.symlink_to(f"/usr/bin/python{python}")

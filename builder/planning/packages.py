@@ -94,7 +94,7 @@ def of_root(stack: LoadedStack, host: Arch, target: Arch) -> tuple[Deb, ...]:
     for request in wanted:
         if request not in have and request.partition(":")[0] not in have:
             raise ConfigError(
-                f"{stack.root_lock} does not have {request} of stack.toml in its packages for {key}",
+                f"{stack.root_lock} has no package {request} for {key}, but stack.toml requires it",
                 remedy=f"write the lock again with `{again}`",
                 repeat=again,
             )

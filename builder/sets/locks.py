@@ -67,7 +67,7 @@ def collect(of: LoadedSet, own: Sequence[Path], settings: Settings) -> list[Lock
         if not filename:
             raise ConfigError(
                 f"{of.runtime.requirements_lock} has no comment with the file name of {wheel.name} {wheel.version}",
-                remedy="write the lock again",
+                remedy=f"write the lock again with `{of.runtime.lock_command}`",
                 repeat=of.runtime.lock_command,
             )
         locked.append(

@@ -163,7 +163,7 @@ def _dry_run(plan: SetPlan, pylock: Path, home: Path, console: Console) -> None:
     if process.returncode:
         raise InstallError(
             f"uv cannot install from {pylock}: {explain(process.stderr)[1]}",
-            remedy="lock the set again, then repeat the build of the set",
+            remedy=f"lock the set again with `builder lock {of.data.name}`, then repeat `builder set run {of.data.name}`",
             repeat=" ".join(command),
         )
     lines = process.stderr.splitlines()

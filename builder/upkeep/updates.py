@@ -216,7 +216,10 @@ def _of_uv(python: str) -> Callable[[], list[Release]]:
         try:
             rows = json.loads(process.stdout)
         except json.JSONDecodeError as error:
-            raise HostError("the installed uv lists no Pythons", remedy="install a newer uv") from error
+            raise HostError(
+                "the installed uv lists no Pythons",
+                remedy="run `pip install --upgrade 'gracefarm[builder]' uv`, which installs a newer uv",
+            ) from error
         return [
             Release(version=row["version"], at=datetime.strptime(day[1], "%Y%m%d").replace(tzinfo=UTC))
             for row in rows

@@ -211,13 +211,14 @@ def _confirm(deployment: Deployment, console: Console, asked: Sequence[HostKey],
         if click.confirm("Are these the keys that the nodes' consoles show?", err=True):
             return
         raise SshError(
-            "the host keys were not accepted", remedy="compare the keys on the nodes' consoles, then repeat `deploy init`"
+            "the host keys were not accepted",
+            remedy="compare the fingerprints with those on the nodes' consoles, then repeat `deploy init`",
         )
     raise SshError(
         f"{len(asked)} host key{' is' if len(asked) == 1 else 's are'} new: "
         + "; ".join(f"{host_key.name} {host_key.fingerprint}" for host_key in asked),
-        remedy="compare the fingerprints on the nodes' consoles (`ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub`), then"
-        " repeat the command with --accept",
+        remedy="run `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` on each node's console, and compare the fingerprints; "
+        "then repeat the command with --accept",
         repeat=shlex.join(["deploy", "init", str(deployment.path), *(["--repin"] if repin else []), "--accept"]),
     )
 

@@ -22,7 +22,7 @@ from gracefarm.console import Console
 from gracefarm.errors import ExitCode, GracefarmError
 
 T = TypeVar("T")
-_GOES_ON = "interrupted; jobs on the nodes continue: attach to them with the same command, or stop them with `deploy down`"
+_GOES_ON = "interrupted; jobs on the nodes continue. To wait for them, repeat the command. To stop them, run `deploy down`"
 
 
 @contextmanager

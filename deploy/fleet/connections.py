@@ -54,7 +54,8 @@ class Connections:
     async def _open(self, node: Node) -> asyncssh.SSHClientConnection:
         if not self.known_hosts.is_file():
             raise SshError(
-                f"{node}: no host keys are pinned yet", remedy="run `deploy init`, which shows and pins the host keys"
+                f"{node}: the host keys of the nodes are not stored yet",
+                remedy="run `deploy init`, which shows the host keys and asks whether to trust them",
             )
         try:
             async with asyncio.timeout(self._timeout):
@@ -161,7 +162,8 @@ def explain(node: Node, error: BaseException) -> GracefarmError:
     if isinstance(error, asyncssh.HostKeyNotVerifiable):
         return SshError(
             f"{where}: the host key differs from the pinned key: {error.reason}",
-            remedy="compare the fingerprint on the node's console; if the node was reinstalled, run `deploy init --repin`",
+            remedy="compare the fingerprint with the one on the node's console; if the node was reinstalled, run `deploy "
+            "init --repin`",
         )
     if isinstance(error, asyncssh.PermissionDenied):
         return SshError(

@@ -77,7 +77,7 @@ async def forward_local(fleet: Fleet, node: Node, local_port: int, remote_port: 
     except OSError as error:
         raise SshError(
             f"port {local_port} of this machine cannot be used: {error.strerror}",
-            remedy="stop the program that uses this port, or give a different port",
+            remedy="stop the program that uses this port, or give a different port with --port or --dashboard-port",
         ) from error
     try:
         yield int(server.sockets[0].getsockname()[1])

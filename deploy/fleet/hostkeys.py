@@ -104,8 +104,8 @@ def refuse_changed(shown: Sequence[HostKey]) -> None:
         raise SshError(
             "the host key differs from the pinned one: "
             + "; ".join(f"{host_key.name} has {host_key.fingerprint}" for host_key in changed),
-            remedy="compare the fingerprint on the console of the node, since the connection may be intercepted; if the "
-            "node was reinstalled, run `deploy init --repin`",
+            remedy="compare the fingerprint with the one on the console of the node, since the connection may be "
+            "intercepted; if the node was reinstalled, run `deploy init --repin`",
         )
 
 

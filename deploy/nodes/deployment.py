@@ -93,7 +93,8 @@ class Folder(BaseModel):
             return (self.path / "id").read_text().strip()
         except FileNotFoundError as error:
             raise ConfigError(
-                f"{self.path} is not initialised", remedy="run `deploy init`, which pins the host keys"
+                f"{self.path} is not initialised: `deploy init` was not run yet",
+                remedy="run `deploy init`, which asks whether to trust the nodes",
             ) from error
 
     def make(self) -> None:

@@ -294,7 +294,7 @@ def _partition(question: Question, split: Split, pp: int, given: Sequence[int] |
         return balance(engine, model, split, pp)
     if len(given) != pp:
         raise LayoutError(
-            f"partition has {len(given)} stages, but pp is {pp}",
+            f"partition has {len(given)} stages, but pipeline_parallel is {pp}",
             remedy=f"set partition in [layout] to {pp} numbers, the number of layers of each stage",
         )
     if sum(given) != model.layers:
@@ -347,7 +347,7 @@ def _host(name: str, slots: Sequence[Slot], offload: float) -> int:
             raise LayoutError(
                 f"{name}: {used / GIB:.0f} GiB of the {machine.host / GIB:.0f} GiB of host memory on {machine.name} would be "
                 f"pinned for weights; the maximum is {HOST_SHARE:.0%}",
-                remedy="use more nodes, or nodes with more host memory; Llama 405B requires at least three GH200",
+                remedy="use more nodes, or nodes with more host memory",
             )
         most = max(most, used)
     return most

@@ -354,7 +354,7 @@ def _require_native(engine: Engine, layout: Layout, nodes: Sequence[NodePlan]) -
     if len({node.gpus for node in nodes}) > 1:
         each = ", ".join(f"{node.name} {node.gpus}" for node in nodes)
         raise LayoutError(
-            f"without Ray, all nodes must have the same number of ranks, but the plan has {each}",
+            f"without Ray, the plan must use the same number of GPUs on all nodes, but it uses {each}",
             remedy='set launcher = "ray"',
         )
 

@@ -183,7 +183,7 @@ def sudo(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         raise WorkerError(
             "node",
             f"{' '.join(command)}: {last}",
-            "run the command on this node yourself, or skip this step: `deploy up --skip cache`",
+            "fix this error on the node, then repeat `deploy up`; or skip this step: `deploy up --skip cache`",
         )
     return process
 

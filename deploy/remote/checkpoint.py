@@ -73,7 +73,9 @@ def _told_once(layers: dict[int, Counter[Entry]]) -> Json:
     for number in range(len(layers)):
         if number not in layers:
             raise WorkerError(
-                "fetch", f"the files have {len(layers)} layers, but layer {number} is missing", "download the files again"
+                "fetch",
+                f"the files have {len(layers)} layers, but layer {number} is missing",
+                "check the files with `deploy weights verify`",
             )
         kind = sorted((*entry, count) for entry, count in layers[number].items())
         if kind not in kinds:
@@ -115,7 +117,7 @@ def shards(folder: Path, index: dict[str, str] | None) -> tuple[str, ...]:
         raise WorkerError(
             "fetch",
             f"{folder}: {len(missing)} of {len(wanted)} files are missing, such as {missing[0]}",
-            "download the missing files",
+            "download the missing files with `deploy up --from weights`",
         )
     return wanted
 
@@ -154,4 +156,4 @@ def header(path: Path) -> Iterator[Entry]:
 
 
 def _wrong(path: Path, cause: str) -> WorkerError:
-    return WorkerError("fetch", f"{path}: {cause}", "download the file again")
+    return WorkerError("fetch", f"{path}: {cause}", "run `deploy weights verify --remove`, then `deploy up`")

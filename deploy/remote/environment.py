@@ -174,7 +174,9 @@ def _bring(request: Json, source: str, wanted: str, place: Path) -> None:
     )
     if process.returncode:
         reason = last_line(process.stderr or process.stdout)
-        raise WorkerError("python", f"{tool}: {reason}", "check the channels in conda's configuration")
+        raise WorkerError(
+            "python", f"{tool}: {reason}", "check on the node that the channels in conda's configuration can be reached"
+        )
 
 
 def _conda() -> list[str]:
@@ -203,7 +205,11 @@ def _failure(command: str, root: str, text: str) -> WorkerError:
     kind, words = explain(text[max(0, text.find("error:")) :] if command == "python" else text)
     words = words[:400]
     if kind == "disk":
-        return WorkerError("disk", f"no space left while installing to {root}", "free space on it: `deploy env gc`")
+        return WorkerError(
+            "disk",
+            f"no space left while installing to {root}",
+            "remove old environments with `deploy env gc`, then repeat the command",
+        )
     if command == "python":
         if kind == "digest":
             return WorkerError(
@@ -219,7 +225,11 @@ def _failure(command: str, root: str, text: str) -> WorkerError:
             "set index in deploy.toml to the index of this lock",
         )
     if kind in ("absent", "unsolved"):
-        return WorkerError("install", f"the index lacks a package of the lock: {words}", "add the lock's wheels to the index")
+        return WorkerError(
+            "install",
+            f"the index lacks a package of the lock: {words}",
+            "add the missing wheels of the lock to the index that `index` in deploy.toml names",
+        )
     return WorkerError("install", f"uv {command}: {words}", "check that the index serves every file of the lock")
 
 
@@ -327,7 +337,7 @@ def roll_back(request: Json) -> Json:
             if generation.name < current and target.name != now and (target / DESCRIPTION).is_file():
                 _point(root / link, Path(f"generations-{link}") / generation.name)
                 return {"from": now, "active": target.name, "generation": int(generation.name)}
-    raise WorkerError("nothing", "there is no earlier environment", "build an environment with `deploy env up`")
+    raise WorkerError("nothing", "there is no earlier environment to activate", "see the environments with `deploy env list`")
 
 
 def listing(request: Json) -> Json:

@@ -94,22 +94,22 @@ def explain(error: Exception, request: Json) -> WorkerError:
     elif isinstance(error, errors.RepositoryNotFoundError):
         cause = f"the repository {repo} is not accessible on the Hub" + ("" if has_token else " without a token")
         remedy = "check the name of the repository" + (
-            "; the token may be wrong or expired" if has_token else ", or set HF_TOKEN if it is private"
+            "; the token may be wrong or expired" if has_token else "; if the repository is private, set HF_TOKEN"
         )
     elif isinstance(error, errors.RevisionNotFoundError):
         kind, remedy = "fetch", "correct revision in [model] of deploy.toml"
         cause = f"{repo} has no revision {request.get('revision') or request.get('commit')}"
     elif getattr(getattr(error, "response", None), "status_code", None) == 401:
         cause = f"the Hub refuses the token for {repo} (401)"
-        remedy = "set HF_TOKEN to a new read token; this one may be expired"
+        remedy = "set HF_TOKEN to a new read token; the token in use may be expired"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         kind, cause = "disk", "no space left on the shared folder while downloading"
-        remedy = "free space on it, then repeat the command"
+        remedy = "free space on the shared folder, then repeat the command"
     elif refusal := busy(error):
         kind, cause, remedy = _busy_words(refusal, repo, has_token=has_token)
     else:
         kind, cause = "fetch", f"{repo}: {short(error)}"
-        remedy = "check that the node reaches the Hub (HF_ENDPOINT), then repeat the command"
+        remedy = "check that the node reaches the Hub (or the server in HF_ENDPOINT), then repeat the command"
     return WorkerError(kind, cause, remedy)
 
 

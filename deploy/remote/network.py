@@ -87,6 +87,6 @@ def _links() -> list[Json]:
     try:
         process = subprocess.run(["ip", "-json", "address"], capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise WorkerError("node", "the command `ip` is missing", "install iproute2") from error
+        raise WorkerError("node", "the command `ip` is missing", "install the package iproute2 on this node") from error
     links: list[Json] = json.loads(process.stdout or "[]")
     return links

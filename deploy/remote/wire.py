@@ -42,11 +42,19 @@ def event(kind: str, /, **fields: Any) -> None:
 def of_os(error: OSError, where: str) -> WorkerError:
     """The error for an OSError."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return WorkerError("disk", "no space left on the file system of " + where, "free space on it, then repeat the command")
+        return WorkerError(
+            "disk", "no space left on the file system of " + where, "free space on this file system, then repeat the command"
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return WorkerError("node", where + ": " + os.strerror(error.errno).lower(), "make it writable for the deploying user")
+        return WorkerError(
+            "node",
+            where + ": " + os.strerror(error.errno).lower(),
+            "give the user of the ssh connection permission to write to this path",
+        )
     if error.errno == errno.ESTALE:
         return WorkerError(
-            "node", where + ": the shared folder was unmounted (stale file handle)", "mount it again on this node"
+            "node",
+            where + ": the shared folder was unmounted (stale file handle)",
+            "mount the shared folder again on this node",
         )
     return WorkerError("node", f"{where}: {error}", "")

@@ -350,7 +350,7 @@ async def _give_up(fleet: Fleet, place: Node, spec: EngineSpec, progress: Progre
     raise EngineError(
         f"the engine answered no request within {spec.load:g} s and was stopped; its last phase was `{progress.phase}`, "
         f"for {progress.elapsed():.0f} s",
-        remedy="read the engine's log with `deploy logs`; if the engine only needs more time, increase load_timeout in "
+        remedy="read the engine's log with `deploy logs`; if the engine needs more time, increase load_timeout in "
         "[options] of deploy.toml",
     )
 

@@ -93,7 +93,7 @@ def matrix(engine: str) -> Matrix:
     table = tomllib.loads((resources.files("deploy") / "data" / "imports.toml").read_text())
     if engine not in table:
         raise ConfigError(
-            f"no import matrix for the engine {engine!r}",
+            f"gracefarm has no import tests for the engine {engine!r}",
             remedy=f"set engine in deploy.toml to one of: {', '.join(sorted(table))}",
         )
     return Matrix.model_validate(table[engine])

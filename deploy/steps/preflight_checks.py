@@ -202,7 +202,7 @@ def _names(survey: Survey) -> Judgement:
     name = survey.hostname
     local = [address for address in survey.resolves if address.startswith("127.") or address == "::1"]
     if not survey.resolves:
-        return _warn(f"{name} does not resolve", "add this name to /etc/hosts, because gloo and Ray look it up")
+        return _warn(f"{name} does not resolve", "add this name to /etc/hosts, because gloo and Ray look up this name")
     if local:
         remedy = (
             f"set the address of {name} in /etc/hosts to the node's private address; otherwise gloo and NCCL bind to "
@@ -221,8 +221,8 @@ def _route(seen: Pairs, expected: Expected) -> Judgement:
     if deaf:
         return _bad(
             "; ".join(f"cannot reach {peer} ({expected.addresses[peer]}): {error}" for peer, error in deaf.items()),
-            "check `private` in deploy.toml and the provider's firewall rules within the network: the nodes are in different "
-            "networks, or a firewall is between them",
+            "the nodes are in different networks, or a firewall is between them: check `private` in deploy.toml, and the "
+            "provider's firewall",
         )
     if lost := [
         f"{reached.bulk.stalled} {peer} ({expected.addresses[peer]})"
@@ -232,8 +232,8 @@ def _route(seen: Pairs, expected: Expected) -> Judgement:
         here = f"; the interface of this node has mtu {seen.mtu}" if seen.mtu else ""
         return _bad(
             f"64 KiB {' and '.join(lost)} do not arrive, but small packets do{here}",
-            "set a smaller mtu on every node (`ip link set dev NAME mtu 1500`), or allow jumbo frames on the switches: the "
-            "network drops packets of the size that the interfaces send",
+            "the network drops packets of the size that the interfaces send: set a smaller mtu on every node (`ip link set "
+            "dev NAME mtu 1500`), or allow jumbo frames on the switches",
         )
     times = [reached.rtt for reached in seen.reached.values() if reached.rtt is not None]
     if not seen.reached:
@@ -252,7 +252,7 @@ def _ports(seen: Pairs, expected: Expected) -> Judgement:
                 f"stop the process (`deploy down` stops the processes of this deployment; `ss -ltnp 'sport = :{port}'` shows "
                 "other processes)",
             )
-            + ", or set different ports in [ports]",
+            + ", or set different ports in [ports] of deploy.toml",
         )
     shut = [
         f"{peer}:{number}"
@@ -263,7 +263,10 @@ def _ports(seen: Pairs, expected: Expected) -> Judgement:
     ]
     if shut:
         text = ", ".join(shut[:3]) + (f" and {len(shut) - 3} more" if len(shut) > 3 else "")
-        return _bad(f"cannot connect to {text}", "open these ports within the private network")
+        return _bad(
+            f"cannot connect to {text}",
+            "allow connections to these ports between the nodes, in their firewalls and in the provider's firewall",
+        )
     if seen.taken:
         return _ok(f"{', '.join(seen.taken)} used by this deployment")
     return _ok("free and reachable" if seen.reached else "free")
@@ -300,12 +303,13 @@ def _share(survey: Survey, seen: Pairs, expected: Expected) -> Judgement:
 
 def _disk(disk: OwnDisk) -> Judgement:
     """The disk for logs, secrets and Ray's folder."""
-    remedy = f"free space on it (`df -h {disk.path}`), or set a different `local` in deploy.toml"
+    remedy = f"free space on this disk (`df -h {disk.path}`), or set a different `local` in deploy.toml"
     if disk.error == "No space left on device":
         return _bad(f"no space left on {disk.path}", remedy)
     if disk.error:
         return _bad(
-            f"{disk.path}: {disk.error}", "make the folder writable for the deploying user, or set a different `local`"
+            f"{disk.path}: {disk.error}",
+            "give the user of the ssh connection permission to write there, or set a different `local` in deploy.toml",
         )
     text = f"{disk.free / GIB:.1f} GiB free on {disk.path}"
     return _warn(f"{text}, which has Ray's logs and spilled objects", remedy) if disk.free < DISK else _ok(text)
@@ -325,7 +329,7 @@ def _python(python: NodePython, environment: ActiveEnvironment | None, source: s
     if passing and (environment or not python.error):
         return _ok(f"{python.version or python.error} of the system; the environment will have its own ({source})")
     if python.error and environment is None:
-        return _bad(python.error, "install python3")
+        return _bad(python.error, "install python3 on this node")
     if python.error and environment and source == "system":
         return _bad(
             python.error,
@@ -358,7 +362,7 @@ def _cuda(cuda: Cuda, gpus: int, rehearsal: bool) -> Judgement:
         return _bad("libcuda.so.1 is missing", "install the NVIDIA driver, or use an image that has it")
     if cuda.error:
         fabric = "802" in cuda.error
-        remedy = "start the fabric manager, or replace the node" if fabric else "reboot or replace the node"
+        remedy = "start NVIDIA's fabric manager on the node, or replace the node" if fabric else "reboot or replace the node"
         return _bad(f"the driver is installed but does not work: {cuda.error}", remedy)
     if len(cuda.gpus) < gpus:
         return _bad(f"{len(cuda.gpus)} GPUs instead of {gpus}", "correct `gpus` in deploy.toml, or replace the node")

@@ -189,7 +189,7 @@ def open_catalogue(path: Path) -> Catalogue:
     except sqlite3.DatabaseError as error:
         catalogue.close()
         raise ConfigError(
-            f"{path} is not a readable catalogue: {error}",
+            f"{path}, the database of the index, cannot be read: {error}",
             remedy="restore the file from a backup; or move it away, then import the wheels again with `index import FOLDER`",
         ) from error
     return catalogue

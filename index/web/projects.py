@@ -160,7 +160,9 @@ def choices_of(catalogue: Catalogue, name: str) -> list[WheelChoice]:
     """
     files = [*views.files(catalogue, ALL, name), *views.files(catalogue, NIGHTLY, name)]
     if not files:
-        raise NotFoundError(f"this index has no project {name!r}", remedy="see /, which lists all projects")
+        raise NotFoundError(
+            f"this index has no project {name!r}", remedy="open the page / of this index, which lists all projects"
+        )
     return sorted((choice_of(item) for item in files), key=_newest_first, reverse=True)
 
 

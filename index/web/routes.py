@@ -36,7 +36,9 @@ def web_routes(site: Site, render_page: RenderPage) -> list[Route]:
     async def static(request: Request) -> Response:
         name = request.path_params["name"]
         if name not in contents:
-            raise NotFoundError(f"this index has no {name!r}", remedy="see /, which lists all projects")
+            raise NotFoundError(
+                f"this index has no {name!r}", remedy="open the page / of this index, which lists all projects"
+            )
         return Response(contents[name], media_type=_MEDIA[name], headers={"Cache-Control": "public, max-age=86400"})
 
     def page(make: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:

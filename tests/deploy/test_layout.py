@@ -350,7 +350,7 @@ def assert_fits(engine: Engine, of: Model, one: Candidate) -> None:
             "a GPU has 110.8 GiB of weights",
         ),
         ({"tensor_parallel": 1, "partition": [12] * 10}, "partition has 120 layers, but the model has 126"),
-        ({"pipeline_parallel": 2, "partition": [60, 60, 6]}, "partition has 3 stages, but pp is 2"),
+        ({"pipeline_parallel": 2, "partition": [60, 60, 6]}, "partition has 3 stages, but pipeline_parallel is 2"),
         ({"max_model_len": 131073}, "the model was trained for 131072 tokens"),
         (
             {"tensor_parallel": 5, "pipeline_parallel": 2, "max_model_len": 40000},

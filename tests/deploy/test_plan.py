@@ -254,7 +254,7 @@ def test_what_starts_with_ray_alone_is_refused_without_it() -> None:
 
 
 def test_without_ray_every_node_has_the_same_number_of_ranks() -> None:
-    with pytest.raises(LayoutError, match="same number of ranks"):
+    with pytest.raises(LayoutError, match="same number of GPUs on all nodes"):
         made(2, "h100-80x8", engine="vllm", launcher="native", layout={"tensor_parallel": 4, "pipeline_parallel": 3})
 
 

@@ -213,7 +213,7 @@ def test_a_ruined_catalogue_is_told_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "root" / "catalogue" / "catalogue.db").write_bytes(b"no database " * 1000)
     process = run_index(tmp_path / "root", "stats", check=False)
     assert process.returncode == 3
-    assert "is not a readable catalogue" in process.stderr
+    assert "the database of the index, cannot be read" in process.stderr
     assert "Traceback" not in process.stderr
 
 

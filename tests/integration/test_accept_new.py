@@ -135,4 +135,4 @@ def test_an_index_that_says_another_digest_than_its_file_has_is_refused(farm: Fa
 
 def test_accept_new_is_about_named_recipes_of_a_project_of_ones_own(farm: Farm, tmp_path: Path) -> None:
     done = farm.run("build", "--changed", "--accept-new", "--yes")
-    assert (done.code, "requires names of recipes" in done.said) == (2, True), done.said
+    assert (done.code, "--accept-new and --changed cannot be used together" in done.said) == (2, True), done.said

@@ -163,7 +163,7 @@ def test_index_in_trouble_is_asked_again(server: Server, settings: Settings) -> 
 
 def test_what_is_no_index_says_so(server: Server, settings: Settings) -> None:
     server.served["/simple/thing/"] = Served(b"\x89PNG", "image/png")
-    with pytest.raises(FetchError, match="is not a simple API"):
+    with pytest.raises(FetchError, match="is not the address of a simple API"):
         fetch_sdist(source(), settings)
 
 

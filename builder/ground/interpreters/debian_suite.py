@@ -46,7 +46,7 @@ class DebianInterpreter:
         if arch not in locked.archs or locked.suite != self.source.suite:
             raise ConfigError(
                 f"{self.lock_file} has no packages of {self.source.suite} for {arch}",
-                remedy="write the lock again",
+                remedy=f"write the lock again with `builder lock {self.name}`",
                 repeat=f"builder lock {self.name}",
             )
         return locked.archs[arch].packages
