@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import warnings
@@ -23,6 +24,10 @@ LOCAL = "local"
 NAMESPACE = "gracefarm"
 CONNECT = 10.0
 "Seconds that an address may take to answer."
+HEAD_METHOD = "/ray.rpc.NodeInfoGcsService/GetClusterId"
+"A call that the head of a cluster answers."
+CLIENT_METHOD = "/ray.rpc.RayletDriver/ClusterInfo"
+"A call that the port for ray:// answers."
 ATTEMPTS = 3
 "A head gives a new client's process 30 s to start, which a busy head exceeds."
 ANSWER = 60.0
@@ -167,10 +172,34 @@ def _check(address: str) -> None:
             f"--farm {address}: not an address of a Ray cluster", remedy="use ray://HOST:10001, HOST:6379, auto or local"
         )
     if match is not None:
+        host, port = match[1].strip("[]"), int(match[2])
         try:
-            socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=CONNECT).close()
+            socket.create_connection((host, port), timeout=CONNECT).close()
         except (OSError, OverflowError) as error:
             raise _silent(address, str(getattr(error, "strerror", None) or error)) from error
+        _require_ray(address, f"{host}:{port}" if ":" not in host else f"[{host}]:{port}")
+
+
+def _require_ray(address: str, port: str) -> None:
+    """Require that Ray answers at a port. Ray itself would try for minutes, and print each attempt.
+
+    Raises:
+        FarmError: it does not answer, or a different program does.
+    """
+    import grpc
+
+    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+        return  # only Ray has the certificates
+    method = CLIENT_METHOD if address.startswith("ray://") else HEAD_METHOD
+    with grpc.insecure_channel(port, options=(("grpc.enable_http_proxy", 0),)) as channel:
+        try:
+            channel.unary_unary(method)(b"", timeout=CONNECT)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise _silent(address, f"the port does not answer within {CONNECT:.0f} s") from error
+            # Any other code is an answer of Ray, such as a refused token, for which Ray has a message.
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNIMPLEMENTED):
+                raise _silent(address, "this port belongs to a different program, or to a different service of Ray") from error
 
 
 def _silent(address: str, reason: str) -> FarmError:

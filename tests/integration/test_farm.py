@@ -6,6 +6,8 @@ import json
 import socket
 import sys
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 
@@ -71,12 +73,34 @@ def test_an_address_where_no_cluster_is(farm: Farm, address: str, exit_code: int
     assert words in ended.said
 
 
-@pytest.mark.slow
-def test_an_address_where_something_else_listens(farm: Farm, deaf: int) -> None:
+@pytest.fixture
+def web() -> Iterator[int]:
+    """The port of a web server."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+@pytest.mark.parametrize(
+    ("listener", "reason"),
+    [
+        ("deaf", "the port does not answer within 10 s"),
+        ("web", "this port belongs to a different program, or to a different service of Ray"),
+    ],
+)
+def test_an_address_where_something_else_listens(
+    farm: Farm, request: pytest.FixtureRequest, listener: str, scheme: str, reason: str
+) -> None:
+    address = f"{scheme}127.0.0.1:{request.getfixturevalue(listener)}"
     farm.recipe("tiny", projects.backend(QUICK))
-    ended = farm.run("build", "tiny", "--target", NATIVE, "--farm", f"ray://127.0.0.1:{deaf}")
-    assert (ended.code, "Traceback" in ended.said) == (51, False), ended.said
-    assert f"no Ray cluster answers at ray://127.0.0.1:{deaf}: ray client connection timeout" in ended.said
+    ended = farm.run("build", "tiny", "--target", NATIVE, "--farm", address)
+    assert ended.code == 51, ended.said
+    step, error, remedy = ended.err.splitlines()
+    assert f"connecting to {address}" in step
+    assert error == f"error: no Ray cluster answers at {address}: {reason}"
+    assert remedy.startswith("remedy: start the cluster"), "and Ray prints nothing"
 
 
 def test_a_farm_builds_in_the_sandbox_alone(farm: Farm) -> None:
