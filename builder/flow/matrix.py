@@ -10,7 +10,7 @@ from typing import Literal
 from packaging.utils import parse_wheel_filename
 
 from builder.flow import history
-from builder.planning.matrix import Cell
+from builder.planning.matrix import ROOT, Cell
 from builder.planning.plan import Plan
 from builder.planning.recipe import Recipe
 from builder.planning.settings import Settings
@@ -132,6 +132,7 @@ def _row(entry: CellReport) -> dict[str, object]:
         "torch": data.torch.version if device and data.torch is not None else "",
         "cuda": data.cuda if device else "",
         "python": entry.stack.python,
+        "interpreter": entry.cell.interpreter or ROOT,
         "target": entry.cell.target.value,
         "sm": list(entry.stack.sm) if device else [],
         "state": entry.state,

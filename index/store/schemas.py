@@ -15,6 +15,7 @@ RecipeName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._
 DocumentName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
 BuildId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 CellPython = Annotated[str, StringConstraints(pattern=r"^3\.[0-9]{1,2}t?$")]
+InterpreterName = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,127})?$")]
 SmName = Annotated[str, StringConstraints(pattern=r"^[0-9]{2,3}[a-z]?$")]
 DeviceDigest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 WheelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+!-]{0,250}\.whl$")]
@@ -45,6 +46,11 @@ class MatrixCell(SentDocument):
     "Version of CUDA, for example 13.0. Empty if the wheel has no device code."
     python: CellPython
     "Version of Python, for example 3.13. 3.14t is the free-threaded build."
+    interpreter: InterpreterName = ""
+    (
+        "Name of the interpreter on the build machine, for example 3.13-trixie. root: the Python of the stack's root. Empty: "
+        "unknown; the page `/board/` then shows `python`."
+    )
     target: CellTarget
     "Architecture of the wheel."
     sm: tuple[SmName, ...] = Field(default=(), max_length=64)

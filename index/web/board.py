@@ -44,6 +44,11 @@ class BoardCell:
         return f"{self.cell.stack} {self.cell.target}"
 
     @property
+    def python(self) -> str:
+        """Name of the Python, as `builder matrix` prints it."""
+        return self.cell.interpreter or self.cell.python
+
+    @property
     def sm(self) -> str:
         """The sm list as text, for example 90a, 100f."""
         return ", ".join(self.cell.sm)
@@ -174,6 +179,7 @@ def _order(shown: BoardCell) -> tuple[object, ...]:
         natural_order(shown.column),
         natural_order(shown.sm),
         natural_order(cell.python),
+        natural_order(shown.python),
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from builder.cli import cli
-from builder.cli.matrix import reports_of
+from builder.cli.matrix import reports_of, table_of
 from builder.flow.matrix import document
 from builder.planning import matrix, stack
 from builder.planning.matrix import Cell, Known, expand, only, parse, parts, shard
@@ -130,6 +131,16 @@ def test_a_blocked_cell_keeps_what_is_known_of_it(tmp_path: Path) -> None:
     assert [conv[name] for name in known] == ["1.7.0", "2.11.0", "13.0", "3.14t", ["90", "100"], "blocked"]
     assert [triton[name] for name in known] == ["3.2.0+git755d4164", "", "", "3.11", [], "blocked"]
     assert conv["reason"] == "stack cu130 has no lock for Python 3.14t"
+
+
+def test_the_document_names_each_python_as_the_table_does(tmp_path: Path) -> None:
+    settings = load().model_copy(update={"home": tmp_path, "project": REPOSITORY})
+    known = replace(KNOWN, recipes={"causal_conv1d": "cu130"})
+    found = reports_of(expand("python=root,3.11,3.13,3.13-trixie", known), settings)
+    assert [line[10:].split()[2] for line in table_of(found)[:-1]] == ["root", "3.11", "3.13", "3.13-trixie"]
+    rows = document("names", "", found)["cells"]
+    assert [row["interpreter"] for row in rows] == ["root", "3.11", "3.13", "3.13-trixie"]  # type: ignore[attr-defined]
+    assert [row["python"] for row in rows] == ["3.11", "3.11", "3.13", "3.13"]  # type: ignore[attr-defined]
 
 
 def test_a_part_of_the_cells_is_chosen_by_axes() -> None:
