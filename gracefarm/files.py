@@ -135,6 +135,18 @@ def lock(
         yield
 
 
+def locked(path: Path) -> bool:
+    """Whether a living process holds `lock` on the file."""
+    try:
+        with path.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def _wait_for_lock(stream: IO[str], keep_waiting: Callable[[], None] | None) -> None:
     if keep_waiting is None:
         fcntl.flock(stream, fcntl.LOCK_EX)

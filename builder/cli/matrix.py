@@ -12,6 +12,7 @@ from packaging.version import Version
 
 from builder.cli.options import stack_of, start
 from builder.flow import publishing
+from builder.flow.costs import Costs
 from builder.flow.matrix import CellReport, document, report
 from builder.ground.interpreters import catalogue
 from builder.planning import matrix, recipe, stack
@@ -87,14 +88,16 @@ def matrix_command(names: tuple[str, ...], selector: str, part: Part, url: str |
     A selector names the cells as a list of AXIS=VALUES. The axes are recipe, stack, torch, cuda, python, target and sm. A
     comma separates values, and 3.11..3.14 is a range. A + joins GPU architectures that one wheel contains.
 
-    Each line shows the state of a cell, and the CPU seconds and the disk space of its build. The states are:
+    Each line shows the state of a cell, and the CPU seconds and the disk space of its build. If the cell is not built, these
+    are estimated from another build of the recipe. The states are:
 
     \b
     built      the wheel exists on this machine
     served     the wheel of another Python can also be used for this cell (abi3)
-    failed     the last build failed
+    running    a build of the cell is running on this machine
+    failed     the last build failed or was interrupted
     blocked    the cell cannot be built; the line ends with the reason
-    not tried  no build was started yet
+    not tried  no build was started yet; the line ends with the hosts that it needs
 
     \b
     # List the cells of one recipe that the selector `default` names.
@@ -144,17 +147,18 @@ def table_of(reports: Sequence[CellReport]) -> list[str]:
     widths = [max((len(getattr(entry.cell, name)) for entry in reports), default=0) for name in ("recipe", "stack")]
     for entry in reports:
         cell = entry.cell
-        costs = [
-            f"{entry.cpu_seconds:,.0f} CPU s" if entry.cpu_seconds is not None else "",
-            f"{entry.disk_bytes / 1e6:,.0f} MB" if entry.disk_bytes is not None else "",
-            entry.reason,
-        ]
         python, sm = cell.interpreter or matrix.ROOT, "+".join(cell.sm or entry.stack.data.sm)
         names = f"{cell.recipe:{widths[0]}} {cell.stack:{widths[1]}}"
         row = f"{entry.state:9}  {names} {python:12} {cell.target:8} {sm:8} "
-        rows.append((row + ", ".join(cost for cost in costs if cost)).rstrip())
+        rows.append((row + ", ".join(filter(None, (_costs(entry.costs), entry.reason)))).rstrip())
     counts = Counter(entry.state for entry in reports)
     return [*rows, ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "no cells"]
+
+
+def _costs(costs: Costs) -> str:
+    cpu = f"{costs.cpu_seconds:,.0f} CPU s" if costs.cpu_seconds is not None else ""
+    disk = f"{costs.disk_bytes / 1e6:,.0f} MB" if costs.disk_bytes is not None else ""
+    return ", ".join(filter(None, (cpu, disk))) + (f" ({costs.estimate})" if costs.estimate else "")
 
 
 def cells_of(text: str, names: Sequence[str], settings: Settings, part: Part) -> list[Cell]:

@@ -82,7 +82,13 @@ def fetch(recipe: Recipe, settings: Settings, tick: Tick = no_tick, say: Say = s
 
 
 def absent(recipe: Recipe, settings: Settings) -> list[str]:
-    """URLs of what a build would fetch: pinned, and not on this machine yet. Crates are known when the source is unpacked."""
+    """As `absent_sources`, and the registry of crates, since crates are known when the source is unpacked."""
+    crates = [f"{REGISTRY}/: the crates in the source's Cargo.lock that are not here"] if recipe.build.rust else []
+    return absent_sources(recipe, settings) + crates
+
+
+def absent_sources(recipe: Recipe, settings: Settings) -> list[str]:
+    """URLs of what a build would fetch: pinned, and not on this machine yet."""
     source = recipe.source
     checkouts: list[tuple[str, str]] = [(repository.url, repository.commit) for repository in recipe.repositories]
     files = {file.sha256: file.origin for file in recipe.files if file.sha256}
@@ -92,8 +98,7 @@ def absent(recipe: Recipe, settings: Settings) -> list[str]:
     elif source.sha256 is not None:
         files[source.sha256] = source.origin
     commits = [f"{shown(url)} commit {commit}" for url, commit in checkouts if not repository_path(settings, commit).is_dir()]
-    crates = [f"{REGISTRY}/: the crates in the source's Cargo.lock that are not here"] if recipe.build.rust else []
-    return commits + [shown(url) for sha256, url in files.items() if not store_path(settings, sha256).exists()] + crates
+    return commits + [shown(url) for sha256, url in files.items() if not store_path(settings, sha256).exists()]
 
 
 def _evidence(file: File) -> str:

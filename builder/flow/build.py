@@ -46,7 +46,7 @@ def build(plan: Plan, options: BuildOptions, settings: Settings, console: Consol
         refuse_tree(plan.recipe)
 
     wait = f"waiting for another process, which is building {plan.build_id[:16]}"
-    with lock(settings.home / "locks" / f"build-{plan.build_id}", lambda: console.step("wait", wait)):
+    with lock(record.lock_path(settings, plan.build_id), lambda: console.step("wait", wait)):
         built = record.existing(plan, settings)
         folder = record.folder(settings, plan.build_id)
         attempt = Attempt(plan=plan, options=options, settings=settings, console=console, folder=folder)

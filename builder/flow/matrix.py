@@ -1,27 +1,31 @@
-"""The state of each cell of a matrix: built, served by the wheel of another cell, failed, blocked or not tried."""
+"""The state of each cell of a matrix: see `CellOutcome`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from packaging.utils import parse_wheel_filename
 
-from builder.flow import history
+from builder.flow import costs, history, to_fetch
+from builder.flow.costs import Costs
+from builder.planning import device_code
 from builder.planning.matrix import ROOT, Cell
 from builder.planning.plan import Plan
 from builder.planning.recipe import Recipe
 from builder.planning.settings import Settings
 from builder.planning.stack import LoadedStack
 from builder.proof import record
-from builder.proof.record import Record
+from builder.proof.record import Likeness, Record
 from gracefarm.errors import ConfigError, ExitCode, HostError
+from gracefarm.files import locked
 from gracefarm.pythons import serves
 from gracefarm.variants import split_label
 
-CellOutcome = Literal["built", "served", "failed", "blocked", "not tried"]
+CellOutcome = Literal["built", "served", "running", "failed", "blocked", "not tried"]
+INTERRUPTED = "the build was interrupted; a new build continues it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +40,10 @@ class CellReport:
     "None: the cell cannot be planned."
     state: CellOutcome
     reason: str = ""
-    "The first error of a failed cell; the reason of a blocked one; or the wheel that serves it."
+    "The first error of a failed cell; the reason of a blocked one; the wheel that serves it; or the hosts that it needs."
     build: Record | None = None
     "The record of this cell, or of the cell that serves it."
-    cpu_seconds: float | None = None
-    "Of the cell's build; if it is not built: of the last build of a similar cell of the recipe, else of any cell."
-    disk_bytes: int | None = None
-    "Size of the build's folder."
+    costs: Costs = field(default_factory=Costs)
 
 
 def report(
@@ -54,15 +55,7 @@ def report(
     records: Sequence[Record],
 ) -> CellReport:
     """The state of a cell; `make` plans it, `records` are all records of this machine, newest first."""
-    past = [build for build in records if build.recipe == cell.recipe and build.outcome == "built"]
-    unknown = CellReport(
-        cell=cell,
-        recipe=recipe,
-        stack=replace(stack, asked_sm=cell.sm),
-        plan=None,
-        state="not tried",
-        cpu_seconds=_cpu(past[0]) if past else None,
-    )
+    stack = replace(stack, asked_sm=cell.sm)
     plan, build, blocked = None, None, ""
     try:
         plan = make(cell)
@@ -70,24 +63,31 @@ def report(
         build = record.read(settings, plan.build_id)
     except (ConfigError, HostError) as error:
         plan, blocked = None, error.cause
-    alike = next((build for build in past if plan is not None and build.like == history.like(plan)), None)
-    unknown = replace(unknown, cpu_seconds=_cpu(alike) if alike is not None else unknown.cpu_seconds)
-    if build is None or build.failure is not None:
-        server = serving(cell, stack.python, make, settings, records)
-        if server is not None and server.wheel is not None:
-            reason = f"by {server.wheel.filename}"
-            return replace(unknown, plan=plan, state="served", reason=reason, build=server, cpu_seconds=None)
-    if blocked:
-        return replace(unknown, state="blocked", reason=blocked)
-    if build is None:
-        return replace(unknown, plan=plan)
-    if build.failure is not None:
-        # A failed fetch says nothing about the cell.
-        state: CellOutcome = "blocked" if build.failure.exit_code in (ExitCode.FETCH, ExitCode.HOST) else "failed"
-        return replace(unknown, plan=plan, state=state, reason=build.failure.cause, build=build)
-    files = (path for path in record.folder(settings, build.build_id).rglob("*") if path.is_file() and not path.is_symlink())
-    disk = sum(path.stat().st_size for path in files)
-    return replace(unknown, plan=plan, state="built", build=build, cpu_seconds=_cpu(build), disk_bytes=disk)
+    entry = CellReport(cell=cell, recipe=recipe, stack=stack, plan=plan, state="not tried")
+    if build is not None and build.outcome == "built":
+        return replace(entry, state="built", build=build, costs=costs.measured(build, settings))
+    server = serving(cell, stack.python, make, settings, records)
+    if server is not None and server.wheel is not None:
+        return replace(entry, state="served", reason=f"by {server.wheel.filename}", build=server)
+    past = [build for build in records if build.recipe == cell.recipe and build.outcome == "built"]
+    like = history.like(plan) if plan is not None else _like(cell, recipe, stack)
+    entry = replace(entry, costs=costs.estimated(like, past, settings))
+    if plan is None:
+        return replace(entry, state="blocked", reason=blocked)
+    if locked(record.lock_path(settings, plan.build_id)):
+        return replace(entry, state="running")
+    if build is None or build.failure is None:
+        return replace(entry, reason=to_fetch.sentence(plan, settings))
+    # A failed fetch says nothing about the cell.
+    state: CellOutcome = "blocked" if build.failure.exit_code in (ExitCode.FETCH, ExitCode.HOST) else "failed"
+    return replace(entry, state=state, reason=INTERRUPTED if build.unfinished else build.failure.cause, build=build)
+
+
+def _like(cell: Cell, recipe: Recipe, stack: LoadedStack) -> Likeness:
+    """The likeness of a cell that cannot be planned."""
+    ptx = device_code.first(stack.asked_ptx, recipe.wheel.ptx, stack.data.ptx)
+    facts = {"sm": sorted(stack.sm), "ptx": ptx} if recipe.build.cuda else {}
+    return record.likeness(cell.stack, {"target": cell.target.value, "stack": facts})
 
 
 def serving(
@@ -113,10 +113,6 @@ def _stable(filename: str, python: str) -> bool:
     return any(tag.abi.startswith("abi3") and serves(tag, python) for tag in tags)
 
 
-def _cpu(build: Record) -> float:
-    return round(sum(stage.cpu_s or 0 for stage in build.stages), 1)
-
-
 def document(name: str, selector: str, reports: Sequence[CellReport]) -> dict[str, object]:
     """The document of `builder matrix --json` and of `PUT /matrix/NAME` of the index (docs/schema/matrix.json)."""
     return {"name": name, "selector": selector, "made": record.now(), "cells": [_row(entry) for entry in reports]}
@@ -139,6 +135,7 @@ def _row(entry: CellReport) -> dict[str, object]:
         "build_id": build.build_id if build is not None else plan.build_id if plan is not None else None,
         "wheel": build.wheel.filename if build is not None and build.wheel is not None else None,
         "reason": entry.reason,
-        "cpu_seconds": entry.cpu_seconds,
-        "disk_bytes": entry.disk_bytes,
+        "cpu_seconds": entry.costs.cpu_seconds,
+        "disk_bytes": entry.costs.disk_bytes,
+        "estimate": entry.costs.estimate,
     }

@@ -250,6 +250,13 @@ class Interpreter(Protocol):
             ConfigError: it has no pin for that architecture.
         """
 
+    def absent(self, arch: Arch, settings: Settings) -> list[str]:
+        """URLs (also package URLs) of its files that are not in the store.
+
+        Raises:
+            ConfigError: it has no pin for that architecture.
+        """
+
     def unpack(self, arch: Arch, folder: Path, settings: Settings, tick: Tick) -> None:
         """Unpack it into an empty folder: bin/pythonX.Y, lib/pythonX.Y, include/pythonX.Y.
 

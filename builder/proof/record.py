@@ -180,10 +180,14 @@ class Record(Table):
         return likeness(self.stack, self.inputs)
 
     @property
+    def unfinished(self) -> bool:
+        """Whether the build is running or was interrupted."""
+        return self.failure is not None and self.failure.kind == ExitCode.INTERRUPTED.name.lower()
+
+    @property
     def state(self) -> str:
-        """The outcome, or `unfinished` for a build that is running or was interrupted."""
-        interrupted = self.failure is not None and self.failure.kind == ExitCode.INTERRUPTED.name.lower()
-        return "unfinished" if interrupted else self.outcome
+        """The outcome, or `unfinished`."""
+        return "unfinished" if self.unfinished else self.outcome
 
 
 def now() -> str:
@@ -224,6 +228,11 @@ SCRATCH = ("work", "smoke", "raw", "raw-source", LICENSES, "embedded", "repaired
 def folder(settings: Settings, build_id: str) -> Path:
     """Folder of one build: record.json, log.txt, dist/, work/."""
     return settings.home / "builds" / build_id
+
+
+def lock_path(settings: Settings, build_id: str) -> Path:
+    """Path of the lock that the process of a running build holds."""
+    return settings.home / "locks" / f"build-{build_id}"
 
 
 def path(settings: Settings, build_id: str) -> Path:

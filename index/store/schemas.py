@@ -19,7 +19,7 @@ InterpreterName = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-
 SmName = Annotated[str, StringConstraints(pattern=r"^[0-9]{2,3}[a-z]?$")]
 DeviceDigest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 WheelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+!-]{0,250}\.whl$")]
-CellState = Literal["built", "served", "failed", "blocked", "not tried"]
+CellState = Literal["built", "served", "running", "failed", "blocked", "not tried"]
 CellTarget = Literal["aarch64", "x86_64"]
 
 MAX_CELLS = 100_000
@@ -58,7 +58,7 @@ class MatrixCell(SentDocument):
     state: CellState
     (
         "State of the cell. `built` and `failed`: the result of the build. `served`: the wheel of another cell also works for "
-        "this cell. `blocked`: the build is not possible."
+        "this cell. `running`: a build is running. `blocked`: the build is not possible."
     )
     build_id: BuildId | None = None
     "Build id. null: not built yet."
@@ -66,13 +66,15 @@ class MatrixCell(SentDocument):
     "File name of the wheel. null: not built yet."
     reason: str = ""
     (
-        "Explanation of the state: the error of a failed cell, the cause for a blocked cell, or the wheel for a served cell. "
-        "The page `/board/` shows its first 2,000 characters."
+        "Explanation of the state: the error of a failed cell, the cause for a blocked cell, the wheel for a served cell, or "
+        "the hosts from which a cell that was not tried fetches files. The page `/board/` shows its first 2,000 characters."
     )
     cpu_seconds: float | None = Field(default=None, ge=0, lt=1e15, allow_inf_nan=False)
     "Measured or expected CPU seconds of the build."
     disk_bytes: int | None = Field(default=None, ge=0, lt=10**15)
     "Measured or expected disk space of the build, in bytes."
+    estimate: ShortText = ""
+    "The build that the expected CPU seconds and disk space come from. Empty: they were measured, or are unknown."
 
 
 class MatrixDocument(SentDocument):

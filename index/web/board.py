@@ -25,7 +25,7 @@ MAX_SHOWN = 5000
 MAX_TEXT = 2000
 "Maximum characters of a selector or reason to show."
 
-STATES: tuple[CellState, ...] = ("built", "served", "failed", "blocked", "not tried")
+STATES: tuple[CellState, ...] = ("built", "served", "running", "failed", "blocked", "not tried")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 from builder.planning.stack import host_arch
 from tests import projects
 from tests.conftest import Farm
@@ -36,3 +40,24 @@ def test_a_selection_of_one_cell_ends_with_the_table_too(farm: Farm) -> None:
     done = farm.run("build", "tiny", "--matrix", f"target={NATIVE}")
     assert (done.code, table(done)) == (50, ["blocked"]), done.said
     assert farm.run("build", "tiny", "--target", NATIVE).code == 10
+
+
+def test_a_build_is_running_until_its_process_ends(farm: Farm) -> None:
+    """The process is killed, so nothing writes the end of the build."""
+    farm.recipe("tiny", projects.backend(f"import time\ntime.sleep(600)\n{QUICK}"))
+    environment = projects.environment(farm.environment)
+    command = [sys.executable, "-m", "builder", "build", "tiny", "--target", NATIVE]
+    assert state(farm) == "not tried"
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as build:
+        assert build.stderr is not None
+        for line in build.stderr:
+            if "compile" in line:
+                break
+        assert state(farm) == "running"
+        build.kill()
+    assert state(farm) == "failed"
+
+
+def state(farm: Farm) -> str:
+    done = farm.run("matrix", "tiny", "--matrix", f"target={NATIVE}", "--json")
+    return str(json.loads(done.out)["cells"][0]["state"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +11,20 @@ import pytest
 from click.testing import CliRunner
 
 from builder.cli import cli
-from builder.cli.matrix import reports_of, table_of
+from builder.cli.matrix import plan_cell, reports_of, table_of
+from builder.compiling.units import DeviceStatistics
+from builder.fetch import store_path
+from builder.flow.build import CUT_OFF
+from builder.flow.costs import Costs
 from builder.flow.matrix import document
 from builder.planning import matrix, stack
 from builder.planning.matrix import Cell, Known, expand, only, parse, parts, shard
-from builder.planning.settings import load
+from builder.planning.settings import Settings, load
 from builder.planning.stack import Arch
+from builder.proof import record
+from builder.proof.record import Record, Stage
 from gracefarm.errors import ConfigError, UsageError
+from gracefarm.files import lock
 from tests.conftest import REPOSITORY
 
 KNOWN = Known(
@@ -135,12 +143,104 @@ def test_a_blocked_cell_keeps_what_is_known_of_it(tmp_path: Path) -> None:
 
 def test_the_document_names_each_python_as_the_table_does(tmp_path: Path) -> None:
     settings = load().model_copy(update={"home": tmp_path, "project": REPOSITORY})
-    known = replace(KNOWN, recipes={"causal_conv1d": "cu130"})
-    found = reports_of(expand("python=root,3.11,3.13,3.13-trixie", known), settings)
+    found = reports_of(expand("python=root,3.11,3.13,3.13-trixie", CONV), settings)
     assert [line[10:].split()[2] for line in table_of(found)[:-1]] == ["root", "3.11", "3.13", "3.13-trixie"]
     rows = document("names", "", found)["cells"]
     assert [row["interpreter"] for row in rows] == ["root", "3.11", "3.13", "3.13-trixie"]  # type: ignore[attr-defined]
     assert [row["python"] for row in rows] == ["3.11", "3.11", "3.13", "3.13"]  # type: ignore[attr-defined]
+
+
+CONV = replace(KNOWN, recipes={"causal_conv1d": "cu130"})
+
+
+def write_built(cell: Cell, settings: Settings, **values: object) -> None:
+    """The record of a successful build of the cell as it is planned now."""
+    plan = plan_cell(cell, settings)
+    build = Record(
+        build_id=plan.build_id,
+        recipe=cell.recipe,
+        name=plan.recipe.data.name,
+        version=plan.recipe.data.version,
+        stack=cell.stack,
+        interpreter=cell.interpreter,
+        inputs=plan.inputs,
+        outcome="built",
+        finished=f"2026-11-{values.pop('day', 1):02}T00:00:00+00:00",
+    )
+    record.write(build.model_copy(update=values), settings)
+
+
+def compiled(cpu_s: float) -> tuple[Stage, ...]:
+    return (Stage(name="compile", wall_s=1, cpu_s=cpu_s),)
+
+
+def costs_of(text: str, settings: Settings) -> Costs:
+    (found,) = reports_of(expand(text, CONV), settings)
+    assert found.state == "not tried"
+    return found.costs
+
+
+def test_a_cell_that_is_not_built_has_the_costs_of_a_similar_build_without_caches(tmp_path: Path) -> None:
+    settings = load().model_copy(update={"home": tmp_path, "project": REPOSITORY})
+    assert costs_of("python=root", settings) == Costs()
+    taken = DeviceStatistics(text=3, nvvm=0, ptx=3, misses=0, cpu_s=1, saved_cpu_s=250)
+    (there,) = expand("python=root", CONV)
+    write_built(there, settings, day=2, stages=compiled(100), device_code=taken, work_bytes=5 << 30)
+    (built,) = reports_of([there], settings)
+    assert (built.state, built.costs.cpu_seconds, built.costs.estimate) == ("built", 100, "")
+
+    alike = costs_of("python=3.13-trixie", settings)
+    assert (alike.cpu_seconds, alike.estimate) == (350, "estimated from a similar build")
+    assert 5 << 30 < (alike.disk_bytes or 0) < 6 << 30, "the working folder, and the finished build"
+    other = costs_of("target=x86_64 sm=90+100", settings)
+    assert (other.cpu_seconds, other.estimate) == (350, "estimated from a build for target aarch64, sm 90")
+    assert "350 CPU s, 5,3" in table_of(reports_of(expand("python=3.13-trixie", CONV), settings))[0]
+
+    (older,) = expand("python=3.13", CONV)
+    write_built(older, settings, day=1, stages=compiled(400))
+    assert costs_of("python=3.13-trixie", settings).cpu_seconds == 400, "the build that used no results of a cache"
+
+
+def test_a_cell_that_cannot_be_planned_has_estimates_too(tmp_path: Path) -> None:
+    settings = load().model_copy(update={"home": tmp_path, "project": REPOSITORY})
+    (there,) = expand("python=root", CONV)
+    write_built(there, settings, stages=compiled(100))
+    (blocked,) = reports_of(expand("python=3.14t", CONV), settings)
+    assert (blocked.state, blocked.costs.cpu_seconds) == ("blocked", 100)
+    assert blocked.costs.estimate == "estimated from a similar build"
+
+
+def test_a_cell_that_was_not_tried_names_the_hosts_of_what_is_missing(tmp_path: Path) -> None:
+    mirrors = {"https://github.com/astral-sh/": "https://pythons.example/"}
+    settings = load().model_copy(update={"home": tmp_path, "project": REPOSITORY, "mirrors": mirrors})
+
+    def reason(python: str) -> str:
+        (found,) = reports_of(expand(f"python={python}", CONV), settings)
+        assert found.state == "not tried"
+        return found.reason
+
+    assert reason("root") == "fetches: the Python index; not in the store yet"
+    assert reason("3.13") == "fetches: pythons.example, the Python index; not in the store yet"
+    assert reason("3.13-trixie") == "fetches: the Debian archive, the Python index; not in the store yet"
+    for path in (REPOSITORY / "interpreters" / "3.13").glob("interpreter.toml"):
+        for sha256 in re.findall(r'^sha256 = "(\w+)"', path.read_text(), flags=re.MULTILINE):
+            store_path(settings, sha256).parent.mkdir(parents=True)
+            store_path(settings, sha256).touch()
+    assert reason("3.13") == "fetches: the Python index; not in the store yet"
+
+
+def test_a_running_build_is_not_a_failed_one(tmp_path: Path) -> None:
+    settings = load().model_copy(update={"home": tmp_path, "project": REPOSITORY})
+    (cell,) = expand("python=root", CONV)
+    write_built(cell, settings, outcome="failed", failure=CUT_OFF)
+
+    def state() -> tuple[str, str]:
+        (found,) = reports_of([cell], settings)
+        return found.state, found.reason
+
+    with lock(record.lock_path(settings, plan_cell(cell, settings).build_id)):
+        assert state() == ("running", "")
+    assert state() == ("failed", "the build was interrupted; a new build continues it")
 
 
 def test_a_part_of_the_cells_is_chosen_by_axes() -> None:

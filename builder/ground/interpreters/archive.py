@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from builder import elf
-from builder.fetch import Download, archive, download
+from builder.fetch import Download, archive, download, store_path
 from builder.ground.interpreters.tables import Archive, ArchiveSource
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch
@@ -67,6 +67,11 @@ class ArchiveInterpreter:
         """See Interpreter."""
         content = ["archive", LAYOUT, arch.value, self.python, self._archive(arch).sha256]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def absent(self, arch: Arch, settings: Settings) -> list[str]:
+        """See Interpreter."""
+        pinned = self._archive(arch)
+        return [] if store_path(settings, pinned.sha256).exists() else [pinned.url]
 
     def unpack(self, arch: Arch, folder: Path, settings: Settings, tick: Tick) -> None:
         """See Interpreter."""

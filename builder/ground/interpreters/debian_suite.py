@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from builder.fetch import store_path
 from builder.ground import debian
 from builder.ground.interpreters.tables import DebianSource, InterpreterLock
 from builder.planning.packages import Deb
@@ -55,6 +56,11 @@ class DebianInterpreter:
         """See Interpreter."""
         content = ["debian", LAYOUT, arch.value, self.python, sorted(deb.identity for deb in self._debs(arch))]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def absent(self, arch: Arch, settings: Settings) -> list[str]:
+        """See Interpreter."""
+        debs = [deb for deb in self._debs(arch) if not store_path(settings, deb.sha256).exists()]
+        return [f"pkg:deb/debian/{deb.name}@{deb.version}?arch={deb.arch}" for deb in debs]
 
     def unpack(self, arch: Arch, folder: Path, settings: Settings, tick: Tick) -> None:
         """See Interpreter."""

@@ -24,12 +24,10 @@ def ensure(interpreter: Interpreter, host: Arch, target: Arch, root: Path, setti
         ConfigError, FetchError, DigestError, RootError: see Interpreter.
         HostError, DiskFullError.
     """
-    content = [host.value, interpreter.digest(target)]
-    name = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    final = settings.home / "interpreters" / name
+    final = _place(interpreter, host, target, settings)
     if final.is_dir():
         return final / "python"
-    with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process is assembling this")):
+    with lock(final.with_name(f"{final.name}.lock"), lambda: tick(0, None, "another process is assembling this")):
         if not final.is_dir():
             native = None if host is target else ensure(interpreter, host, host, root, settings, tick)
             with atomic_directory(final) as environment:
@@ -40,6 +38,17 @@ def ensure(interpreter: Interpreter, host: Arch, target: Arch, root: Path, setti
                 tick(0, None, f"byte-compiling Python {interpreter.python}")
                 compile_files(root, INSIDE, environment, python=native_python(interpreter, host, native or folder))
     return final / "python"
+
+
+def absent(interpreter: Interpreter, host: Arch, target: Arch, settings: Settings) -> list[str]:
+    """URLs of the files that `ensure` would fetch for the build of a cell."""
+    wanted = [arch for arch in sorted({host, target}) if not _place(interpreter, host, arch, settings).is_dir()]
+    return [url for arch in wanted for url in interpreter.absent(arch, settings)]
+
+
+def _place(interpreter: Interpreter, host: Arch, target: Arch, settings: Settings) -> Path:
+    content = [host.value, interpreter.digest(target)]
+    return settings.home / "interpreters" / hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def native_python(interpreter: Interpreter, host: Arch, folder: Path) -> NativePython:
