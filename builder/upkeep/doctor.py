@@ -74,8 +74,8 @@ def checks(settings: Settings) -> list[HostCheck]:
         python(),
         _venv(),
         _packages(),
-        _version("git", ["git", "--version"], GIT, "sources by commit"),
-        _version("bubblewrap", ["bwrap", "--version"], BWRAP, "the sandbox"),
+        _version("git", ["git", "--version"], GIT, "it fetches commits"),
+        _version("bubblewrap", ["bwrap", "--version"], BWRAP, "it starts the sandbox"),
         _sandbox(),
         _memory(),
         _disk(settings),
@@ -113,7 +113,7 @@ def fix(checks: Sequence[HostCheck], settings: Settings) -> None:
 def python() -> HostCheck:
     """The Python that runs this program."""
     # Not by Version: Ubuntu 22.04's python3.11 is a release candidate, which Version puts before 3.11.
-    remedy = f"use Python {'.'.join(map(str, PYTHON))} or later"
+    remedy = f"install gracefarm with Python {'.'.join(map(str, PYTHON))} or later"
     return HostCheck("python", sys.version_info >= PYTHON, f"{platform.python_version()} ({sys.executable})", remedy)
 
 
@@ -121,17 +121,19 @@ def _venv() -> HostCheck:
     missing = [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]
     package = f"python{sys.version_info.major}.{sys.version_info.minor}-venv"
     state = f"no module {missing[0]}" if missing else "present"
-    return HostCheck("venv", not missing, state, f"apt-get install {package}", (package,) if missing else ())
+    return HostCheck("venv", not missing, state, f"run as root: apt-get install {package}", (package,) if missing else ())
 
 
 def _packages() -> HostCheck:
     wanted = system_packages()
     if shutil.which("dpkg-query") is None:
         ok = all(shutil.which(name) for name in ("bwrap", "dpkg-deb", "git", "tar"))
-        return HostCheck("system packages", ok, "not Debian or Ubuntu", f"install the counterparts of {', '.join(wanted)}")
+        return HostCheck(
+            "system packages", ok, "not Debian or Ubuntu", f"install the packages that correspond to {', '.join(wanted)}"
+        )
     missing = tuple(package for package in wanted if not _installed(package))
     state = f"missing: {', '.join(missing)}" if missing else f"all {len(wanted)} installed"
-    remedy = f"apt-get install {' '.join(missing)} (as root, or `builder doctor --fix`)"
+    remedy = f"run `builder doctor --fix`; or run as root: apt-get install {' '.join(missing)}"
     return HostCheck("system packages", not missing, state, remedy, missing)
 
 
@@ -141,7 +143,7 @@ def _installed(package: str) -> bool:
 
 
 def _version(package: str, command: list[str], least: Version, why: str) -> HostCheck:
-    remedy = f"apt-get install {package} ({least} or later: {why})"
+    remedy = f"run as root: apt-get install {package} ({least} or later: {why})"
     if shutil.which(command[0]) is None:
         return HostCheck(package, False, "not installed", remedy, (package,))
     text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
@@ -155,7 +157,8 @@ def _sandbox() -> HostCheck:
     problem = sandbox.check()
     user = "root" if os.geteuid() == 0 else "an ordinary user"
     remedy = (
-        "`builder doctor --fix` as root; in a container: allow user namespaces (docker: --privileged, or a seccomp profile)"
+        "run `builder doctor --fix` as root; if this machine is a container, allow user namespaces in it (docker: "
+        "--privileged, or a seccomp profile)"
     )
     return HostCheck("sandbox", problem is None, problem or f"starts, as {user}", remedy)
 
@@ -163,14 +166,16 @@ def _sandbox() -> HostCheck:
 def _memory() -> HostCheck:
     have = psutil.virtual_memory().total
     state = f"{have / 2**30:.1f} GiB, {os.cpu_count()} cores"
-    return HostCheck("memory", have >= MEMORY, state, f"one compile job requires {MEMORY >> 30} GiB")
+    return HostCheck(
+        "memory", have >= MEMORY, state, f"use a machine with at least {MEMORY >> 30} GiB: one compile job requires that much"
+    )
 
 
 def _disk(settings: Settings) -> HostCheck:
     place = next(folder for folder in (settings.home, *settings.home.parents) if folder.exists())
     free = shutil.disk_usage(place).free
     used = (settings.home / "environments").is_dir()
-    remedy = f"free {DISK >> 30} GiB there, or set GRACEFARM_HOME to a larger disk"
+    remedy = f"free {DISK >> 30} GiB on this disk, or set GRACEFARM_HOME to a folder on a larger disk"
     return HostCheck("disk", used or free >= DISK, f"{free / 2**30:.0f} GiB free for {settings.home}", remedy)
 
 
@@ -186,7 +191,7 @@ def _index(settings: Settings) -> HostCheck:
 
 def _reach(name: str, url: str, setting: str, base: str) -> HostCheck:
     """Request a page as the fetch does."""
-    remedy = f"check the network to it, or set {setting} to a mirror"
+    remedy = f"check the network to this address, or set {setting} to the address of a mirror"
     if url.startswith("file://"):
         return HostCheck(name, Path(base.removeprefix("file://")).is_dir(), shown(base), remedy)
     address, credentials = split_credentials(url)
@@ -214,7 +219,7 @@ def _stacks(settings: Settings) -> list[HostCheck]:
         for target, variant in product(loaded.root.hosts.get(host, ()), (loaded, *with_rust)):
             place = _root_of(variant, target, settings)
             if place.is_dir() and (program := root.lost(place, variant, host, target)):
-                remedy = "remove the root with `builder doctor --fix`; the next build assembles it again from the store"
+                remedy = "remove this root file system with `builder doctor --fix`; the next build assembles it again"
                 checks.append(HostCheck(f"root {place.name}", False, f"{program} is missing", remedy))
     return [*(_mirror(suite, settings) for suite in sorted(suites)), *checks]
 

@@ -222,7 +222,7 @@ def _failure(command: str, root: str, text: str) -> WorkerError:
         return WorkerError(
             "digest",
             f"the index has a different file than the lock pins: {words}",
-            "set index in deploy.toml to the index of this lock",
+            "set index in deploy.toml to the index for which this lock was written",
         )
     if kind in ("absent", "unsolved"):
         return WorkerError(
