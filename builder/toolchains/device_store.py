@@ -8,14 +8,17 @@ from __future__ import annotations
 import hashlib
 import os
 from contextlib import suppress
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from builder.box.sandbox import BindMount
 from builder.planning.ground import Ground
-from builder.planning.plan import Plan, wrappers_digest
+from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from builder.planning.stack import host_arch
 from builder.toolchains.ccache import OFF
+from builder.toolchains.wrappers import DEVICE_MODULES
 from gracefarm.errors import ConfigError
 from gracefarm.files import sha256_file
 from gracefarm.tables import parse_size
@@ -54,14 +57,21 @@ def variables(ground: Ground) -> dict[str, str]:
     return {"GRACEFARM_DEVICE_STORE": STORE, "GRACEFARM_DEVICE_COMPILERS": compilers_digest(ground)}
 
 
-def compilers_digest(ground: Ground) -> str:
-    """Digest of everything, besides the options, that determines the output of the passes: the compilers, the libraries that
-    they use, and device.py."""
+def compilers_digest(ground: Ground, scripts: Traversable | None = None) -> str:
+    """Digest of everything that determines the output of the passes, except their input and options: the compilers, the
+    libraries that they use, device.py and the modules that it imports.
+
+    The other compiler scripts, for example `nvcc`, can only change the input and the options. The keys contain both.
+
+    `scripts`: the folder with the compiler scripts; None: the builder's own.
+    """
     assert ground.compiler is not None
     programs = [path for name in _COMPILERS for path in sorted(ground.compiler.glob(f"nvidia/*/{name}"))]
     libraries = [ground.root / "lib" / host_arch().triplet / name for name in _LIBRARIES]
     digests = [sha256_file(path) for path in (*programs, *libraries)]
-    return hashlib.sha256("\n".join([*digests, wrappers_digest()]).encode()).hexdigest()
+    source = scripts or files("builder") / "data" / "toolchain"
+    digests += [hashlib.sha256((source / name).read_bytes()).hexdigest() for name in ("device.py", *DEVICE_MODULES)]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def limit(settings: Settings) -> int:

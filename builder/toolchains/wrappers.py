@@ -32,6 +32,8 @@ FRONT, SCHEDULER = (f"{NATIVE_PYTHON} -I -S {INSIDE}/lib/{name}.py" for name in 
 DEVICE = f"{NATIVE_PYTHON} -I -S {INSIDE}/lib/device"
 "Command with which they start a device pass."
 DEVICE_PASSES = ("cudafe++", "cicc", "ptxas", "fatbinary")
+DEVICE_MODULES = ("bitcode.py", "device_store.py")
+"Modules that device.py imports."
 _COMPILERS = [prefix + name for prefix in ("", *(f"{arch.triplet}-" for arch in Arch)) for name in ("gcc", "g++", "cc", "c++")]
 PATH = f"{INSIDE}/bin:/opt/gracefarm/bin:{CUDA}/bin:/usr/bin:/bin:/env/bin"
 
@@ -67,7 +69,7 @@ def _device(source: Path, copy: Path) -> None:
     """Create device.py as a program that can import its modules by name, and the scripts that start it."""
     modules = copy / "lib" / "device" / "builder" / "data" / "toolchain"
     modules.mkdir(parents=True)
-    for name in ("bitcode.py", "device_store.py"):
+    for name in DEVICE_MODULES:
         shutil.copy(source / name, modules / name)
     shutil.copy(source / "device.py", copy / "lib" / "device" / "__main__.py")
     (copy / "passes").mkdir()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from builder.planning.settings import Settings
 from builder.planning.stack import host_arch
 from builder.toolchains import device_store
 from gracefarm.errors import ConfigError
+from tests.conftest import REPOSITORY
 from tests.unit.plan_kit import NAME, project
 from tests.unit.test_ccache import made
 
@@ -41,6 +44,26 @@ def test_other_compilers_find_nothing_of_the_old_ones(tmp_path: Path, name: str,
     (place,) = tmp_path.rglob(name)
     place.write_text("2")
     assert (device_store.compilers_digest(own) != before) is counts
+
+
+def test_only_scripts_that_make_device_code_change_the_keys(tmp_path: Path) -> None:
+    """A changed comment in `ninja` or `nvcc` must not empty every store."""
+    own, scripts = ground(tmp_path), tmp_path / "scripts"
+    shutil.copytree(REPOSITORY / "builder" / "data" / "toolchain", scripts, ignore=shutil.ignore_patterns("__pycache__"))
+    before = device_store.compilers_digest(own)
+    assert device_store.compilers_digest(own, scripts) == before
+    counted = set()
+    for script in scripts.iterdir():
+        content = script.read_bytes()
+        script.write_bytes(content + b"# changed\n")
+        if device_store.compilers_digest(own, scripts) != before:
+            counted.add(script.name)
+        script.write_bytes(content)
+    modules = {
+        node.module for node in ast.walk(ast.parse((scripts / "device.py").read_text())) if isinstance(node, ast.ImportFrom)
+    }
+    ours = {f"{module.rpartition('.')[2]}.py" for module in modules if module and module.startswith("builder.")}
+    assert counted == {"device.py", *ours}
 
 
 def test_a_recipe_has_its_own_folder_and_a_bound(project: Path, tmp_path: Path) -> None:
