@@ -49,7 +49,10 @@ def list_command() -> None:
     for name in definition.names(settings):
         wheels = definition.load(name, settings).data
         rows.append({"set": name, "stack": wheels.stack, "recipes": list(wheels.recipes), "summary": wheels.summary})
-    lines = [f"{row['set']:16} {row['stack']:8} {', '.join(row['recipes'])}\n{'':16} {row['summary']}" for row in rows]
+    lines = [
+        f"{row['set']:16} {row['stack']:8} {', '.join(row['recipes']) or 'no own wheels'}\n{'':16} {row['summary']}"
+        for row in rows
+    ]
     console.result(rows, "\n".join(lines) or "no sets")
 
 

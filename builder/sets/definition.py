@@ -41,8 +41,11 @@ class WheelSet(Table):
     "Stack that the wheels are built against"
     target: Arch = Arch.AARCH64
     "Architecture of the wheels"
-    recipes: tuple[str, ...] = Field(min_length=1)
-    "Recipes of the wheels to build. If a wheel requires another wheel of the list, the required wheel is built first"
+    recipes: tuple[str, ...] = ()
+    (
+        "Recipes of the wheels to build. Without this key, all wheels come from the Python index. If a wheel requires another "
+        "wheel of the list, the required wheel is built first"
+    )
     requirements: tuple[RequirementText, ...] = ()
     "Requirements of the set. `builder lock` resolves them. Without this key, the set uses the stack's environment"
     resolved_before: str | None = None

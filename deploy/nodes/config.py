@@ -245,7 +245,10 @@ class Config(Table):
     engine: Literal["aphrodite", "vllm"] = "aphrodite"
     "Engine. `deploy init` writes `vllm`."
     set: Name = "gh200-cu124"
-    "Name of the set of wheels that is installed on the nodes. `deploy init` writes `gh200-cu130`."
+    (
+        "Name of the set of wheels that is installed on the nodes. `deploy init` writes `gh200-cu130` for aarch64 nodes and "
+        "`x86_64-cu130` for x86_64 nodes."
+    )
     index: Index | None = None
     (
         "URL of the set on your index: `http://HOST:8080/SET/simple/`. Default: PyPI. The nodes ignore the configuration of "

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
+from deploy.nodes import setlock
 from deploy.nodes.config import Access, ModelConfig
 from deploy.nodes.deployment import Deployment, load_deployment
 from deploy.nodes.ips import read_ips
@@ -16,9 +19,10 @@ from gracefarm.files import atomic_write
 
 ENGINE: Final = "vllm"
 "The engine that can be served today."
-SET: Final = "gh200-cu130"
-"Its set of wheels that was run on GPUs."
-NO_INDEX = f'# index = "http://HOST:8080/{SET}/simple/"    # your index (`index serve`); default: PyPI'
+SETS: Mapping[str, str] = MappingProxyType({"aarch64": "gh200-cu130", "x86_64": "x86_64-cu130"})
+"Its set of wheels for each architecture of nodes. This version of the engine was run on GPUs."
+SET: Final = SETS["aarch64"]
+"The set that is written before the architecture of the nodes is known."
 NO_SHARE = '# share = "/path"        # shared folder, at the same path on all nodes'
 
 
@@ -49,8 +53,7 @@ def render(ips: str, *, access: Access, share: str | None, repo: str) -> str:
     lines = [
         f"name = {quoted(name_of(repo))}    # `deploy schema` prints every key; docs/reference/deploy-toml.md lists them",
         f"engine = {quoted(ENGINE)}",
-        f"set = {quoted(SET)}",
-        NO_INDEX,
+        set_lines(SET),
         f"share = {quoted(share)}" if share else NO_SHARE,
         "[nodes]",
         f"file = {quoted(ips)}",
@@ -60,6 +63,12 @@ def render(ips: str, *, access: Access, share: str | None, repo: str) -> str:
         'revision = "main"    # a commit pins the model',
     ]
     return "\n".join(lines) + "\n"
+
+
+def set_lines(name: str) -> str:
+    """The lines with the set and with the example of its index."""
+    example = f'# index = "http://HOST:8080/{name}/simple/"    # your index (`index serve`); default: PyPI'
+    return f"set = {json.dumps(name)}\n{example}"
 
 
 def name_of(repo: str) -> str:
@@ -75,3 +84,17 @@ def propose_share(deployment: Deployment, share: str) -> bool:
         return False
     atomic_write(deployment.path, text.replace(NO_SHARE, f"share = {json.dumps(share)}"))
     return True
+
+
+def propose_set(deployment: Deployment, architectures: Collection[str]) -> str | None:
+    """Fill in the set with wheels for the architecture of all nodes, and return its name.
+
+    None: nothing is changed, since the set fits, no set does, or a person has chosen set, index or lock.
+    """
+    proposed = SETS.get(next(iter(architectures)), SET) if len(architectures) == 1 else SET
+    text = deployment.path.read_text()
+    chosen = set_lines(SET) not in text or deployment.data.lock is not None or setlock.place(deployment).exists()
+    if proposed == SET or chosen:
+        return None
+    atomic_write(deployment.path, text.replace(set_lines(SET), set_lines(proposed)))
+    return proposed

@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import json
 import os
+import platform
 import re
 import secrets
 import subprocess
@@ -210,9 +211,9 @@ def configure(rehearsal: Rehearsal) -> None:
     changes = {
         f'name = "{template.name_of(REPO)}"': 'name = "rehearsal"',
         f'engine = "{template.ENGINE}"': 'engine = "aphrodite"',
-        f'set = "{template.SET}"': 'set = "rehearsal"',
-        template.NO_INDEX: f'index = "{rehearsal.index}"    # the index of the rehearsal\nlock = "requirements.lock"\n'
-        'python = "system"',
+        # The nodes have the architecture of this machine.
+        template.set_lines(template.SETS.get(platform.machine(), template.SET)): 'set = "rehearsal"\n'
+        f'index = "{rehearsal.index}"    # the index of the rehearsal\nlock = "requirements.lock"\npython = "system"',
     }
     more = f"[layout]\ntensor_parallel = {tp}\npipeline_parallel = {pp}\n\n[options]\nrehearsal = true\n"
     for old, new in changes.items():

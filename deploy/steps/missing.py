@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import httpx
 
-from deploy.nodes import setlock
+from deploy.nodes import setlock, template
 from deploy.nodes.deployment import Deployment
 from deploy.nodes.facts import Facts
 
@@ -58,9 +58,18 @@ def _lock(deployment: Deployment, facts: Facts) -> Sequence[str]:
             strange.setdefault(node.arch, []).append(node.name)
     return [
         f"wheels for {arch} on {', '.join(nodes)}: the set {name} has only wheels for {' and '.join(sorted(machines))}; "
-        f"change `set` in {deployment.path.name} to a set with wheels for {arch}, or use other nodes"
+        f"{_other_wheels(deployment, facts, arch)}"
         for arch, nodes in strange.items()
     ]
+
+
+def _other_wheels(deployment: Deployment, facts: Facts, arch: str) -> str:
+    """How to get wheels for this architecture."""
+    if len({node.arch for node in facts.nodes}) > 1:
+        return f"use a separate deployment for the {arch} nodes"
+    if deployment.data.engine == template.ENGINE and arch in template.SETS:
+        return f'change `set` in {deployment.path.name} to "{template.SETS[arch]}"'
+    return f"set `lock` in {deployment.path.name} to the lock of a set that you built for {arch}, or use other nodes"
 
 
 def _model(repo: str, environ: Mapping[str, str]) -> Sequence[str]:

@@ -22,7 +22,7 @@ from deploy.remote.environment import matrix
 from deploy.steps import environment
 from tests.conftest import REPOSITORY
 
-SETS = (("aphrodite", "gh200-cu124"), ("vllm", "gh200-cu130"), ("vllm", "gh200-cu130-torch2.14"))
+SETS = (("aphrodite", "gh200-cu124"), ("vllm", "gh200-cu130"), ("vllm", "gh200-cu130-torch2.14"), ("vllm", "x86_64-cu130"))
 "Engine and set."
 DISTRIBUTION = {"aphrodite": "aphrodite-engine", "vllm": "vllm"}
 DASHBOARD = {

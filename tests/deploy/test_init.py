@@ -24,12 +24,12 @@ from deploy.cli.plan import schemas
 from deploy.fleet.calls import RemoteNode
 from deploy.fleet.results import combined_error
 from deploy.nodes import state, template
-from deploy.nodes.config import Access, ModelConfig
+from deploy.nodes.config import Access, Config, ModelConfig
 from deploy.nodes.deployment import Deployment, Folder, load_deployment
 from deploy.nodes.facts import Facts, load_facts
-from deploy.planning import models, plans
+from deploy.planning import hardware, models, plans, suppose
 from deploy.rehearsal import hub
-from deploy.steps import setlock
+from deploy.steps import missing, setlock
 from gracefarm import pins
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, GracefarmError, SshError
@@ -117,14 +117,66 @@ def test_what_is_written_is_ten_lines_that_can_be_served_today(tmp_path: Path, n
     assert len(text.splitlines()) == 12  # ten, and how these nodes are entered
     deployment = load_deployment(tmp_path / "deploy.toml")
     data = deployment.data
-    assert (data.name, data.engine, data.set, data.model.repo) == ("qwen3-32b", "vllm", "gh200-cu130", "Qwen/Qwen3-32B")
-    assert "http://HOST:8080/gh200-cu130/simple/" in text
+    proposed = {"aarch64": "gh200-cu130", "x86_64": "x86_64-cu130"}[os.uname().machine]
+    assert (data.name, data.engine, data.set, data.model.repo) == ("qwen3-32b", "vllm", proposed, "Qwen/Qwen3-32B")
+    assert f"http://HOST:8080/{proposed}/simple/" in text
+    assert "missing  wheels" not in done.stderr
     (page,) = re.findall(r"docs/\S+\.md", text)
     assert all(f"| `{key}` |" in (ROOT / page).read_text() for key in type(data).model_fields)
     lock = setlock.lock_text(deployment, Console())
     setlock.require_engine(deployment, lock)
     assert not [pin.text for pin in pins.parse(lock, "the lock") if "+" in pin.version]  # no wheel that the builder built
-    assert (tmp_path / "gh200-cu130.lock").read_text() == lock
+    assert (tmp_path / f"{proposed}.lock").read_text() == lock
+
+
+def test_the_set_is_proposed_by_the_architecture_unless_a_person_has_chosen(tmp_path: Path) -> None:
+    def written(name: str, **changes: str) -> Deployment:
+        path = tmp_path / name / "deploy.toml"
+        path.parent.mkdir()
+        (path.parent / "ips.txt").write_text("127.0.0.1\n")
+        template.write_config(path.parent / "ips.txt", path, access=Access())
+        for old, new in changes.items():
+            path.write_text(path.read_text().replace(old, new))
+        return load_deployment(path)
+
+    new = written("new")
+    assert template.propose_set(new, {"aarch64"}) is None
+    assert template.propose_set(new, {"aarch64", "x86_64"}) is None
+    assert template.propose_set(new, {"riscv64"}) is None
+    assert template.propose_set(new, {"x86_64"}) == "x86_64-cu130"
+    assert load_deployment(new.path).data.set == "x86_64-cu130"
+    assert template.propose_set(load_deployment(new.path), {"x86_64"}) is None
+    own_index = written("index", **{"# index": "index"})
+    own_lock = written("lock", **{"[nodes]": 'lock = "own.lock"\n[nodes]'})
+    own_file = written("file")
+    (own_file.path.parent / "gh200-cu130.lock").write_text("")
+    for chosen in (own_index, own_lock, own_file):
+        before = chosen.path.read_text()
+        assert template.propose_set(chosen, {"x86_64"}) is None
+        assert chosen.path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("architectures", "engine", "remedy"),
+    [
+        (("x86_64",), "vllm", 'change `set` in deploy.toml to "x86_64-cu130"'),
+        (("aarch64", "x86_64"), "vllm", "use a separate deployment for the x86_64 nodes"),
+        (("x86_64",), "aphrodite", "the lock of a set that you built for x86_64"),
+    ],
+)
+def test_the_remedy_for_missing_wheels_names_a_set_that_exists(
+    tmp_path: Path, architectures: tuple[str, ...], engine: str, remedy: str
+) -> None:
+    data = Config.model_validate({"engine": engine, "set": "gh200-cu130", "share": "/srv"})
+    deployment, facts = suppose.suppose(
+        hardware.named("h200"), len(architectures), Deployment(path=tmp_path / "deploy.toml", data=data, nodes=())
+    )
+    nodes = [node.model_copy(update={"arch": arch}) for node, arch in zip(facts.nodes, architectures, strict=True)]
+    (entry,) = missing.missing(deployment, Facts(nodes=tuple(nodes)), {"HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert entry.startswith(
+        f"wheels for x86_64 on k{len(architectures) - 1}: the set gh200-cu130 has only wheels for aarch64; "
+    )
+    assert remedy in entry
 
 
 def test_all_that_is_missing_is_listed_at_once(tmp_path: Path, nodes: Servers) -> None:
@@ -136,7 +188,6 @@ def test_all_that_is_missing_is_listed_at_once(tmp_path: Path, nodes: Servers) -
         assert [sentence.partition(":")[0] for sentence in told] == [
             "a shared folder",
             "a usable GPU on k0, k1",
-            *(["wheels for x86_64 on k0, k1"] if os.uname().machine == "x86_64" else []),
             "access to org/gated",
         ]
         assert "when nothing is missing, run `deploy serve`" in done.stderr
