@@ -40,7 +40,7 @@ class CacheStatistics(Table):
     uncacheable: int
     "Compilations that ccache cannot cache"
     reasons: dict[str, int] = Field(default_factory=dict)
-    "Number of these compilations. The key is the reason in ccache's words"
+    "Number of `uncacheable` compilations for each reason. The key is the reason in ccache's words"
     saved_cpu_s: float
     "CPU seconds that the `hits` took when they were compiled. Unknown times count as 0"
 

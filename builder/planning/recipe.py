@@ -190,7 +190,7 @@ class Smoke(Table):
 
 
 class KnownBad(Table):
-    """A combination that is refused because its wheel does not work. A combination must match all given keys."""
+    """A combination that is refused because its wheel does not work. A build is refused if it matches all given keys."""
 
     sm: tuple[Sm, ...] = ()
     "sm values. Letters are ignored, so `90` also matches 90a. Default: all"
@@ -258,7 +258,7 @@ class Recipe(Table):
     trees: tuple[TakenTree, ...] = ()
     "Trees of files that other recipes build, for example an LLVM installation"
     substitutions: tuple[Substitution, ...] = ()
-    "Replacements of text in the source tree, in this order. They are applied after the patches"
+    "Replacements of text in the source tree. They are applied after the patches, in the order of the list"
     build: Build = Build()
     "How to compile"
     wheel: Wheel = Wheel()

@@ -120,7 +120,7 @@ class Record(Table):
     asked_ptx: str | None = None
     "Value of the option `--ptx`. null: the option was not given"
     from_source: tuple[str, ...] = ()
-    "Recipes whose file trees were used instead of downloads, for example llvm with `--llvm source`"
+    "Recipes whose files the build used instead of a download. For example, llvm with the option `--llvm source`"
     asked_variant: bool = False
     "`true`: the option `--variant` was given"
     inputs: dict[str, object]
@@ -128,7 +128,10 @@ class Record(Table):
     toolchain: ToolchainKind = "sandbox"
     "Kind of toolchain that compiled the wheel"
     unconfirmed: tuple[str, ...] = ()
-    "Digests that `--accept-new` read from a download and that no second source confirms. Each entry is a sentence"
+    (
+        "Digests that `--accept-new` read from a download and that no second source confirms. Each entry is a text with the "
+        "name of the file, its digest, and the date and URL of the download"
+    )
     outcome: Literal["built", "failed"]
     "Result of the build"
     failure: Failure | None = None

@@ -100,7 +100,7 @@ class MemoryPlan(BaseModel):
     cache_gib: float
     "GiB of KV cache on the GPU whose cache holds the fewest tokens."
     token_bytes: int
-    "Bytes of KV cache for one token on this GPU."
+    "Bytes of KV cache for one token on the GPU of `cache_gib`."
     cache_tokens: int
     "Number of tokens that fit into the KV cache of all replicas."
     request_tokens: int
