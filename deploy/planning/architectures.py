@@ -11,13 +11,11 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Literal
 
-from deploy.planning import quantization
+from deploy.planning import configjson, quantization
 from deploy.planning.quantization import MXFP4_GROUP
 from deploy.planning.shapes import Experts, Latent, Model, Quantization
 from deploy.planning.tensors import Tensor
 
-MOST_LAYERS = 1000
-"An upper limit that no model reaches, so that a wrong number cannot fill the memory of this machine."
 Bias = Literal["config", "qkv", "all"]
 
 
@@ -73,18 +71,16 @@ def model_of(name: str, config: Mapping[str, Any], *, repo: str, revision: str, 
 
     Raises:
         KeyError: a number is missing.
-        ValidationError, ValueError, TypeError, ZeroDivisionError: a number is wrong.
+        ValidationError: a value is wrong.
         NotImplementedError: the quantisation is unknown; the message is its name.
     """
     about = ARCHITECTURES[name]
+    config = configjson.checked(config)
     numbers: Mapping[str, Any] = config["text_config"] if about.nested else config
     stored = quantization.of_config(numbers) or quantization.of_config(config)
     if isinstance(stored, str):
         raise NotImplementedError(stored)
     heads, layers = numbers["num_attention_heads"], numbers["num_hidden_layers"]
-    if not (isinstance(layers, int) and 0 < layers <= MOST_LAYERS):
-        msg = f"num_hidden_layers is {layers!r}, but must be from 1 to {MOST_LAYERS}"
-        raise ValueError(msg)
     llama4 = name == "Llama4ForConditionalGeneration"
     return Model(
         repo=repo,
@@ -93,14 +89,14 @@ def model_of(name: str, config: Mapping[str, Any], *, repo: str, revision: str, 
         layers=layers,
         hidden=numbers["hidden_size"],
         heads=heads,
-        kv_heads=numbers.get("num_key_value_heads") or heads,
-        head_dim=numbers.get("head_dim") or numbers["hidden_size"] // heads,
+        kv_heads=numbers.get("num_key_value_heads", heads),
+        head_dim=numbers["head_dim"] if "head_dim" in numbers else numbers["hidden_size"] // heads,
         mlp=numbers["intermediate_size_mlp"] if llama4 else numbers["intermediate_size"],
         vocab=numbers["vocab_size"],
-        max_len=numbers.get("max_position_embeddings", 2048),
-        tied=numbers.get("tie_word_embeddings", False) or False,
-        attention_bias=about.bias == "all" or bool(numbers.get("attention_bias", False)),
-        mlp_bias=bool(numbers.get("mlp_bias", False)),
+        max_len=numbers["max_position_embeddings"],
+        tied=numbers.get("tie_word_embeddings", False),
+        attention_bias=about.bias == "all" or numbers.get("attention_bias", False),
+        mlp_bias=numbers.get("mlp_bias", False),
         experts=_experts(name, numbers, layers),
         latent=_latent(numbers, layers) if numbers.get("kv_lora_rank") else None,
         quantization=stored,
@@ -121,7 +117,7 @@ def _experts(name: str, numbers: Mapping[str, Any], layers: int) -> Experts | No
                 layers=tuple(range(layers)),
             )
         case "Qwen3MoeForCausalLM":
-            step, plain = numbers.get("decoder_sparse_step", 1), numbers.get("mlp_only_layers") or ()
+            step, plain = numbers.get("decoder_sparse_step", 1), numbers.get("mlp_only_layers", ())
             return Experts(
                 count=numbers["num_experts"],
                 per_token=numbers["num_experts_per_tok"],
@@ -135,7 +131,7 @@ def _experts(name: str, numbers: Mapping[str, Any], layers: int) -> Experts | No
                 count=numbers["n_routed_experts"],
                 per_token=numbers["num_experts_per_tok"],
                 columns=columns,
-                shared_columns=columns * (numbers.get("n_shared_experts") or 0),
+                shared_columns=columns * (numbers.get("n_shared_experts", 0)),
                 layers=tuple(layer for layer in range(numbers["first_k_dense_replace"], layers) if layer % step == 0),
             )
         case "Llama4ForConditionalGeneration":
@@ -168,7 +164,7 @@ def _index_layers(numbers: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     pattern = numbers.get("index_topk_pattern")
     if pattern:
         return tuple(layer for layer in range(layers) if layer >= len(pattern) or pattern[layer] != "S")
-    often, offset = numbers.get("index_topk_freq") or 1, numbers.get("index_skip_topk_offset", 2)
+    often, offset = numbers.get("index_topk_freq", 1), numbers.get("index_skip_topk_offset", 2)
     return tuple(layer for layer in range(layers) if max(layer - offset + 1, 0) % often == 0)
 
 

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from deploy.nodes.config import ModelConfig
 from deploy.planning import architectures
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 ENDPOINT = "https://huggingface.co"
 TIMEOUT = 10.0
+SHOWN = 60
+"Characters of a wrong value in a message."
 WHOLE = "check that the file is the complete config.json of this model"
 SAME = "check that config.json and the weights belong to the same model"
 _HUB = "set the environment variable HF_ENDPOINT to the address of the Hub or of a mirror, or unset it"
@@ -65,16 +67,32 @@ def from_config(config: object, *, repo: str, revision: str, source: str) -> Mod
             f"{repo}: the planner does not know the quantisation {error} of the weights", remedy=TRUST
         ) from error
     except ValidationError as error:
-        wrong = error.errors()[0]
-        where = ".".join(map(str, wrong["loc"]))
-        what = f"{where}: {wrong['msg']}" if where else wrong["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{source}: config.json has wrong numbers: {what}", remedy=WHOLE) from error
-    except ZeroDivisionError as error:
-        raise ConfigError(f"{source}: a number in config.json is 0, but must be positive", remedy=WHOLE) from error
-    except (TypeError, AttributeError, IndexError) as error:
-        raise ConfigError(f"{source}: config.json has a value of the wrong type or length: {error}", remedy=WHOLE) from error
+        raise ConfigError(f"{source}: config.json has {_wrong(error)}", remedy=WHOLE) from error
+
+
+def _wrong(error: ValidationError) -> str:
+    """The first wrong value, and what is right."""
+    first = error.errors()[0]
+    why = first["msg"].removeprefix("Value error, ").replace("Input should", "it must")
+    if first["type"] == "value_error" and isinstance(first["input"], Mapping | BaseModel):  # several numbers do not fit
+        return f"wrong numbers: {why}"
+    where = ".".join(map(str, first["loc"]))
+    return f"the wrong value {_shown(first['input'])} for {where}: {why}"
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= SHOWN else text[:SHOWN] + "…"
+
+
+def parsed(text: str, source: str, *, remedy: str = WHOLE) -> object:
+    """The value of a JSON text. Raises ConfigError."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ConfigError(f"{source}: its JSON is nested too deeply", remedy=remedy) from error
     except ValueError as error:
-        raise ConfigError(f"{source}: config.json has wrong numbers: {error}", remedy=WHOLE) from error
+        raise ConfigError(f"{source}: not JSON: {error}", remedy=remedy) from error
 
 
 def from_file(path: Path, *, repo: str, revision: str) -> Model:
@@ -86,21 +104,21 @@ def from_file(path: Path, *, repo: str, revision: str) -> Model:
     """
     place = path / "config.json" if path.is_dir() else path
     try:
-        config = json.loads(place.read_text())
+        config = parsed(place.read_text(), str(place))
     except FileNotFoundError as error:
         raise ConfigError(
             f"{place}: no such file", remedy="set config in [model] of deploy.toml to the path of a config.json"
         ) from error
     except OSError as error:
         raise _unreadable(place, error) from error
-    except ValueError as error:
-        raise ConfigError(f"{place}: not JSON: {error}", remedy=WHOLE) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{place}: not JSON: it is not text in UTF-8", remedy=WHOLE) from error
     model = from_config(config, repo=repo, revision=revision, source=str(path))
     if not path.is_dir():
         return model
     try:
         index = checkpoint.names(path)
-        if index is not None and not any((path / shard).exists() for shard in index.values()):
+        if index is not None and not any(path.glob("*.safetensors")):
             return _named(model, index)
         return with_tensors(model, checkpoint.read({"folder": str(path)}))
     except WorkerError as error:
@@ -226,7 +244,7 @@ def _ask(path: str, repo: str, revision: str, token: str | None) -> dict[str, An
             remedy="check the network of this machine; or set the environment variable HF_ENDPOINT to a mirror, or config in"
             " [model] of deploy.toml to a local config.json",
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FetchError(f"{base} does not answer like the Hugging Face Hub", remedy=_HUB) from error
     return answer if isinstance(answer, dict) else {}
 

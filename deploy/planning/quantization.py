@@ -98,14 +98,15 @@ def ignores(quantization: Quantization, module: str) -> bool:
 
 
 def of_config(config: Mapping[str, Any]) -> Quantization | str | None:
-    """The quantisation of a config.json. A string is the name of an unknown method; None: the weights are not quantised."""
+    """The quantisation of the values of `configjson.checked`.
+
+    A string is the name of an unknown method; None: the weights are not quantised.
+    """
     table = config.get("quantization_config") or config.get("compression_config")
     if not table:
         return None
-    if not isinstance(table, Mapping):
-        return str(table)
-    name = str(table.get("quant_method", "unknown"))
-    ignored = tuple(map(str, table.get("modules_to_not_convert") or table.get("ignore") or table.get("exclude_modules") or ()))
+    name: str = table.get("quant_method", "unknown")
+    ignored = tuple(table.get("modules_to_not_convert") or table.get("ignore") or table.get("exclude_modules") or ())
     match name:
         case "fp8":
             block = table.get("weight_block_size")
@@ -113,7 +114,7 @@ def of_config(config: Mapping[str, Any]) -> Quantization | str | None:
         case "fbgemm_fp8":
             return Quantization(method="fbgemm_fp8", name=name, per_row=True, ignored=ignored)
         case "awq" | "gptq":
-            group = table.get("group_size") or -1
+            group = table.get("group_size", -1)
             return Quantization(
                 method="awq" if name == "awq" else "gptq",
                 name=name,
@@ -131,7 +132,7 @@ def of_config(config: Mapping[str, Any]) -> Quantization | str | None:
 
 
 def _modelopt(table: Mapping[str, Any], ignored: tuple[str, ...]) -> Quantization | str:
-    algorithm = str(table.get("quant_algo", table.get("quantization", {}).get("quant_algo", "unknown")))
+    algorithm: str = table.get("quant_algo", table.get("quantization", {}).get("quant_algo", "unknown"))
     match algorithm:
         case "NVFP4":
             return Quantization(method="nvfp4", name="modelopt NVFP4", bits=4, group=NVFP4_GROUP, ignored=ignored)
@@ -141,10 +142,10 @@ def _modelopt(table: Mapping[str, Any], ignored: tuple[str, ...]) -> Quantizatio
 
 
 def _compressed(table: Mapping[str, Any], ignored: tuple[str, ...]) -> Quantization | str:
-    groups = list((table.get("config_groups") or {}).values())
-    weights = (groups[0].get("weights") or {}) if len(groups) == 1 else {}
+    groups = list(table.get("config_groups", {}).values())
+    weights = groups[0].get("weights", {}) if len(groups) == 1 else {}
     bits, kind, strategy = weights.get("num_bits"), weights.get("type"), weights.get("strategy")
-    name, form = "compressed-tensors", str(table.get("format", "unknown"))
+    name, form = "compressed-tensors", table.get("format", "unknown")
     if form == "pack-quantized" and kind == "int" and bits in (4, 8):
         return Quantization(method="int", name=name, bits=bits, group=weights.get("group_size"), ignored=ignored)
     if form == "nvfp4-pack-quantized":

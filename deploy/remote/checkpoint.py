@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeGuard
 
 from deploy.remote.wire import Json, WorkerError
 
@@ -30,8 +31,10 @@ BITS: Mapping[str, int] = MappingProxyType(
     }
 )
 "Bits of one element by the format's type names."
-_LAYER = re.compile(r"(?:language_model\.)?(?:model\.)?(?:language_model\.)?layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"(?:language_model\.)?(?:model\.)?(?:language_model\.)?layers\.(\d{1,9})\.(.+)")
 _OUTER = re.compile(r"(?:language_model\.)?(?:model\.)?(?:language_model\.)?(embed_tokens|norm|lm_head)\.weight")
+_NO_INDEX = "it is not an index of safetensors files"
+_NO_HEADER = "it is not a safetensors file: its header cannot be read"
 _EXPERT = re.compile(r"\bexperts\.\d+\.")
 
 Entry = tuple[str, str, tuple[int, ...]]
@@ -54,9 +57,10 @@ def read(request: Json) -> Json:
     layers: dict[int, Counter[Entry]] = {}
     outer: list[Entry] = []
     other = 0
+    unread = dict(index or {})
     for shard in shards(folder, index):
         for name, dtype, shape in header(folder / shard):
-            if index is not None and index.get(name) != shard:
+            if index is not None and unread.pop(name, None) != shard:
                 raise _wrong(folder / shard, f"it contains {name}, but {INDEX} does not list it for this file")
             if place := folded(name):
                 layers.setdefault(place[0], Counter())[place[1], dtype, shape] += 1
@@ -64,6 +68,8 @@ def read(request: Json) -> Json:
                 outer.append((f"{match[1]}.weight", dtype, shape))
             else:
                 other += math.prod(shape) * BITS[dtype] // 8
+    for name, shard in unread.items():
+        raise _wrong(folder / shard, f"{INDEX} lists {name} for it, but it does not contain this tensor")
     return {**_told_once(layers), "outer": [(*entry, 1) for entry in outer], "other": other}
 
 
@@ -96,15 +102,20 @@ def names(folder: Path) -> dict[str, str] | None:
     Raises:
         WorkerError: the index is damaged.
     """
+    path = folder / INDEX
     try:
-        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-        if not isinstance(weight_map, dict):
-            raise TypeError
+        table = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise _wrong(folder / INDEX, "it is not an index of safetensors files") from error
-    return {str(name): str(shard) for name, shard in weight_map.items()}
+    except (ValueError, RecursionError) as error:
+        raise _wrong(path, _NO_INDEX) from error
+    weight_map = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(weight_map, dict):
+        raise _wrong(path, _NO_INDEX)
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise _wrong(path, f"{_NO_INDEX}: the file of {name} is {_shown(shard)} instead of a name")
+    return weight_map
 
 
 def shards(folder: Path, index: dict[str, str] | None) -> tuple[str, ...]:
@@ -130,21 +141,9 @@ def header(path: Path) -> Iterator[Entry]:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > min(LONGEST, size - 8):
             raise _wrong(path, "it is shorter than its header")
-        try:
-            table = json.loads(stream.read(length))
-            entries = [
-                (name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-                for name, entry in table.items()
-                if name != "__metadata__"
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _wrong(path, "it is not a safetensors file: its header cannot be read") from error
+        entries = _entries(path, stream.read(length))
     place = 0
     for name, dtype, shape, begin, end in sorted(entries, key=lambda entry: (entry[3], entry[4])):
-        if dtype not in BITS:
-            raise _wrong(path, f"{name} has the unknown type {dtype}")
-        if not all(isinstance(side, int) and side >= 0 for side in shape):
-            raise _wrong(path, f"{name} has the impossible shape {list(shape)}")
         if begin != place or end - begin != -(-math.prod(shape) * BITS[dtype] // 8):
             raise _wrong(
                 path, f"{name} is at {begin} to {end} in the header, which does not match its shape or its neighbours"
@@ -153,6 +152,39 @@ def header(path: Path) -> Iterator[Entry]:
         yield name, dtype, shape
     if place != size - 8 - length:
         raise _wrong(path, f"its tensors end at byte {8 + length + place}, but the file has {size} bytes")
+
+
+def _entries(path: Path, text: bytes) -> list[tuple[str, str, tuple[int, ...], int, int]]:
+    """Name, type, shape, begin and end of each tensor in a header. Raises WorkerError if a value has the wrong type."""
+    try:
+        table = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _wrong(path, _NO_HEADER) from error
+    if not isinstance(table, dict):
+        raise _wrong(path, _NO_HEADER)
+    entries = []
+    for name, entry in table.items():
+        if name == "__metadata__":
+            continue
+        if not isinstance(entry, dict):
+            raise _wrong(path, f"{name} is {_shown(entry)} in the header instead of a JSON object")
+        dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+        if not isinstance(dtype, str) or dtype not in BITS:
+            raise _wrong(path, f"{name} has the unknown type {dtype if isinstance(dtype, str) else _shown(dtype)}")
+        if not _integers(shape) or min(shape, default=0) < 0:
+            raise _wrong(path, f"{name} has the impossible shape {_shown(shape)}")
+        if not _integers(offsets) or len(offsets) != 2:
+            raise _wrong(path, f"{name} has the data_offsets {_shown(offsets)} instead of two numbers")
+        entries.append((name, dtype, tuple(shape), offsets[0], offsets[1]))
+    return entries
+
+
+def _integers(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(element) is int for element in value)
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value)[:60]
 
 
 def _wrong(path: Path, cause: str) -> WorkerError:

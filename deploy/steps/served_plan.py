@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,20 +80,12 @@ async def _model_brought(work: Work, weights: Mapping[str, Any]) -> Model:
             f"{head}: {path} cannot be read: {result.stderr.strip()}",
             remedy="download the file again with `deploy up --from weights`",
         )
-    model = models.from_config(_parsed(result.stdout, path), repo=data.repo, revision=commit, source=f"{head.name}:{path}")
+    config = models.parsed(result.stdout, path, remedy="download the file again with `deploy up --from weights`")
+    model = models.from_config(config, repo=data.repo, revision=commit, source=f"{head.name}:{path}")
     if work.deployment.data.options.rehearsal:  # its weights are placeholders
         return model
     (node,) = remote_nodes(work.fleet, nodes=[head])
     return models.with_tensors(model, await call(node, "checkpoint.read", {"folder": str(weights["folder"])}))
-
-
-def _parsed(text: str, path: str) -> object:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ConfigError(
-            f"{path}: not JSON: {error}", remedy="download the file again with `deploy up --from weights`"
-        ) from error
 
 
 def _local(work: Work, name: str) -> Path:

@@ -18,7 +18,7 @@ from gracefarm.errors import ConfigError, EngineError
 from tests.deploy.test_init import deploy
 
 TOML = '[[node]]\naddress = "127.0.0.1"\nport = 9\n'
-SHAPE = {"architectures": ["LlamaForCausalLM"], "quantization_config": "awq"}
+SHAPE = {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "awk"}}
 
 
 def told(folder: Path, code: int, words: str, *arguments: str) -> None:
@@ -63,14 +63,17 @@ def test_a_jump_host_that_is_none(tmp_path: Path, jump: str) -> None:
     ("text", "words"),
     [
         ("[]", "contains a list instead of a JSON object"),
-        (json.dumps(SHAPE), "the quantisation awq"),
+        (json.dumps(SHAPE), "the quantisation awk"),
         ('{"architectures": 7}', "config.json names no architecture"),
+        ('{"a":' * 100_000, "its JSON is nested too deeply"),
+        ("no", "not JSON"),
+        ("\udcff", "not JSON"),
     ],
 )
 def test_a_config_json_of_another_kind(tmp_path: Path, text: str, words: str) -> None:
-    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "config.json").write_text(text, errors="surrogateescape")
     prepared(tmp_path, TOML + '[model]\nrepo = "a/b"\nconfig = "config.json"\n')
-    told(tmp_path, 3 if "JSON object" in words else 64, words, "plan", "--nodes", "10")
+    told(tmp_path, 3 if "JSON" in words else 64, words, "plan", "--nodes", "10")
 
 
 @pytest.mark.parametrize("background", [(), ("--background",)])

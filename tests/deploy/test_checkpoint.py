@@ -157,6 +157,7 @@ def lie(folder: Path, name: str, **change: object) -> None:
 
 
 GATE = "model.layers.1.mlp.gate.weight"
+DEEP = b'{"a":' * 100_000
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,13 @@ GATE = "model.layers.1.mlp.gate.weight"
         ({"shape": [8, -256]}, "the impossible shape"),
         ({"dtype": "Q4"}, "the unknown type Q4"),
         ({"shape": "8"}, "the impossible shape"),
-        ({"data_offsets": 7}, "it is not a safetensors file"),
+        ({"shape": [8, True]}, "the impossible shape"),
+        ({"shape": None}, "the impossible shape null"),
+        ({"dtype": ["BF16"]}, r'the unknown type \["BF16"\]'),
+        *(
+            ({"data_offsets": offsets}, f"{GATE} has the data_offsets .* instead of two numbers")
+            for offsets in (7, None, [0], [0, 4096, 4096], ["0", "4096"], [0, 4096.0])
+        ),
     ],
 )
 def test_a_header_that_lies(tmp_path: Path, change: dict[str, object], words: str) -> None:
@@ -186,6 +193,8 @@ def test_a_header_that_lies(tmp_path: Path, change: dict[str, object], words: st
         (b"", "it is shorter than its header"),
         (b"\xff" * 64, "it is shorter than its header"),
         (struct.pack("<Q", 4) + b"[1]\n", "it is not a safetensors file"),
+        (struct.pack("<Q", 8) + b'{"a": 1}', "a is 1 in the header instead of a JSON object"),
+        (struct.pack("<Q", len(DEEP)) + DEEP, "it is not a safetensors file"),
         (struct.pack("<Q", 2) + b"{}" + b"more", "its tensors end at byte 10, but the file has 14"),
     ],
 )
@@ -206,9 +215,22 @@ def test_an_index_that_names_files_that_are_missing(tmp_path: Path) -> None:
     index["weight_map"] |= {GATE: "../../etc/passwd"}
     (folder / checkpoint.INDEX).write_text(json.dumps(index))
     told(tmp_path, 3, "outside of the folder", *plan_of(folder))
-    for text in ("[]", '{"weight_map": 7}', "no"):
+    for text in ("[]", '{"weight_map": 7}', "no", '{"weight_map": {"a": 7}}', DEEP.decode()):
         (folder / checkpoint.INDEX).write_text(text)
         told(tmp_path, 3, "is not an index of safetensors files", *plan_of(folder))
+
+
+def test_an_index_and_files_that_do_not_match(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    repository(folder, model())
+    prepared(tmp_path)
+    index = json.loads((folder / checkpoint.INDEX).read_text())
+    more = {**index["weight_map"], "vision.weight": "model-00002-of-00003.safetensors"}
+    (folder / checkpoint.INDEX).write_text(json.dumps({"weight_map": more}))
+    told(tmp_path, 3, "lists vision.weight for it, but it does not contain this tensor", *plan_of(folder))
+    other = {name: f"other-{shard}" for name, shard in index["weight_map"].items()}
+    (folder / checkpoint.INDEX).write_text(json.dumps({"weight_map": other}))
+    told(tmp_path, 3, "3 of 3 files are missing, such as other-model-00001-of-00003.safetensors", *plan_of(folder))
 
 
 def plan_of(folder: Path) -> tuple[str, ...]:
@@ -231,20 +253,29 @@ def test_files_of_another_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_experts_per_tok": None}, "config.json has wrong numbers: per_token"),
         ({"num_experts_per_tok": 9}, "config.json has wrong numbers: 9 experts per token, but only 8 experts"),
         ({"num_key_value_heads": 3}, "8 attention heads are not divisible by 3 KV heads"),
-        ({"hidden_size": -4}, "config.json has wrong numbers: hidden"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, but must be from 1 to 1000"),
-        ({"hidden_size": 10**12}, "config.json has wrong numbers: hidden"),
-        ({"vocab_size": "many"}, "config.json has wrong numbers: vocab"),
-        ({"num_attention_heads": 0, "head_dim": None}, "a number in config.json is 0, but must be positive"),
-        ({"decoder_sparse_step": 0}, "a number in config.json is 0, but must be positive"),
-        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}}, "config.json has wrong numbers"),
-        (
-            {"quantization_config": {"quant_method": "fp8", "weight_block_size": 128}},
-            "config.json has a value of the wrong type or length",
-        ),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 layers, but num_hidden_layers is 3"),
+        ({"text_config": {"layer_types": [], "num_hidden_layers": 3}}, "wrong numbers: layer_types has 0 layers"),
+        ({"hidden_size": -4}, "the wrong value -4 for hidden_size: it must be greater than 0$"),
+        ({"hidden_size": 10**12}, "the wrong value 1000000000000 for hidden_size: it must be less than or equal to"),
+        ({"num_hidden_layers": 10**9}, "the wrong value 1000000000 for num_hidden_layers: it must be .* 1000$"),
+        ({"num_attention_heads": 0, "head_dim": None}, "the wrong value 0 for num_attention_heads"),
+        ({"num_attention_heads": "x"}, 'the wrong value "x" for num_attention_heads: it must be a valid integer$'),
+        ({"vocab_size": "many"}, 'the wrong value "many" for vocab_size'),
+        ({"vocab_size": ["many"] * 999}, '"many", .*… for vocab_size'),
+        ({"decoder_sparse_step": 0}, "the wrong value 0 for decoder_sparse_step"),
+        ({"head_dim": 0}, "the wrong value 0 for head_dim"),
+        ({"head_dim": None, "hidden_size": 4}, "the wrong value 0 for head_dim"),
+        ({"torch_dtype": "int7"}, 'the wrong value "int7" for torch_dtype'),
+        ({"dtype": 16}, "the wrong value 16 for dtype"),
+        ({"tie_word_embeddings": "no"}, 'the wrong value "no" for tie_word_embeddings: it must be a valid boolean$'),
+        ({"quantization_config": []}, r"the wrong value \[\] for quantization_config"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}}, "config.weight_block_size.0: it"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": 128}}, "config.weight_block_size: it must"),
+        ({"quantization_config": {"quant_method": "fp8", "ignore": "lm_head"}}, 'the wrong value "lm_head" for quant'),
+        ({"quantization_config": {"quant_method": "fp8", "ignore": ["re:("]}}, r"re:\( is not a regular expression"),
+        ({"quantization_config": {"quant_method": "awq", "group_size": 0}}, "a group of 0 weights is not possible"),
     ],
 )
 def test_numbers_that_cannot_be(changes: dict[str, object], words: str) -> None:
@@ -254,7 +285,9 @@ def test_numbers_that_cannot_be(changes: dict[str, object], words: str) -> None:
 
 
 def test_a_missing_number_is_named() -> None:
-    for name in ("num_experts", "moe_intermediate_size", "hidden_size", "vocab_size"):
+    for name in ("num_experts", "moe_intermediate_size", "hidden_size", "vocab_size", "max_position_embeddings"):
+        with pytest.raises(ConfigError, match=f"config.json has no {name}"):
+            model(**{name: None})
         with pytest.raises(ConfigError, match=f"config.json has no {name}"):
             models.from_config(
                 {key: value for key, value in CONFIG.items() if key != name}, repo="a/b", revision="m", source="t"
