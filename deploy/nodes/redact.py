@@ -25,6 +25,13 @@ _NAME = rb"(?:SECRET|PASSWORD|PASSWD|PASSPHRASE|API[_-]?KEYS?|ADMIN[_-]?KEY|ACCE
 _QUOTES = rb"[\"'\\]{0,4}"
 "Quotes as JSON and shells write them."
 _VALUE = rb"(?!\[redacted)[^\s\"'\\,}&;\0]"
+_AFTER_OPTION = (
+    rb"(?:requires?|required|expects?|expected|without|cannot|should|options?|arguments?|instead|before|because|together"
+    rb"|missing|contains|exists?|already|ignored|(?-i:[A-Z_]+))(?![^\s,.:;\])])"
+)
+"Words of sentences after the name of an option, and names of values in a usage text (`--api-key API_KEY`)."
+_REST = rb"[A-Za-z0-9_=.+/-]*"
+"The rest of a token. Some rules of detect-secrets match only the first part of one, such as two of a JWT's three parts."
 
 
 def _opaque(least: int) -> bytes:
@@ -97,7 +104,18 @@ _LAST: tuple[tuple[re.Pattern[bytes], bytes], ...] = (
         re.compile(rb"(--(?:api-keys?|admin-key|token|hf-token|password)[=\0\"',][ \"',]{0,4})" + _VALUE + rb"+", re.I),
         rb"\1[redacted]",
     ),
-    (re.compile(rb"(--(?:api-keys?|admin-key|token|hf-token|password) )" + _opaque(8), re.I), rb"\1[redacted]"),
+    # `--api-key VALUE`. An error message or a help text may mention the option too, so some words are not values.
+    (
+        re.compile(
+            rb"(--(?:api-keys?|admin-key|token|hf-token|password)[ \t]{1,4})(?![/<\[({$-]|"
+            + _AFTER_OPTION
+            + rb")"
+            + _VALUE
+            + rb"{6,}",
+            re.I,
+        ),
+        rb"\1[redacted]",
+    ),
 )
 
 
@@ -110,7 +128,10 @@ def _maintained() -> tuple[tuple[re.Pattern[bytes], bytes], ...]:
     detectors: Mapping[str, type] = get_mapping_from_secret_type_to_class()
     kept = [(name, kind()) for name, kind in sorted(detectors.items()) if name not in _TOO_BROAD]
     return tuple(
-        (re.compile(pattern.pattern.encode(), pattern.flags & ~re.UNICODE), f"[redacted {name}]".encode())
+        (
+            re.compile(b"(?:" + pattern.pattern.encode() + b")" + _REST, pattern.flags & ~re.UNICODE),
+            f"[redacted {name}]".encode(),
+        )
         for name, detector in kept
         if isinstance(detector, RegexBasedDetector)
         for pattern in detector.denylist

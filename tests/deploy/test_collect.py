@@ -392,6 +392,9 @@ def test_what_looks_like_a_secret_goes(line: str) -> None:
         '{"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}',
         "the password: incorrect for alice",
         "error: argument --token requires a value",
+        "--api-key expected, but none given",
+        "usage: serve [--api-key API_KEY [API_KEY ...]] [--token TOKEN] [--hf-token <token>]",
+        "the option --api-key cannot be used with --password-file /run/password",
         "authorization: Permission denied",
         "X-Amz-Signature: does not match",
         "python -c 'import hf_hub_download' gf_gpu_memory_utilization",
@@ -400,6 +403,21 @@ def test_what_looks_like_a_secret_goes(line: str) -> None:
 )
 def test_what_is_none_stays(line: str) -> None:
     assert Redactor.of(["abc"]).line(line) == line  # a secret that is too short is none
+
+
+JWT = ("eyJhbGciOiJIUzI1NiJ9", "eyJzdWIiOiIxMjM0NTY3ODkwIn0", "dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U")
+
+
+@pytest.mark.parametrize(
+    ("line", "secret"),
+    [
+        *((f"the answer had {'.'.join(JWT)} in it", part) for part in JWT),
+        *((f"run --api-key {word} --port 1", word) for word in ("supersecret", "requirement-of-mine", "Expected!", "Secret")),
+        ("aphrodite --admin-key  tulip.fields", "tulip.fields"),
+    ],
+)
+def test_a_secret_without_digits_and_the_end_of_a_token_go_too(line: str, secret: str) -> None:
+    assert secret not in Redactor.of([]).line(line)
 
 
 def test_known_values_go_in_every_form() -> None:
