@@ -72,6 +72,7 @@ def ensure(
                 _lay_out(folder, stack, target)
                 _relocate_scripts(folder, site)
                 bytecode.fill_in(folder, site, locked, root, stack, settings, tick, python)
+                _date_headers(site)
                 _make_read_only(folder)
     return final
 
@@ -104,6 +105,7 @@ def ensure_toolchain(stack: LoadedStack, host: Arch, settings: Settings, tick: T
                     raise RootError(
                         "the toolchain's wheels and packages have no nvcc", remedy="correct [toolchain] in stack.toml"
                     )
+                _date_headers(folder)
                 _make_read_only(folder)
     return final
 
@@ -247,6 +249,29 @@ def _relocate_scripts(folder: Path, site: Path) -> None:
             output = io.StringIO()
             csv.writer(output, lineterminator="\n").writerows(moved.get(row[0], row) for row in rows if row)
             atomic_write(record, output.getvalue())
+
+
+def _date_headers(site: Path) -> None:
+    """Give each header a date that depends only on its path below `site`.
+
+    gcc omits a header with `#pragma once` if it has read a header with the same content, size and date (in seconds). uv dates
+    files by the time at which it unpacks them. So without this function, the preprocessed text depends on the speed of the
+    machine, and the caches on other machines do not find it.
+    """
+    for parent, _, names in os.walk(site):
+        inside = Path(parent).relative_to(site)
+        if "include" not in inside.parts:
+            continue
+        for name in names:
+            path = os.path.join(parent, name)  # noqa: PTH118 tens of thousands of files
+            if stat.S_ISREG(os.lstat(path).st_mode):
+                number = int.from_bytes(hashlib.sha256(os.fsencode(inside / name)).digest()[:8], "big")
+                date = _FIRST_DATE + number % _DATES
+                os.utime(path, (date, date))
+
+
+_FIRST_DATE, _DATES = 315_532_800, 1 << 29
+"From 1980-01-01 on, for 17 years: a compiler cache does not keep results of headers that are newer than the compilation."
 
 
 def _make_read_only(folder: Path) -> None:

@@ -297,6 +297,24 @@ def test_each_module_is_compiled_for_its_place(made: Path) -> None:
     assert b"/env/lib/python3.11/site-packages/tiny/__init__.py" in data
 
 
+def test_the_text_of_headers_does_not_depend_on_when_they_were_unpacked(
+    own: Settings, index: Index, base: Path, tmp_path: Path
+) -> None:
+    """gcc reads only one of two equal headers with #pragma once, if their dates are in the same second."""
+    names = [f"tiny/include/{number}/same.h" for number in range(4)]
+    index.add(make_wheel(tmp_path, "tiny", "1.0", dict.fromkeys(names, "#pragma once\nextern int same;\n")))
+    loaded = locked(tmp_path / "stack", own, "tiny")
+    made = environment.ensure(loaded, TARGET, base, own)
+    lines = "".join(f'#include \\"{name}\\"\\n' for name in names)
+    script = f'printf "{lines}" | /opt/gracefarm/bin/{TARGET.triplet}-gcc -E -P -I /env/lib/python3.11/site-packages -x c -'
+    assert inside(base, made, "sh", "-c", script).count("extern int same;") == len(names)
+    other = environment.ensure(loaded, TARGET, base, own.model_copy(update={"home": own.home / "other"}))
+    dates = [
+        [(folder / "lib/python3.11/site-packages" / name).stat().st_mtime_ns for name in names] for folder in (made, other)
+    ]
+    assert dates[0] == dates[1]
+
+
 def test_record_names_every_file_with_its_digest(made: Path) -> None:
     """pip uninstalls by it, and importlib.metadata reads it."""
     site = made / "lib/python3.11/site-packages"
