@@ -104,7 +104,8 @@ def _newest(folder: Path) -> LoadedStack:
     with_torch = [entry for entry in loaded if entry.data.torch is not None]
     if not with_torch:
         raise ConfigError(
-            f"{folder} has no stack with torch that could be copied", remedy="give a stack to copy with --like STACK"
+            f"{folder} has no stack with torch that could be copied",
+            remedy="create a project with `builder init DIR`, which has such stacks, and repeat the command there",
         )
     return max(with_torch, key=lambda entry: Version(entry.data.torch.version) if entry.data.torch else Version("0"))
 

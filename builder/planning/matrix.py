@@ -177,7 +177,8 @@ def shard(cells: Sequence[Cell], text: str) -> list[Cell]:
     number, slash, count = text.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise UsageError(
-            f"--shard {text!r} is not a part of the cells", remedy="write I/N, such as 2/3 for the second of three parts"
+            f"--shard {text!r} is not of the form I/N, with I from 1 to N",
+            remedy="write I/N, such as 2/3 for the second of three parts",
         )
     groups = list(dict.fromkeys((cell.recipe, cell.stack) for cell in cells))
     own = set(groups[int(number) - 1 :: int(count)])

@@ -370,7 +370,7 @@ class LoadedRecipe:
             raise ConfigError(
                 f"wheel.requires of {self.key} pins torch to the version in the stack, "
                 f"but stack {stack.data.name} has no torch",
-                remedy="use a stack with torch",
+                remedy="use a stack with torch: --stack NAME",
             )
         requires = {name: text.replace(TORCH_VERSION, torch or "") for name, text in required.items()}
         wheel = data.wheel.model_copy(update={"requires": requires})

@@ -66,8 +66,8 @@ def _tree_plan(
     source = recipe.load(taker.folder.parent, tree.recipe)
     if source.data.tree is None:
         raise ConfigError(
-            f"{taker.key} uses the tree of the recipe {source.key}, but this recipe builds a wheel",
-            remedy="correct [[trees]] in the recipe",
+            f"{taker.key} uses the tree (folder of built files) of the recipe {source.key}, but {source.key} builds a wheel",
+            remedy=f"correct [[trees]] in the recipe {taker.key}",
         )
     return make_plan(source, stack.load(base.folder.parent, source.data.stack), host, target)
 

@@ -149,7 +149,7 @@ class VllmBench:
         log = self.deployment.folder.logs / "vllm-bench.log"
         atomic_write(log, text + "\n")
         reason = f": {last_line(text)}" if result is None else ""
-        raise kind(f"{head.name}: {cause}{reason}", remedy=f"read its output in {log}, or measure with --client own")
+        raise kind(f"{head.name}: {cause}{reason}", remedy=f"read the output in {log}, or measure with --client own")
 
     def _level(self, result: VllmResult, concurrency: int) -> Level:
         requests, some = self.sweep.count(concurrency), result.completed > 0

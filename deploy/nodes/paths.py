@@ -21,7 +21,7 @@ def share(deployment: Deployment) -> str:
     """The shared folder. Raises ConfigError if deploy.toml does not set it."""
     if deployment.data.share is None:
         raise ConfigError(
-            f"{deployment.path}: the key share is missing",
+            f"{deployment.path}: the key `share` is missing",
             remedy='add share = "/path" to this file, with the path of a folder that all nodes share at the same path',
         )
     return deployment.data.share

@@ -130,7 +130,9 @@ def from_file(path: Path, *, repo: str, revision: str) -> Model:
 def _unreadable(path: Path, error: OSError) -> ConfigError:
     place = error.filename or path
     if isinstance(error, PermissionError):
-        return ConfigError(f"{place}: no permission to read it", remedy="give your user permission to read the model's files")
+        return ConfigError(
+            f"{place}: you have no permission to read this file", remedy="give your user permission to read the model's files"
+        )
     return ConfigError(
         f"{place} cannot be read: {error.strerror}",
         remedy="check that this path is a file of the model, and that its file system answers",

@@ -188,7 +188,8 @@ def serve(
     """
     if set(authenticate.replace(",", " ").split()) != {"update"}:
         raise ConfigError(
-            f"-a {authenticate} is not supported: uploads always require a token or a password, reads never do",
+            f"-a {authenticate} is not supported: uploads always require a token or a password, and "
+            "downloads never require them",
             remedy="omit -a; to restrict downloads, put a reverse proxy with authentication in front of the index",
         )
     if passwords is not None:

@@ -70,5 +70,7 @@ async def _put(
 
 def _send(service: IndexService, request: Request, digest: str | None, what: str) -> Response:
     if digest is None:
-        raise NotFoundError(f"this index has no {what}", remedy="see /board/, which lists the builds and matrices")
+        raise NotFoundError(
+            f"this index has no {what}", remedy="open the page /board/ of this index, which lists the builds and matrices"
+        )
     return send_stored(service, request, digest, "application/json", cache="no-cache")

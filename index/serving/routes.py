@@ -99,7 +99,9 @@ async def bare_name(service: IndexService, request: Request) -> Response:
     """GET /NAME and /NAME/: redirect to the project's page, as in pypiserver."""
     name = name_in_address(request.path_params["name"])
     if not views.files(service.catalogue, views.ALL, name):
-        raise NotFoundError(f"/simple/ has no project {name!r}", remedy="see /simple/, which lists the projects")
+        raise NotFoundError(
+            f"/simple/ has no project {name!r}", remedy="open the page /simple/ of this index, which lists the projects"
+        )
     up = "../" if request.url.path.endswith("/") else ""
     return RedirectResponse(f"{up}simple/{name}/", status_code=303)
 
@@ -195,7 +197,9 @@ async def set_lock(service: IndexService, request: Request) -> Response:
         with service.catalogue.moment():
             view = views.find(service.catalogue, prefix)
             if view is None or view.kind != "set":
-                raise NotFoundError(f"this index has no set {prefix[-1]!r}", remedy="see /sets/, which lists the sets")
+                raise NotFoundError(
+                    f"this index has no set {prefix[-1]!r}", remedy="open the page /sets/ of this index, which lists the sets"
+                )
             return requirements.render(service.catalogue, view)
 
     text = await asyncio.get_running_loop().run_in_executor(service.workers, render)
@@ -207,7 +211,8 @@ def _send_record(service: IndexService, request: Request, row: sqlite3.Row | Non
     digest = row["log_sha256" if is_log else "document_sha256"] if row is not None else None
     if digest is None:
         raise NotFoundError(
-            f"this index has no {'log' if is_log else 'record'} of {identifier}", remedy="see /board/, which lists the builds"
+            f"this index has no {'log' if is_log else 'record'} of {identifier}",
+            remedy="open the page /board/ of this index, which lists the builds",
         )
     return send_stored(
         service, request, digest, "text/plain; charset=utf-8" if is_log else "application/json", cache="no-cache"

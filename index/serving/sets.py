@@ -81,7 +81,8 @@ async def get_pylock(service: IndexService, request: Request) -> Response:
     raw = staged.pylock_of(service.catalogue, view.argument) if view is not None and view.kind == "set" else None
     if raw is None:
         raise NotFoundError(
-            f"this index has no {pylock.FILENAME} of {prefix[-1]!r}", remedy="see /sets/, which lists the sets and their files"
+            f"this index has no {pylock.FILENAME} of {prefix[-1]!r}",
+            remedy="open the page /sets/ of this index, which lists the sets and their files",
         )
     etag = f'"{hashlib.sha256(raw).hexdigest()}"'
     headers = {"ETag": etag, "Cache-Control": "no-cache"}

@@ -424,7 +424,7 @@ def _download(store: Store, client: httpx.Client, item: _UpstreamFile) -> Iterat
         except httpx.HTTPError as error:
             raise FetchError(
                 f"failed to fetch {item.filename} from upstream: {error}",
-                remedy="repeat the command; it continues with this file",
+                remedy="repeat the command, which continues with this file",
             ) from error
         if digest.hexdigest() != item.sha256:
             raise DigestError(

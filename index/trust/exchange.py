@@ -55,7 +55,8 @@ def exchange(catalogue: Catalogue, keys: IssuerKeys, text: str) -> MintedToken:
         if not reached:
             raise ForbiddenError(
                 f"{matching[0].repository} is not the trusted repository: the name is the same, but the numeric id differs",
-                remedy="if the repository was replaced on purpose, run `index publisher remove` and `index publisher add`",
+                remedy="if the repository was replaced on purpose, run `index publisher remove` and `index publisher add` on "
+                "the machine of the index",
             )
         ids = [publisher.id for publisher in reached]
         secret, end = auth.mint(change, matching[0].name, ids, LIFETIME)

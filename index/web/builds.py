@@ -22,7 +22,9 @@ def build(site: Site, request: Request) -> Response:
     """The page of one build, successful or failed."""
     row = site.catalogue.row("SELECT * FROM public_record WHERE id = ?", (request.path_params["id"],))
     if row is None:
-        raise NotFoundError("this index has no such build", remedy="see /board/, which lists the builds")
+        raise NotFoundError(
+            "this index has no such build", remedy="open the page /board/ of this index, which lists the builds"
+        )
     record = records.summary(row)
     wheels = site.catalogue.rows("SELECT filename FROM live_file WHERE build = ? AND hidden = 0", (record.id,))
     return site.render(

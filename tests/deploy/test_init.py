@@ -312,7 +312,7 @@ def test_a_mistake_in_deploy_toml_is_one_sentence_for_all_nodes(tmp_path: Path, 
     done = deploy(tmp_path, "serve")
     assert done.returncode == 3
     told = " ".join(done.stderr.split())
-    assert told.count("the key share is missing") == 1
+    assert told.count("the key `share` is missing") == 1
     assert "nodes failed" not in told
 
 

@@ -392,7 +392,7 @@ def test_rays_folder_is_short_enough_for_its_sockets() -> None:
 def test_no_share_no_plan() -> None:
     deployment, facts = supposed(10)
     without = deployment.model_copy(update={"data": deployment.data.model_copy(update={"share": None})})
-    with pytest.raises(ConfigError, match="the key share is missing"):
+    with pytest.raises(ConfigError, match="the key `share` is missing"):
         plans.make(without, facts, llama())
 
 

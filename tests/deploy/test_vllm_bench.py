@@ -213,7 +213,7 @@ def test_a_failure_is_told_with_its_cause_and_a_remedy(tmp_path: Path, mode: str
         _out, err = await made.bench(code=61)
         assert words in err
         log = made.deployment.folder.logs / "vllm-bench.log"
-        assert f"read its output in {log}, or measure with --client own" in " ".join(err.split())
+        assert f"read the output in {log}, or measure with --client own" in " ".join(err.split())
         assert "Namespace(" in log.read_text()
         assert len(made.seen) == 1, "a failure must not be repeated for the next level"
         assert not (made.deployment.folder.path / "bench").exists()

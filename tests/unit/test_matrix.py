@@ -267,7 +267,7 @@ def test_shards_have_each_cell_once_and_keep_those_together_that_share_objects()
     assert len(set(owners.values())) == 3
     assert shard(cells[:1], "2/2") == []
     for text in ("0/3", "4/3", "1", "a/b", "1/0"):
-        with pytest.raises(UsageError, match="is not a part of the cells"):
+        with pytest.raises(UsageError, match="is not of the form I/N"):
             shard(cells, text)
 
 
