@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import click
-from packaging.version import Version
 
 from builder.cli.options import stack_of, start
 from builder.flow import publishing
@@ -21,8 +20,9 @@ from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from builder.proof import record
 from builder.toolchains.choice import ToolchainChoice
-from builder.toolchains.kinds import KINDS
+from builder.upkeep import prune
 from gracefarm.cli import json_option
+from gracefarm.console import Console
 from gracefarm.errors import ConfigError, UsageError
 
 
@@ -73,12 +73,14 @@ def parted(function: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option(
     "--prune",
+    "prunes",
     is_flag=True,
-    help="Instead of cells, list the builds on this machine for old releases of torch. matrix.toml says how many of the "
-    "newest releases are kept (keep_torch). The command removes nothing.",
+    help="Instead of cells, list the builds on this machine for old releases of torch, with recipe, stack, torch, Python, "
+    "target and build id. matrix.toml says how many of the newest releases are kept (keep_torch). NAMES select recipes. The "
+    "command removes nothing.",
 )
 @json_option
-def matrix_command(names: tuple[str, ...], selector: str, part: Part, url: str | None, name: str | None, prune: bool) -> None:
+def matrix_command(names: tuple[str, ...], selector: str, part: Part, url: str | None, name: str | None, prunes: bool) -> None:
     """List the wheels that could be built (the cells), and the state of each.
 
     A cell is one wheel: a recipe with a stack, a Python, a processor architecture (target) and GPU architectures (sm). A
@@ -110,9 +112,8 @@ def matrix_command(names: tuple[str, ...], selector: str, part: Part, url: str |
     builder matrix --publish http://127.0.0.1:8080/legacy/
     """
     settings, console = start()
-    if prune:
-        rows = _old(settings)
-        console.result(rows, "\n".join(f"{row['recipe']}  {row['stack']}  {row['build_id'][:16]}" for row in rows))
+    if prunes:
+        _show_old(names, settings, console)
         return
     text = matrix.named(selector, settings.project)
     reports = reports_of(cells_of(text, names, settings, part), settings)
@@ -199,15 +200,27 @@ def plan_cell(cell: Cell, settings: Settings, on: ToolchainChoice | None = None)
     return choice.plan(loaded, stack_of(cell.stack, cell.interpreter, settings), cell.target)
 
 
-def _old(settings: Settings) -> list[dict[str, str]]:
-    """Builds with a torch that is older than the releases to keep."""
-    names = stack.names(settings.project / "stacks")
-    stacks = [stack.load(settings.project / "stacks", name).data for name in names]
-    releases = sorted({Version(entry.torch.version) for entry in stacks if entry.torch is not None}, reverse=True)
-    kept = {str(release) for release in releases[: matrix.read(settings.project).keep_torch]}
-    known = {entry.name for entry in stacks if entry.torch is None or entry.torch.version in kept}
-    return [
-        {"recipe": build.recipe, "stack": build.stack, "build_id": build.build_id}
-        for build in record.all_of(settings)
-        if build.outcome == "built" and KINDS[build.toolchain].pinned and build.stack not in known
+def _show_old(names: Sequence[str], settings: Settings, console: Console) -> None:
+    """List the builds for old releases of torch; `names`: only builds of these recipes.
+
+    Raises:
+        UsageError: the command has an option that selects cells or sends them.
+        ConfigError: a recipe is unknown.
+    """
+    given = click.get_current_context().get_parameter_source
+    options = {"selector": "--matrix", "only": "--only", "shard": "--shard", "url": "--publish", "name": "--as"}
+    for parameter, option in options.items():
+        if given(parameter) is click.core.ParameterSource.COMMANDLINE:
+            raise UsageError(
+                f"--prune and {option} cannot be used together",
+                remedy=f"omit {option}; to list only builds of some recipes, give the names of the recipes",
+            )
+    keys = {recipe.load(settings.project / "recipes", name).key for name in names}
+    builds = [build for build in prune.old(settings) if not names or build.recipe in keys]
+    widths = [max((len(getattr(build, name)) for build in builds), default=0) for name in ("recipe", "stack")]
+    lines = [
+        f"{build.recipe:{widths[0]}} {build.stack:{widths[1]}} torch {build.torch:8} {build.python:12} {build.target:8} "
+        f"{build.build_id[:16]}"
+        for build in builds
     ]
+    console.result([asdict(build) for build in builds], "\n".join(lines) or "no builds for old releases of torch")

@@ -281,3 +281,36 @@ def test_a_part_without_a_cell_builds_nothing(tmp_path: Path, monkeypatch: pytes
         assert done.exit_code == 0
         assert "nothing" in done.output or "no cells" in done.output
     assert not (tmp_path / "builds").exists()
+
+
+def test_prune_lists_builds_of_old_torches_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project, home = tmp_path / "project", tmp_path / "home"
+    for name in ("recipes", "stacks", "interpreters"):
+        (project / name).parent.mkdir(exist_ok=True)
+        (project / name).symlink_to(REPOSITORY / name)
+    monkeypatch.setenv("GRACEFARM_PROJECT", str(project))
+    monkeypatch.setenv("GRACEFARM_HOME", str(home))
+    settings = load()
+
+    def listed(*words: str) -> str:
+        return CliRunner().invoke(cli, ["matrix", "--prune", *words], catch_exceptions=False, standalone_mode=False).output
+
+    (project / "matrix.toml").write_text("keep_torch = 1\n")
+    assert listed() == "no builds for old releases of torch\n"
+    pairs = (("causal_conv1d", "cu132"), ("causal_conv1d", "cu130"), ("torch_scatter", "cu130"), ("triton", "cu124"))
+    for name, on in pairs:
+        for python in (None, "3.13-trixie") if on == "cu130" else (None,):
+            cell = Cell(recipe=name, stack=on, interpreter=python, target=Arch.AARCH64, sm=None)
+            write_built(cell, settings, stages=compiled(1))
+    rows = [line.split()[:6] for line in listed().splitlines()]
+    assert sorted(rows) == [
+        [name, "cu130", "torch", "2.11.0", python, "aarch64"]
+        for name in ("causal_conv1d", "torch_scatter")
+        for python in ("3.13-trixie", "root")
+    ], "triton does not use torch, and 2.15.0 is the newest"
+    assert {line.split()[0] for line in listed("torch_scatter").splitlines()} == {"torch_scatter"}
+    for words in (("--matrix", "python=root"), ("--only", "python=root"), ("--shard", "1/2"), ("--publish", "http://host/")):
+        with pytest.raises(UsageError, match=f"--prune and {words[0]} cannot be used together"):
+            listed(*words)
+    (project / "matrix.toml").write_text("keep_torch = 3\n")
+    assert listed() == "no builds for old releases of torch\n"
