@@ -11,7 +11,7 @@ import click
 
 from builder.cli.accept import accept_new, accept_option, yes_option
 from builder.cli.matrix import Part, cells_of, parted, plan_cell, reports_of, table_of
-from builder.cli.options import Aim, aimed, aimed_at_sandbox, jobs_option, plan_of, start
+from builder.cli.options import Aim, aimed, aimed_at_sandbox, jobs_option, plan_of, publish_option, start
 from builder.farm.cluster import Cluster, connected
 from builder.flow import history, room
 from builder.flow.attempt import BuildOptions
@@ -55,12 +55,10 @@ from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageErr
     help="Build on a Ray cluster. ADDRESS is ray://HOST:10001, HOST:6379, auto (the cluster that this machine belongs to) or "
     "local (a new cluster on this machine).",
 )
-@click.option(
-    "--publish",
-    "url",
-    metavar="URL",
+@publish_option(
     help="Upload each wheel to the index with this upload address, such as http://HOST:8080/legacy/. The environment "
-    "variables TWINE_USERNAME and TWINE_PASSWORD, or the program keyring, give the user name and the password.",
+    "variables TWINE_USERNAME and TWINE_PASSWORD, or the program keyring, give the user name and the password. An empty URL "
+    "has no effect.",
 )
 @click.option("--keep", is_flag=True, help="Do not delete the working folder after a successful build.")
 @click.option("--no-compiler-cache", is_flag=True, help="Do not use the compiler cache (ccache).")

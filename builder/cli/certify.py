@@ -10,7 +10,7 @@ import click
 from builder import smoke
 from builder.audit.contents import plainly_named
 from builder.cli.check import trial_of
-from builder.cli.options import FILE, cuda_option, start, tried
+from builder.cli.options import FILE, cuda_option, publish_option, start, tried
 from builder.flow import publishing
 from builder.planning import recipe
 from builder.planning.recipe import LoadedRecipe
@@ -52,10 +52,7 @@ _CUOBJDUMP = "install the CUDA toolkit and give its folder with --cuda PATH, or 
     metavar="REPORT",
     help="Check this report file, and sign a certificate. Use the option on the machine that built the wheel.",
 )
-@click.option(
-    "--publish",
-    "url",
-    metavar="URL",
+@publish_option(
     help="With --accept: also send the certificate to the index with this upload address, such as http://HOST:8080/legacy/.",
 )
 @cuda_option

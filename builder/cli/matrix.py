@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 
 import click
 
-from builder.cli.options import stack_of, start
+from builder.cli.options import publish_option, stack_of, start
 from builder.flow import publishing
 from builder.flow.costs import Costs
 from builder.flow.matrix import CellReport, document, report
@@ -61,10 +61,7 @@ def parted(function: Callable[..., None]) -> Callable[..., None]:
     help="List the cells of this selector. SELECTOR is AXIS=VALUES (see above), or a name in matrix.toml.",
 )
 @parted
-@click.option(
-    "--publish",
-    "url",
-    metavar="URL",
+@publish_option(
     help="Also send the list to the index with this upload address, such as http://HOST:8080/legacy/. The index shows the "
     "list on a web page.",
 )

@@ -35,6 +35,9 @@ jobs_option = click.option(
     type=click.IntRange(1),
     help="Maximum number of parallel compilations. Default: as many as CPU cores and memory allow.",
 )
+publish_option = functools.partial(
+    click.option, "--publish", "url", metavar="URL", callback=lambda _context, _parameter, url: url or None
+)
 toolchain_option = functools.partial(
     click.option,
     "--toolchain",
