@@ -22,6 +22,7 @@ FILE = "matrix.toml"
 AXES = ("recipe", "stack", "python", "target", "sm", "torch", "cuda")
 ROOT = "root"
 "Value of the axis python: the Python of the stack's root."
+_TARGETS = [arch.value for arch in Arch]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +156,7 @@ def only(cells: Sequence[Cell], text: str, known: Known) -> list[Cell]:
         pythons = _pythons(axes["python"], known.interpreters)
         kept = [cell for cell in kept if cell.interpreter in pythons]
     if "target" in axes:
-        targets = {_known(value, "target", list(Arch)) for value in axes["target"]}
+        targets = {_known(value, "target", _TARGETS) for value in axes["target"]}
         kept = [cell for cell in kept if cell.target in targets]
     if "sm" in axes:
         lists = [device_code.parse(value) for value in axes["sm"]]
@@ -189,7 +190,7 @@ def _cells(axes: Mapping[str, Sequence[str]], known: Known, names: Sequence[str]
     """The cells of one selector, from the values of its axes."""
     recipes = [_known(value, "recipe", known.recipes) for value in axes.get("recipe", names or tuple(known.recipes))]
     pythons = _pythons(axes.get("python", (ROOT,)), known.interpreters)
-    targets = [Arch(_known(value, "target", list(Arch))) for value in axes.get("target", (Arch.AARCH64,))]
+    targets = [Arch(_known(value, "target", _TARGETS)) for value in axes.get("target", (Arch.AARCH64,))]
     architectures = [device_code.parse(value) for value in axes["sm"]] if "sm" in axes else [None]
     for name in recipes:
         if not names or name in names:
@@ -211,11 +212,31 @@ def _pythons(values: Sequence[str], interpreters: Sequence[str]) -> list[str | N
     for value in values:
         first, dots, last = value.partition("..")
         if dots:
-            start, end = (plain.index(_known(end, "python", plain)) for end in (first, last))
+            start, end = (plain.index(_end(name, value, plain, interpreters)) for name in (first, last))
+            _refuse_empty("python", value, empty=start > end)
             names += plain[start : end + 1]
         else:
             names.append(None if value == ROOT else _known(value, "python", [*interpreters, ROOT]))
     return list(dict.fromkeys(names))
+
+
+def _end(name: str, value: str, plain: Sequence[str], interpreters: Sequence[str]) -> str:
+    """The first or last Python of a range."""
+    if name not in plain and name in (*interpreters, ROOT):
+        raise UsageError(
+            f"a range of Pythons begins and ends with versions, but {value} has {name}",
+            remedy=f"write a range such as {plain[0]}..{plain[-1]}, and add {name} with a comma",
+        )
+    return _known(name, "python", plain)
+
+
+def _refuse_empty(axis: str, value: str, *, empty: bool) -> None:
+    if empty:
+        first, _, last = value.partition("..")
+        raise UsageError(
+            f"the range {axis}={value} is empty, since its end is lower than its beginning",
+            remedy=f"write {axis}={last}..{first}",
+        )
 
 
 def _stacks(axes: Mapping[str, Sequence[str]], known: Known, recipe: str) -> list[str]:
@@ -228,13 +249,26 @@ def _stacks(axes: Mapping[str, Sequence[str]], known: Known, recipe: str) -> lis
         return [known.recipes[recipe]]
     for axis in ("torch", "cuda"):
         if axis in axes:
-            versions = {name: _version(known.stacks[name], axis) for name in names}
-            names = [name for name in names if any(_within(versions[name], value, axis) for value in axes[axis])]
+            versions = {name: _version(of, axis) for name, of in known.stacks.items()}
+            matching = {name for value in axes[axis] for name in _matching(versions, value, axis)}
+            names = [name for name in names if name in matching]
     return names
 
 
 def _version(of: Stack, axis: str) -> str | None:
     return of.cuda if axis == "cuda" else of.torch.version if of.torch is not None else None
+
+
+def _matching(versions: Mapping[str, str | None], value: str, axis: str) -> list[str]:
+    """The stacks with a version that equals the value, or is in the range `A..B`."""
+    names = [name for name, version in versions.items() if _within(version, value, axis)]
+    if not names:
+        there = sorted({Version(version) for version in versions.values() if version is not None})
+        raise UsageError(
+            f"no stack has {axis} {value}",
+            remedy=f"the stacks have these versions of {axis}: {', '.join(map(str, there)) or 'none'}",
+        )
+    return names
 
 
 def _within(version: str | None, value: str, axis: str) -> bool:
@@ -247,6 +281,7 @@ def _within(version: str | None, value: str, axis: str) -> bool:
         raise UsageError(
             f"{axis}={value} is not a version or a range", remedy=f"give a version or a range, such as {example}"
         ) from None
+    _refuse_empty(axis, value, empty=start > end)
     if version is None:
         return False
     # 2.11 means 2.11.0 and 2.11.1.

@@ -21,7 +21,7 @@ from builder.planning import matrix, stack
 from builder.planning.matrix import Cell, Known, expand, only, parse, parts, shard
 from builder.planning.settings import Settings, load
 from builder.planning.stack import Arch
-from builder.proof import record
+from builder.proof import judges, record
 from builder.proof.record import Record, Stage
 from gracefarm.errors import ConfigError, UsageError
 from gracefarm.files import lock
@@ -100,8 +100,8 @@ def test_torch_and_cuda_choose_stacks(text: str, stacks: set[str]) -> None:
         ("recipe=nothing", "unknown recipe 'nothing'"),
         ("sm=90+x", "'x' in '90+x' is not an architecture"),
         ("cuda=new", "cuda=new is not a version"),
-        ("cuda=11.8", "names no cell"),
-        ("python=3.14..3.10", "names no cell"),
+        ("cuda=11.8", "no stack has cuda 11.8"),
+        ("stack=cu124 cuda=13.0", "names no cell"),
     ],
 )
 def test_bad_selectors_are_one_sentence(text: str, words: str) -> None:
@@ -109,6 +109,37 @@ def test_bad_selectors_are_one_sentence(text: str, words: str) -> None:
         expand(text, KNOWN)
     assert words in caught.value.cause
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "cause", "remedy"),
+    [
+        ("target=arch64", "unknown target 'arch64' in the selector", "did you mean 'aarch64'?"),
+        ("target=powerpc", "unknown target 'powerpc' in the selector", "targets: aarch64, x86_64"),
+        (
+            "python=3.14..3.10",
+            "the range python=3.14..3.10 is empty, since its end is lower than its beginning",
+            "write python=3.10..3.14",
+        ),
+        (
+            "cuda=13.0..12.4",
+            "the range cuda=13.0..12.4 is empty, since its end is lower than its beginning",
+            "write cuda=12.4..13.0",
+        ),
+        ("torch=9", "no stack has torch 9", "the stacks have these versions of torch: 2.4.0, 2.11.0"),
+        ("torch=2.11,2.12..2.14", "no stack has torch 2.12..2.14", "the stacks have these versions of torch: 2.4.0, 2.11.0"),
+        (
+            "python=3.10..3.14t",
+            "a range of Pythons begins and ends with versions, but 3.10..3.14t has 3.14t",
+            "write a range such as 3.10..3.14, and add 3.14t with a comma",
+        ),
+    ],
+)
+def test_a_bad_value_leads_to_the_right_ones(text: str, cause: str, remedy: str) -> None:
+    for call in (lambda: expand(text, KNOWN), lambda: only(expand("", KNOWN), text, KNOWN)):
+        with pytest.raises(UsageError) as caught:
+            call()
+        assert (caught.value.cause, caught.value.remedy) == (cause, remedy)
 
 
 def test_selectors_by_name(tmp_path: Path) -> None:
@@ -281,6 +312,22 @@ def test_a_part_without_a_cell_builds_nothing(tmp_path: Path, monkeypatch: pytes
         assert done.exit_code == 0
         assert "nothing" in done.output or "no cells" in done.output
     assert not (tmp_path / "builds").exists()
+
+
+def test_an_empty_url_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in nightly.yml without the variable PUBLISH_URL."""
+    monkeypatch.setenv("GRACEFARM_PROJECT", str(REPOSITORY))
+    monkeypatch.setenv("GRACEFARM_HOME", str(tmp_path))
+    (cell,) = expand("python=root", CONV)
+    plan = plan_cell(cell, load())
+    wheel = record.folder(load(), plan.build_id) / "dist" / "causal_conv1d-1.7.0-py3-none-any.whl"
+    wheel.parent.mkdir(parents=True)
+    wheel.touch()
+    write_built(cell, load(), wheel=record.product(wheel), judged_by=judges.digest(plan))
+    command = ["build", "--changed", "--matrix", "recipe=causal_conv1d"]
+    for words in (command, [*command, "--publish", ""]):
+        done = CliRunner().invoke(cli, words, catch_exceptions=False, standalone_mode=False)
+        assert "changed since the last success: nothing" in done.output
 
 
 def test_prune_lists_builds_of_old_torches_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
