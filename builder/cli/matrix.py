@@ -96,7 +96,7 @@ def matrix_command(names: tuple[str, ...], selector: str, part: Part, url: str |
     running    a build of the cell is running on this machine
     failed     the last build failed or was interrupted
     blocked    the cell cannot be built; the line ends with the reason
-    not tried  no build was started yet; the line ends with the hosts that it needs
+    not tried  no build was started yet; the line names the hosts to fetch from
 
     \b
     # List the cells of one recipe that the selector `default` names.
