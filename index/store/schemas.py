@@ -66,8 +66,8 @@ class MatrixCell(SentDocument):
     "File name of the wheel. null: not built yet."
     reason: str = ""
     (
-        "Explanation of the state: the error of a failed cell, the cause for a blocked cell, the wheel for a served cell, or "
-        "the hosts from which a cell that was not tried fetches files. The page `/board/` shows its first 2,000 characters."
+        "Explanation of the state. `failed`: the error. `blocked`: the cause. `served`: the wheel that also works for this "
+        "cell. `not tried`: the hosts from which the build would fetch files. The page `/board/` shows its first 2,000 characters."
     )
     cpu_seconds: float | None = Field(default=None, ge=0, lt=1e15, allow_inf_nan=False)
     "Measured or expected CPU seconds of the build."
