@@ -11,12 +11,15 @@ import click
 from pydantic import BaseModel
 
 from builder.cli.options import last_build, plan_of, start
+from builder.planning.settings import Settings
 from builder.proof import record
 from builder.toolchains import kinds
 from builder.toolchains.choice import ToolchainChoice
 from gracefarm.cli import json_option, show_schemas
-from gracefarm.errors import ConfigError, ExitCode
+from gracefarm.console import Console
+from gracefarm.errors import ConfigError, ExitCode, UsageError
 from gracefarm.files import lock
+from gracefarm.tables import parse_size
 
 
 @click.command("doctor")
@@ -62,25 +65,63 @@ def doctor_command(fix: bool) -> None:
     is_flag=True,
     help="Also remove all builds (with wheels, records and logs), all downloaded files, environments and caches.",
 )
+@click.option(
+    "--keep",
+    metavar="SIZE",
+    help="Remove temporary files, downloaded files, environments and caches until the folder GRACEFARM_HOME has at most this "
+    "size, such as 20GiB. The least recently used are removed first. Wheels, records and logs stay.",
+)
 @json_option
-def clean_command(everything: bool) -> None:
+def clean_command(everything: bool, keep: str | None) -> None:
     """Remove temporary files of builds on this machine.
 
     These are the working folders of builds, such as /build in `builder shell`. Wheels, records, logs and caches stay, unless
-    --all is given. If a build is running, the command waits until the build ends.
+    --all is given. If a build is running, the command waits until the build ends. With --keep, the command does not wait: it
+    does not remove what a running build uses. A later build makes removed files again.
 
     \b
     # Remove the temporary files.
     builder clean
+    # Remove what was not used for the longest time, until 20 GiB are left.
+    builder clean --keep 20GiB
     """
     from builder.upkeep import clean
 
     settings, console = start()
+    if keep is not None:
+        if everything:
+            raise UsageError("--keep and --all cannot be used together", remedy="omit --keep or --all")
+        _keep(keep, settings, console)
+        return
     before = shutil.disk_usage(settings.home).free if settings.home.is_dir() else 0
     clear = clean.everything if everything else clean.working_folders
     clear(settings, lambda: console.step("wait", "waiting for a running build"))
     freed = (shutil.disk_usage(settings.home).free - before) if settings.home.is_dir() else 0
     console.result({"freed": max(freed, 0)}, f"freed {max(freed, 0) / 1e6:.0f} MB")
+
+
+def _keep(text: str, settings: Settings, console: Console) -> None:
+    """Shrink the home, and print what was removed.
+
+    Raises:
+        UsageError: the text is not a size.
+    """
+    from builder.upkeep import keep
+
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"--keep: {error}", remedy="give a number and KiB, MiB, GiB or TiB") from error
+    removed, left = keep.at_most(size, settings, lambda: console.step("wait", "waiting for a running command"))
+    rows = [{"path": str(entry.path), "size": entry.size} for entry in removed]
+    lines = [f"removed {entry.path}, {entry.size / 1e6:.0f} MB" for entry in removed]
+    freed = sum(entry.size for entry in removed)
+    lines.append(f"freed {freed / 1e6:.0f} MB; {settings.home} has {left / 1e6:.0f} MB")
+    if left > size:
+        console.warn(
+            f"{settings.home} is larger than {text}: the rest are wheels, records and logs, or files of a running build"
+        )
+    console.result({"removed": rows, "freed": freed, "size": left}, "\n".join(lines))
 
 
 @click.command("shell")

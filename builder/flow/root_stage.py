@@ -21,6 +21,10 @@ def lay_ground(plan: Plan, settings: Settings, console: Console) -> Ground:
     cuda = plan.recipe.data.build.cuda
     with console.progress("root") as tick:
         ground = plan.toolchain.lay(plan.stack, plan.host, plan.target, settings, tick, cuda=cuda)
+    for place in (ground.root, ground.environment, ground.compiler, ground.tools):
+        if place is not None and place.is_relative_to(settings.home):
+            # `builder clean --keep` removes the least recently used grounds first.
+            place.with_name(f"{place.name}.lock").touch()
     console.step("root", ground.title)
     return ground
 

@@ -22,7 +22,10 @@ def with_trees(fetched: Fetched, plan: Plan, settings: Settings) -> Fetched:
     """The fetched files of a plan, with the trees that are built."""
     places = zip(plan.recipe.data.trees, plan.trees, strict=True)
     built = {tree.path: record.tree_path(settings, source.build_id) for tree, source in places}
-    return replace(fetched, trees={path: place for path, place in built.items() if place.is_dir()})
+    present = {path: place for path, place in built.items() if place.is_dir()}
+    for place in present.values():
+        place.touch()  # `builder clean --keep` removes the least recently used trees first
+    return replace(fetched, trees=present)
 
 
 def keep(output: Path, plan: Plan, settings: Settings, epoch: int) -> str:

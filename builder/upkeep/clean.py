@@ -26,10 +26,10 @@ MADE = ("roots", "interpreters", "environments", "toolchains", "cuda", "wrappers
 def working_folders(settings: Settings, on_wait: Callable[[], None]) -> None:
     """Remove the work files of finished and failed builds."""
     for folder in sorted((settings.home / "builds").glob("*")):
-        with lock(_of_build(settings, folder), on_wait):
+        with lock(lock_of_build(settings, folder), on_wait):
             for name in record.SCRATCH:
                 remove_tree(folder / name)
-        with lock(settings.home / "locks" / f"rebuild-{folder.name}", on_wait):
+        with lock(lock_of_rebuild(settings, folder), on_wait):
             remove_tree(folder / "rebuild")
     for folder in sorted((settings.home / "sets").glob("*")):
         with lock(settings.home / "locks" / f"set-{folder.name}", on_wait):
@@ -46,10 +46,10 @@ def everything(settings: Settings, on_wait: Callable[[], None]) -> None:
     """Remove all builds and their grounds. All locks of builds are held meanwhile, so that no build uses them."""
     with ExitStack() as held:
         for folder in sorted((settings.home / "builds").glob("*")):
-            held.enter_context(lock(_of_build(settings, folder), on_wait))
-            held.enter_context(lock(settings.home / "locks" / f"rebuild-{folder.name}", on_wait))
+            held.enter_context(lock(lock_of_build(settings, folder), on_wait))
+            held.enter_context(lock(lock_of_rebuild(settings, folder), on_wait))
             remove_tree(folder)
-        for place, made_under in _grounds(settings):
+        for place, made_under in grounds(settings):
             with lock(made_under):
                 remove_tree(place)
         remove_tree(settings.home / "trees")
@@ -57,28 +57,35 @@ def everything(settings: Settings, on_wait: Callable[[], None]) -> None:
         remove_tree(settings.home / "ccache")
         remove_tree(settings.home / "device")
         remove_tree(settings.home / "farm")
-        _uv_cache(settings.home / "uv")
+        uv_cache(settings.home / "uv")
 
 
-def _of_build(settings: Settings, folder: Path) -> Path:
+def lock_of_build(settings: Settings, folder: Path) -> Path:
+    """Lock of the processes that build into a folder of builds/."""
     return settings.home / "locks" / f"build-{folder.name}"
 
 
-def _grounds(settings: Settings) -> Iterator[tuple[Path, Path]]:
+def lock_of_rebuild(settings: Settings, folder: Path) -> Path:
+    """Lock of the processes that build it again for a comparison."""
+    return settings.home / "locks" / f"rebuild-{folder.name}"
+
+
+def grounds(settings: Settings) -> Iterator[tuple[Path, Path]]:
     """Paths to remove, each with its lock; for a folder that is a link to another home, the link."""
     home = settings.home
     for name in (*MADE, "store"):
         if (home / name).is_symlink():
             yield home / name, home / "locks" / "links"
     for name in MADE:
-        for entry in _entries(home / name):
+        for entry in entries(home / name):
             yield entry, entry.with_name(f"{_final(entry).removesuffix('.git')}.lock")
-    for folder in _entries(home / "store" / "sha256"):
-        for entry in _entries(folder):
+    for folder in entries(home / "store" / "sha256"):
+        for entry in entries(folder):
             yield entry, home / "store" / "locks" / entry.name.partition(".")[0]
 
 
-def _entries(folder: Path) -> list[Path]:
+def entries(folder: Path) -> list[Path]:
+    """The entries of a folder of the home without their locks; none if the folder is a link to another home."""
     if folder.is_symlink() or not folder.is_dir():
         return []
     return sorted(entry for entry in folder.iterdir() if entry.suffix != ".lock")
@@ -89,7 +96,7 @@ def _final(place: Path) -> str:
     return place.name.removeprefix(".").removesuffix(".partial") if place.name.startswith(".") else place.name
 
 
-def _uv_cache(cache: Path) -> None:
+def uv_cache(cache: Path) -> None:
     """Let uv clean its cache, since it knows its locks."""
     if cache.is_symlink():
         cache.unlink()

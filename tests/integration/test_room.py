@@ -45,6 +45,7 @@ def refused(done: projects.Done, folder: Path, needed: str) -> None:
     assert f"error: the build needs at least {needed}" in done.said
     assert f"MiB on the file system that holds {folder}, but only 16 MiB are free remedy: free space" in done.said
     assert "`builder clean` removes" in done.said
+    assert "`builder clean --keep SIZE` also" in done.said
     assert "root " not in done.out.split("error:")[0], "the ground was not laid"
 
 
