@@ -35,6 +35,17 @@ def build_id(farm: Farm, name: str) -> str:
     return done.out.partition("build id")[2].split()[0]
 
 
+def test_all_unmet_requirements_are_in_one_message(farm: Farm) -> None:
+    pyproject = PYPROJECT.replace('"cython>=3.1"', '"cython>=3.1", "wheel<0.1", "packaging"')
+    farm.recipe("tiny_cy", FILES | {"pyproject.toml": pyproject}, name="tiny-cy", build={"cuda": False})
+    done = farm.run("build", "tiny_cy")
+    assert done.code == 21, done.said
+    (error,) = [line for line in done.err.splitlines() if line.startswith("error:")]
+    assert "requires 'cython>=3.1' (stack bare has no such package), 'wheel<0.1' (stack bare has 0." in error
+    assert "packaging" not in error, "a requirement that the stack meets"
+    assert done.said.endswith("repeat: builder lock tiny_cy")
+
+
 def test_cython_of_one_recipe_changes_no_other(farm: Farm) -> None:
     farm.recipe("tiny_c", projects.tree("tiny_c"), name="tiny-c", smoke={"imports": ["tiny_c"]})
     farm.recipe("tiny_cy", FILES, name="tiny-cy", smoke={"imports": ["tiny_cy"]}, build={"cuda": False})
