@@ -67,7 +67,8 @@ class MatrixCell(SentDocument):
     reason: str = ""
     (
         "Explanation of the state. `failed`: the error. `blocked`: the cause. `served`: the wheel that also works for this "
-        "cell. `not tried`: the hosts from which the build would fetch files. The page `/board/` shows its first 2,000 characters."
+        "cell. `not tried`: the hosts from which the build would fetch files. The page `/board/` shows its first 2,000 "
+        "characters."
     )
     cpu_seconds: float | None = Field(default=None, ge=0, lt=1e15, allow_inf_nan=False)
     "Measured or expected CPU seconds of the build."
