@@ -77,7 +77,7 @@ def test_what_was_put_is_served_byte_for_byte(shared: Server) -> None:
         ([], "the matrix does not match its schema"),
         (
             matrix("bad", cell(state="broken")),
-            "cells.0.state: Input should be 'built', 'served', 'failed', 'blocked' or 'not tried'",
+            "cells.0.state: Input should be 'built', 'served', 'running', 'failed', 'blocked' or 'not tried'",
         ),
         (matrix("bad", cell(), cell(python="cp313")), "cells.1.python: String should match pattern"),
         (matrix("bad", cell(target="riscv64"), cell(sm=["ninety"])), "(1 more)"),
