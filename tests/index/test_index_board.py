@@ -185,10 +185,19 @@ def shown(state: str, outcome: str, finished: str) -> str:
         ("built", "failed", "yesterday", "built: as listed"),
         ("built", "failed", "2026-11-30T00:00:00", "built: as listed"),
         ("built", "odd", "2026-11-30T00:00:00Z", "built: as listed"),
+        ("running", "failed", "2026-11-28T00:00:00Z", "running: as listed"),
+        ("running", "built", "2026-11-30T00:00:00Z", "built: as recorded"),
     ],
 )
 def test_the_later_word_counts(state: str, outcome: str, finished: str, expected: str) -> None:
     assert shown(state, outcome, finished) == expected
+
+
+def test_a_running_cell_has_a_mark(site: Server) -> None:
+    put(site, "/matrix/busy", document(cell("3.13", "running"), name="busy"))
+    part = site.client.get("/board/").text.partition('id="matrix-busy"')[2].partition("</section>")[0]
+    assert '<span aria-hidden="true">…</span> 1 running' in part
+    put(site, "/matrix/busy", document(name="busy"))
 
 
 def test_more_cells_than_can_be_drawn_are_counted(site: Server) -> None:
