@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 
+from deploy.nodes import template
 from deploy.nodes.deployment import Deployment
 from deploy.nodes.setlock import place, shipped
 from deploy.planning import engines, options
@@ -18,6 +19,9 @@ from gracefarm.console import Console
 from gracefarm.errors import ConfigError, FetchError
 from gracefarm.files import atomic_write
 from gracefarm.process import first_line
+
+APHRODITE = "gh200-cu130-aphrodite"
+"The set of aphrodite that can be built completely."
 
 
 def lock_text(deployment: Deployment, console: Console) -> str:
@@ -108,7 +112,14 @@ def require_engine(deployment: Deployment, lock: str) -> None:
     wanted = (options.table(engines.engine(data.engine).table).distribution, "ray")
     missing = [name for name in wanted if name not in names]
     if missing:
+        others = " or ".join(f'"{name}" ({arch} nodes)' for arch, name in template.SETS.items())
+        remedies = {
+            "vllm": f"change `set` in {deployment.path.name} to {others}",
+            "aphrodite": f'in {deployment.path.name}, set `set` to "{APHRODITE}" and `index` to the address of this set on '
+            "your index, because aphrodite is not on PyPI; "
+            f"if {APHRODITE}.lock is beside {deployment.path.name}, delete it",
+        }
         raise ConfigError(
             f"the lock of the set {data.set} has no {' and no '.join(missing)}, which the engine {data.engine} requires",
-            remedy='use a matching engine and set: aphrodite with set = "gh200-cu124", or vllm with set = "gh200-cu130"',
+            remedy=remedies[data.engine],
         )

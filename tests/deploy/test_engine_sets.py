@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from deploy.nodes.deployment import Deployment
 from deploy.planning import engines
 from deploy.remote.environment import matrix
 from deploy.steps import environment
+from deploy.steps.setlock import require_engine
+from gracefarm.errors import ConfigError
 from tests.conftest import REPOSITORY
 
 SETS = (("aphrodite", "gh200-cu124"), ("vllm", "gh200-cu130"), ("vllm", "gh200-cu130-torch2.14"), ("vllm", "x86_64-cu130"))
@@ -96,6 +99,17 @@ def test_the_version_is_that_of_the_lock_that_will_be_used_as_far_as_it_is_known
     assert version(lock=fetched.name) is None
     assert engines.engine("vllm", "0.34.1").version == "0.33.0"
     assert engines.engine("vllm", "0.9.1").version == "0.26.0"
+
+
+def test_the_remedy_for_a_set_without_aphrodite_names_a_set_that_builds_it() -> None:
+    data = Config.model_validate({"engine": "aphrodite", "set": "gh200-cu130"})
+    deployment = Deployment(path=Path("/nowhere/deploy.toml"), data=data, nodes=())
+    with pytest.raises(ConfigError, match="gh200-cu130 has no aphrodite-engine") as error:
+        require_engine(deployment, (REPOSITORY / "sets/gh200-cu130/requirements.lock").read_text())
+    (named,) = re.findall(r'`set` to "([^"]+)"', error.value.remedy)
+    found = definition.load(named, settings.load().model_copy(update={"project": REPOSITORY}))
+    assert "aphrodite" in [loaded.key for loaded in found.recipes]
+    assert (found.folder / "requirements.lock").is_file()
 
 
 def test_a_minimal_ray_fails_its_row_of_the_matrix(tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ def test_a_set_without_the_engine_is_refused_before_anything_is_built(tmp_path: 
     async def refused(work: Work) -> None:
         with pytest.raises(ConfigError, match="gh200-cu124 has no vllm, which the engine vllm requires") as error:
             await perform(EnvironmentStep(), work, {})
-        assert 'set = "gh200-cu130"' in error.value.remedy
+        assert '"gh200-cu130" (aarch64 nodes) or "x86_64-cu130" (x86_64 nodes)' in error.value.remedy
 
     async def taken(work: Work) -> None:
         assert environment.spec_of(work).engine == "vllm"
