@@ -183,6 +183,7 @@ class Ports(Table):
 
 
 Objective = Literal["speed", "throughput", "cost"]
+Launcher = Literal["ray", "native"]
 
 
 class LayoutConfig(Table):
@@ -268,7 +269,7 @@ class Config(Table):
     "Version of the Python for the environments. The wheels in the lock must be for this version. `managed` requires 3.11."
     python_mirror: Annotated[str, StringConstraints(pattern=r"^(https?|file)://[^@]+$")] | None = None
     "URL of a mirror of the releases of python-build-standalone. uv downloads the managed Python from there."
-    launcher: Literal["ray", "native"] = "ray"
+    launcher: Launcher = "ray"
     "What connects the engine's nodes. `ray`: Ray. `native`: vLLM itself, with its option --nnodes."
     share: RemotePath | None = None
     "Shared folder for environments and weights. It must have the same path on all nodes."

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from deploy.nodes.config import LayoutConfig
-from deploy.planning import engines, hardware
+from deploy.planning import engines, hardware, placement
 from deploy.planning.layouts import Candidate, LayoutChoice, Question, Rejected, evaluate, short_name, split_of
 from gracefarm.errors import LayoutError
 
@@ -27,6 +29,7 @@ def choose(question: Question) -> LayoutChoice:
             "the head (the first node) has no usable GPU, but the engine's main process runs there and requires one",
             remedy="list a node with a GPU first in [nodes] of deploy.toml or in its file of addresses",
         )
+    _check_forced(question, forced)
     reason = engines.gpu_refusal(question.engine, question.model, min(_capabilities(question)))
     if reason:
         raise LayoutError(
@@ -56,10 +59,32 @@ def choose(question: Question) -> LayoutChoice:
     return LayoutChoice(best=fitting[0], others=tuple(fitting[1:]), rejected=rejected)
 
 
+def _check_forced(question: Question, forced: LayoutConfig) -> None:
+    """Refuse whole experts of a model without experts, and more GPUs than there are. Raises LayoutError."""
+    if forced.expert_parallel and not question.model.experts:
+        raise LayoutError(
+            f"expert_parallel is true in [layout], but {question.model.repo} has no experts",
+            remedy="remove expert_parallel from [layout], or --ep from the command",
+        )
+    given = {"tp": forced.tensor_parallel, "pp": forced.pipeline_parallel, "dp": forced.data_parallel}
+    least = math.prod(value or 1 for value in given.values())
+    if least > question.gpus:
+        raise LayoutError(
+            f"{' '.join(f'{name}{value}' for name, value in given.items() if value)} requires "
+            f"{'' if given['tp'] and given['pp'] else 'at least '}{least} GPUs, but there are {question.gpus}",
+            remedy="set a smaller tensor_parallel, pipeline_parallel or data_parallel in [layout], or use more nodes",
+        )
+
+
+def most_tokens_per_s(candidate: Candidate) -> float:
+    """Predicted tokens/s of all streams together, for the number of streams with the highest value."""
+    prediction = candidate.prediction
+    return max((level.tokens_per_s for level in prediction.levels), default=prediction.tokens_per_s)
+
+
 def _merit(question: Question, candidate: Candidate) -> float:
     """The value to maximise: tokens/s of one stream, of all streams, or per dollar (without prices: per GPU of the nodes)."""
-    prediction = candidate.prediction
-    most = max((level.tokens_per_s for level in prediction.levels), default=prediction.tokens_per_s)
+    prediction, most = candidate.prediction, most_tokens_per_s(candidate)
     match question.objective:
         case "speed":
             return prediction.tokens_per_s
@@ -71,18 +96,33 @@ def _merit(question: Question, candidate: Candidate) -> float:
 
 
 def _best(question: Question, fitting: Sequence[Candidate]) -> Candidate:
-    """Of the candidates that are nearly as good as the best one, the one with the fewest nodes and GPUs."""
-    most = max(_merit(question, candidate) for candidate in fitting)
-    close = [candidate for candidate in fitting if _merit(question, candidate) >= most * ABOUT]
-    return min(
-        close,
-        key=lambda candidate: (
-            candidate.nodes,
-            candidate.layout.world,
-            -round(_merit(question, candidate), 1),
-            -candidate.memory.cache_tokens,
-        ),
-    )
+    """Of the candidates that are nearly as good as the best one, the one with the fewest and cheapest nodes and fewest GPUs.
+
+    This is repeated from there: no candidate with fewer or cheaper nodes is nearly as good as the one that is returned.
+    """
+
+    def price(candidate: Candidate) -> tuple[int, float]:
+        return candidate.nodes, candidate.prediction.usd_per_hour or 0
+
+    def close(to: Candidate) -> list[Candidate]:
+        least = _merit(question, to) * ABOUT
+        return [candidate for candidate in fitting if _merit(question, candidate) >= least]
+
+    def cheapest(candidates: Sequence[Candidate]) -> Candidate:
+        return min(
+            candidates,
+            key=lambda candidate: (
+                *price(candidate),
+                candidate.layout.world,
+                -round(_merit(question, candidate), 1),
+                -candidate.memory.cache_tokens,
+            ),
+        )
+
+    best = cheapest(close(max(fitting, key=lambda candidate: _merit(question, candidate))))
+    while cheaper := [candidate for candidate in close(best) if price(candidate) < price(best)]:
+        best = cheapest(cheaper)
+    return best
 
 
 def _capabilities(question: Question) -> Iterator[int]:
@@ -92,7 +132,12 @@ def _capabilities(question: Question) -> Iterator[int]:
 
 def _refused(question: Question, tp: int) -> str | None:
     """Why the engine refuses this tp, or None."""
-    return engines.refusal(question.engine, question.model, split_of(question, tp))
+    return engines.refusal(question.engine, question.model, split_of(question, tp, question.forced.data_parallel or 1))
+
+
+def _starts(question: Question, world: int) -> bool:
+    """Whether the launcher can start an engine without replicas on this number of GPUs."""
+    return question.launcher == "ray" or placement.even(placement.place(question.machines, world))
 
 
 def _replicas(question: Question, forced: LayoutConfig, world: int) -> Iterator[int]:
@@ -105,8 +150,9 @@ def _replicas(question: Question, forced: LayoutConfig, world: int) -> Iterator[
         yield forced.data_parallel
         return
     yield 1
-    most = question.gpus // world
-    if not question.engine.replicas or most == 1:
+    # Without Ray, all replicas are on one node.
+    most = (question.gpus if question.launcher == "ray" else len(question.machines[0].gpus)) // world
+    if not question.engine.replicas or most <= 1:
         return
     if question.model.experts and question.objective != "speed":
         each = max(1, len(question.machines[0].gpus) // world)
@@ -117,7 +163,8 @@ def _replicas(question: Question, forced: LayoutConfig, world: int) -> Iterator[
 
 def _pairs(question: Question, forced: LayoutConfig) -> Iterator[tuple[int, int]]:
     """Pairs of tp and pp to try. A tp up to 16 that the engine refuses is tried once, to get the reason."""
-    tps = [forced.tensor_parallel] if forced.tensor_parallel else range(1, question.gpus + 1)
+    each = question.gpus // (forced.data_parallel or 1)
+    tps = [forced.tensor_parallel] if forced.tensor_parallel else range(1, each // (forced.pipeline_parallel or 1) + 1)
     for tp in tps:
         refused = _refused(question, tp) is not None
         if forced.pipeline_parallel:
@@ -125,20 +172,23 @@ def _pairs(question: Question, forced: LayoutConfig) -> Iterator[tuple[int, int]
         elif refused and (tp <= 16 or forced.tensor_parallel):
             yield tp, 1
         elif not refused:
-            yield from ((tp, pp) for pp in range(1, min(question.gpus // tp, question.model.layers) + 1))
+            yield from ((tp, pp) for pp in range(1, min(each // tp, question.model.layers) + 1))
 
 
 def _possible(question: Question, tp: int, pp: int) -> tuple[bool, bool]:
-    """Whether the engine accepts this split, and whether there are enough GPUs. Errors of possible splits are most useful."""
-    return _refused(question, tp) is None, tp * pp <= question.gpus
+    """Whether engine and launcher accept this split. Errors of possible splits are most useful."""
+    return _refused(question, tp) is None, _starts(question, tp * pp)
 
 
 def _worth_saying(failed: Mapping[tuple[int, int], LayoutError], question: Question) -> list[Rejected]:
-    """For each tp, the failed layout with the most stages. With fewer stages it would fit even less."""
+    """For each tp, the failed layout with the most stages that can be started. With fewer stages it would fit even less."""
     last: dict[int, Rejected] = {}
     dp = question.forced.data_parallel or 1
     for (tp, pp), error in failed.items():
-        name = f"tp{tp}" if _refused(question, tp) else short_name(tp, pp, dp)
+        refused = _refused(question, tp)
+        if not refused and not _starts(question, tp * pp):
+            continue
+        name = f"tp{tp}" + (f" dp{dp}" if dp > 1 else "") if refused else short_name(tp, pp, dp)
         last[tp] = Rejected(layout=name, reason=_without_sizes(error.cause, tp, pp, dp))
     return list(last.values())
 
@@ -155,7 +205,8 @@ def _without_sizes(cause: str, tp: int, pp: int, dp: int) -> str:
         f"dp {dp}",
     ):
         if cause.startswith(f"{prefix}: "):
-            return cause.removeprefix(f"{prefix}: ")
+            # The table has one line for all layouts with the same reason.
+            return re.sub(rf"(?<=divisible by ){tp}$", "tp", cause.removeprefix(f"{prefix}: "))
     return cause
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from deploy.nodes import paths, redact
+from deploy.nodes.config import Launcher
 from deploy.nodes.deployment import Deployment, Node
 from deploy.nodes.facts import NodeFacts
 from deploy.planning import engines
@@ -126,7 +127,7 @@ def serve(deployment: Deployment, engine: Engine, layout: Layout, repo: str, rev
         planned += ["--cpu-offload-gb", f"{layout.offload_gib:g}"]
     if layout.expert_parallel:
         planned += ["--enable-expert-parallel"]
-    planned += _replicas(layout)
+    planned += _replicas(layout, deployment.data.launcher)
     engines.validate(engine, [*planned, *given])
     folder = paths.weights(paths.root(deployment), repo, revision)
     return (paths.program(deployment, program), *verb, folder, *planned, *given)
@@ -140,11 +141,17 @@ def native(serve: tuple[str, ...], port: int, rank: int, nodes: int, head: str) 
     return (*serve, *place, *(("--headless",) if rank else ()))
 
 
-def _replicas(layout: Layout) -> list[str]:
-    """Arguments for data parallelism with Ray. `local`: number of replicas on the head (vLLM 0.26.0, v1/engine/utils.py)."""
+def _replicas(layout: Layout, launcher: Launcher) -> list[str]:
+    """Arguments for data parallelism. `local`: number of replicas on the head (vLLM 0.26.0, v1/engine/utils.py).
+
+    Without Ray, all replicas are on one node (`placement.check_native`), which is the engine's default.
+    """
     if layout.dp == 1:
         return []
-    words = ["--data-parallel-size", str(layout.dp), "--data-parallel-backend", "ray"]
+    words = ["--data-parallel-size", str(layout.dp)]
+    if launcher == "native":
+        return words
+    words += ["--data-parallel-backend", "ray"]
     return words if layout.spans else [*words, "--data-parallel-size-local", str(layout.local_replicas)]
 
 

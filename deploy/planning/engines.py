@@ -286,15 +286,14 @@ def with_experts(engine_: Engine, model: Model, split: Split, forced: bool | Non
     return whole if refusal(engine_, model, split) and not refusal(engine_, model, whole) else split
 
 
-def require(engine_: Engine, model: Model, split: Split, pp: int) -> None:
-    """Raise LayoutError if the engine refuses the split, or this number of GPUs."""
+def require(engine_: Engine, model: Model, split: Split, pp: int, forced: bool | None = None, most: int = 64) -> None:
+    """Raise LayoutError if the engine refuses the split, or this number of GPUs.
+
+    `forced`: expert_parallel of deploy.toml. `most`: the largest tp for which there are GPUs. Both determine the remedy.
+    """
     reason = refusal(engine_, model, split)
     if reason:
-        others = ", ".join(map(str, legal(engine_, model)))
-        remedy = f"set tensor_parallel in [layout] to one of: {others}" if others else 'set engine = "vllm" in deploy.toml'
-        if not refusal(engine_, model, Split(tp=split.tp)):
-            remedy = "set a different data_parallel or expert_parallel in [layout]"
-        raise LayoutError(reason, remedy=remedy)
+        raise LayoutError(reason, remedy=_other_split(engine_, model, split, forced, most))
     world = split.expert_ranks * pp
     if model.architecture == "GptOssForCausalLM" and model.experts and model.experts.columns % world:
         # An assertion in gpt_oss.py (0.26.0 and 0.33.0), also with pipeline parallelism and with expert parallelism.
@@ -306,13 +305,38 @@ def require(engine_: Engine, model: Model, split: Split, pp: int) -> None:
         )
 
 
-def legal(engine_: Engine, model: Model, most: int = 64) -> tuple[int, ...]:
-    """Every tp up to `most` that the engine accepts, with split or whole experts."""
-    return tuple(
-        tp
-        for tp in range(1, most + 1)
-        if not all(refusal(engine_, model, Split(tp=tp, expert_parallel=whole)) for whole in (False, True))
-    )
+def _other_split(engine_: Engine, model: Model, split: Split, forced: bool | None, most: int) -> str:
+    """The remedy for a refused split: changes of one key of [layout] with which the engine accepts it."""
+    ways = []
+    if others := legal(engine_, model, most, split, forced):
+        ways.append(f"set tensor_parallel in [layout] to {_one_of(others)}")
+    if model.experts and forced is not None and not refusal(engine_, model, replace(split, expert_parallel=not forced)):
+        ways.append(f"set expert_parallel in [layout] to {str(not forced).lower()}")
+    if split.dp > 1:
+        fewer = [dp for dp in range(1, split.dp) if not _refused_with(engine_, model, replace(split, dp=dp), forced)]
+        ways += [f"set data_parallel in [layout] to {_one_of(fewer)}"] if fewer else []
+    if ways:
+        return ", or ".join(ways)
+    if engine_.uneven:
+        return 'set engine = "vllm" in deploy.toml'
+    return "use more nodes, or remove tensor_parallel, pipeline_parallel, data_parallel and expert_parallel from [layout]"
+
+
+def _one_of(values: Sequence[int]) -> str:
+    return ("" if len(values) == 1 else "one of: ") + ", ".join(map(str, values))
+
+
+def _refused_with(engine_: Engine, model: Model, split: Split, forced: bool | None) -> bool:
+    """Whether the engine refuses this tp and dp, with split or whole experts as deploy.toml says."""
+    return refusal(engine_, model, with_experts(engine_, model, replace(split, expert_parallel=False), forced)) is not None
+
+
+def legal(
+    engine_: Engine, model: Model, most: int = 64, like: Split | None = None, forced: bool | None = None
+) -> tuple[int, ...]:
+    """Every tp up to `most` that the engine accepts with the replicas of `like`, and the experts that deploy.toml says."""
+    like = like or Split(tp=1)
+    return tuple(tp for tp in range(1, most + 1) if not _refused_with(engine_, model, replace(like, tp=tp), forced))
 
 
 def part(total: int, rank: int, tp: int, multiple: int = 1) -> tuple[int, int]:

@@ -9,11 +9,11 @@ from functools import cached_property
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from deploy.nodes.config import LayoutConfig, Objective
+from deploy.nodes.config import Launcher, LayoutConfig, Objective
 from deploy.planning import architectures, engines, hardware, speed
 from deploy.planning.engines import Engine, Split
 from deploy.planning.hardware import NodeKind
-from deploy.planning.placement import Machine, Slot, check_replicas, place
+from deploy.planning.placement import Machine, Slot, check_native, check_replicas, place
 from deploy.planning.shapes import BYTES, Model
 from deploy.planning.shards import GIB, RankShare, balance, shares
 from deploy.planning.speed import Link, Prediction, StageLoad, Traffic
@@ -136,6 +136,8 @@ class Question:
     "The network between the nodes."
     cache_bytes: int = BYTES
     "Bytes of an element of the KV cache."
+    launcher: Launcher = "ray"
+    "What connects the nodes."
 
     @property
     def objective(self) -> Objective:
@@ -199,7 +201,7 @@ def evaluate(question: Question, tp: int, pp: int, partition: Sequence[int] | No
     """
     engine, forced = question.engine, question.forced
     split = split_of(question, tp, dp)
-    engines.require(engine, question.model, split, pp)
+    engines.require(engine, question.model, split, pp, forced.expert_parallel, question.gpus // (pp * dp))
     if tp * pp * dp > question.gpus:
         raise LayoutError(
             f"{short_name(tp, pp, dp)} requires {tp * pp * dp} GPUs, but there are {question.gpus}",
@@ -207,6 +209,8 @@ def evaluate(question: Question, tp: int, pp: int, partition: Sequence[int] | No
         )
     slots = place(question.machines, tp * pp * dp)
     check_replicas(engine, tp * pp, dp, slots)
+    if question.launcher == "native":
+        check_native(short_name(tp, pp, dp), dp, slots)
     stages = _partition(question, split, pp, partition)
     name = short_name(tp, pp, dp)
     held = ranks_of(question, split, stages, dp)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,6 +74,33 @@ def check_replicas(engine: Engine, world: int, dp: int, slots: Sequence[Slot]) -
             remedy="set tensor_parallel and pipeline_parallel so that their product divides the number of GPUs of a "
             "node, or is a multiple of that number",
         )
+
+
+def check_native(name: str, dp: int, slots: Sequence[Slot]) -> None:
+    """Check that vLLM connects the nodes of these GPUs without Ray. On one node it always does.
+
+    Raises:
+        LayoutError: with the requirement that is not met.
+    """
+    if len({slot.machine.name for slot in slots}) == 1:
+        return
+    if dp > 1:
+        raise LayoutError(
+            f"{name}: replicas on several nodes require Ray",
+            remedy='set launcher = "ray", or use one deployment for each replica',
+        )
+    if not even(slots):
+        each = ", ".join(f"{machine} {count}" for machine, count in Counter(slot.machine.name for slot in slots).items())
+        raise LayoutError(
+            f"{name}: without Ray, the plan must use the same number of GPUs on all nodes, but it uses {each}",
+            remedy='set launcher = "ray", or change tensor_parallel and pipeline_parallel in [layout] so that all nodes use '
+            "the same number of GPUs",
+        )
+
+
+def even(slots: Sequence[Slot]) -> bool:
+    """Whether all nodes have the same number of these GPUs."""
+    return len(set(Counter(slot.machine.name for slot in slots).values())) == 1
 
 
 def machines_of(kind: NodeKind, count: int) -> tuple[Machine, ...]:

@@ -187,7 +187,12 @@ def make(deployment: Deployment, facts: Facts, model: Model) -> ServePlan:
                 "prediction": best.prediction,
                 "alternatives": _alternatives(choice),
                 "rejected": choice.rejected,
-                "notes": (*notes, *_notes(question, best, facts), *_unused(question, best, unused)),
+                "notes": (
+                    *notes,
+                    *_notes(question, best, facts),
+                    *_unused(question, best, unused),
+                    *_separate(question, choice),
+                ),
             }
         )
     )
@@ -236,10 +241,8 @@ def _list(deployment: Deployment) -> str:
 def _question(deployment: Deployment, facts: Facts, model: Model) -> tuple[Question, list[str]]:
     """The input of the planner, and notes about the nodes for the user."""
     data = deployment.data
-    engine, doubts = engines.planned_for(deployment)
+    engine, machines, notes = _prepared(deployment, facts)
     known = {node.name: facts.node(node.name) for node in deployment.nodes}
-    engines.check(engine, data.engine_options, known[deployment.head.name].arch)
-    machines, notes = _machines(deployment, known)
     serving = [known[machine.name] for machine in machines]
     cache = str(data.engine_options.get("kv-cache-dtype", data.engine_options.get("kv_cache_dtype", "auto")))
     question = Question(
@@ -250,8 +253,37 @@ def _question(deployment: Deployment, facts: Facts, model: Model) -> tuple[Quest
         prices=_prices(data.options.price_per_node_hour, machines),
         link=links.link(serving),
         cache_bytes=1 if cache.startswith("fp8") else BYTES,
+        launcher=data.launcher,
     )
-    return question, [*doubts, *notes, *links.notes(serving)]
+    return question, [*notes, *links.notes(serving)]
+
+
+def _prepared(deployment: Deployment, facts: Facts) -> tuple[Engine, tuple[Machine, ...], list[str]]:
+    """The engine, the nodes that can serve, and notes about both.
+
+    Raises:
+        ConfigError: the engine does not have an option or the launcher of deploy.toml.
+        LayoutError: the nodes have different architectures, or the head has no GPU.
+    """
+    data = deployment.data
+    engine, doubts = engines.planned_for(deployment)
+    known = {node.name: facts.node(node.name) for node in deployment.nodes}
+    engines.check(engine, data.engine_options, known[deployment.head.name].arch)
+    if data.launcher == "native" and not engine.native:
+        raise ConfigError(
+            f'launcher = "native": {engine.name} cannot start on several nodes without Ray', remedy='set launcher = "ray"'
+        )
+    named: dict[str, list[str]] = {}
+    for node in known.values():
+        named.setdefault(node.arch, []).append(node.name)
+    if len(named) > 1:
+        each = "; ".join(f"{arch}: {', '.join(names)}" for arch, names in named.items())
+        raise LayoutError(
+            f"the nodes have different architectures ({each}), but all nodes of a deployment use the same wheels",
+            remedy="use a separate deployment for the nodes of each architecture",
+        )
+    machines, notes = _machines(deployment, known)
+    return engine, machines, [*doubts, *notes]
 
 
 def _prices(own: float | None, machines: Sequence[Machine]) -> Mapping[str, float] | None:
@@ -278,10 +310,7 @@ def trusted(deployment: Deployment, facts: Facts, repo: str, revision: str) -> S
             "[layout] trust requires tensor_parallel and pipeline_parallel, since the planner does not know the model",
             remedy="set both keys in [layout]; their product is the number of GPUs",
         )
-    engine, doubts = engines.planned_for(deployment)
-    known = {node.name: facts.node(node.name) for node in deployment.nodes}
-    engines.check(engine, data.engine_options, known[deployment.head.name].arch)
-    machines, notes = _machines(deployment, known)
+    engine, machines, notes = _prepared(deployment, facts)
     layout = Layout(
         tp=forced.tensor_parallel,
         pp=forced.pipeline_parallel,
@@ -304,10 +333,12 @@ def trusted(deployment: Deployment, facts: Facts, repo: str, revision: str) -> S
     layout = layout.model_copy(update={"local_replicas": max(1, min(layout.dp, each)), "spans": layout.dp > 1 and each == 0})
     slots = placement.place(machines, layout.world)
     placement.check_replicas(engine, layout.tp * layout.pp, layout.dp, slots)
+    if data.launcher == "native":
+        placement.check_native(layout.name, layout.dp, slots)
     plan = _executed(deployment, facts, layout, [slot.machine.name for slot in slots], repo, revision)
     unused = [machine.name for machine in machines if machine.name not in {node.name for node in plan.nodes}]
     doubt = f"the planner does not know {repo}: it is served without a prediction of memory and speed ([layout] trust)"
-    return identified(plan.model_copy(update={"spares": tuple(unused), "notes": (*doubts, *notes, doubt)}))
+    return identified(plan.model_copy(update={"spares": tuple(unused), "notes": (*notes, doubt)}))
 
 
 def _executed(
@@ -318,7 +349,6 @@ def _executed(
     nodes = tuple(_node(deployment, engine, layout, facts.node(name), count, head) for name, count in Counter(places).items())
     serve = commands.serve(deployment, engine, layout, repo, revision)
     if deployment.data.launcher == "native":
-        _require_native(engine, layout, nodes)
         parts = [
             commands.native(serve, deployment.data.ports.store, rank, len(nodes), head.private) for rank in range(len(nodes))
         ]
@@ -338,25 +368,6 @@ def _executed(
         memory=None,
         prediction=None,
     )
-
-
-def _require_native(engine: Engine, layout: Layout, nodes: Sequence[NodePlan]) -> None:
-    """Check that the engine can connect these nodes without Ray. Raises ConfigError, LayoutError."""
-    if not engine.native:
-        raise ConfigError(
-            f'launcher = "native": {engine.name} cannot start on several nodes without Ray', remedy='set launcher = "ray"'
-        )
-    if layout.dp > 1:
-        raise LayoutError(
-            f"{layout.name}: replicas on several nodes require Ray",
-            remedy='set launcher = "ray", or use one deployment for each replica',
-        )
-    if len({node.gpus for node in nodes}) > 1:
-        each = ", ".join(f"{node.name} {node.gpus}" for node in nodes)
-        raise LayoutError(
-            f"without Ray, the plan must use the same number of GPUs on all nodes, but it uses {each}",
-            remedy='set launcher = "ray"',
-        )
 
 
 def _node(deployment: Deployment, engine: Engine, layout: Layout, facts: NodeFacts, gpus: int, head: NodeFacts) -> NodePlan:
@@ -408,12 +419,29 @@ def _unused(question: Question, best: Candidate, unused: Sequence[str]) -> list[
     idle = "1 is not used" if len(unused) == 1 else f"{len(unused)} are not used"
     if question.objective == "throughput" and not question.engine.replicas:
         whose = question.engine.name
-        return [f"{serving}, {idle} ({which}): replicas of {whose} are not planned; another deployment can use the nodes"]
+        return [f"{serving}, {idle} ({which}): replicas of {whose} are not planned"]
     what = {"speed": "one stream", "throughput": "all streams together", "cost": "a token"}[question.objective]
     better = "cheaper" if question.objective == "cost" else "faster"
-    more = ", since replicas share experts; another deployment can use the nodes"
-    shared = question.objective == "throughput" and question.model.experts and best.layout.dp > 1
-    return [f"{serving}, {idle} ({which}): with all nodes, {what} would not be noticeably {better}{more if shared else ''}"]
+    return [f"{serving}, {idle} ({which}): with all nodes, {what} would not be noticeably {better}"]
+
+
+def _separate(question: Question, choice: LayoutChoice) -> list[str]:
+    """A note if several deployments of a layout are predicted to serve more than the chosen one. All nodes must be equal."""
+    if question.objective != "throughput" or len({machine.gpus for machine in question.machines}) > 1:
+        return []
+
+    def together(candidate: Candidate) -> float:
+        return len(question.machines) // candidate.nodes * choosing.most_tokens_per_s(candidate)
+
+    most, chosen = max((choice.best, *choice.others), key=together), choosing.most_tokens_per_s(choice.best)
+    if together(most) * choosing.ABOUT <= chosen:
+        return []
+    count, nodes = len(question.machines) // most.nodes, "1 node" if most.nodes == 1 else f"{most.nodes} nodes"
+    sentence = (
+        f"{count} separate deployments of {most.layout.name} on {nodes} each would serve more: they are predicted to reach "
+        f"{together(most):,.0f} tokens/s together, and this deployment {chosen:,.0f} tokens/s"
+    )
+    return [sentence]
 
 
 def cautions(facts: Facts) -> tuple[str, ...]:

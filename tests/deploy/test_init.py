@@ -378,7 +378,7 @@ def test_supposed_nodes_need_nothing(tmp_path: Path) -> None:
         "VLLM_HOST_IP=10.0.0.1",
         "VLLM_PP_LAYER_PARTITION=25,26,25,25,25",
         "ray start --head",
-        "128 attention heads are not divisible by 3",
+        "tp3, tp5, tp6, tp7, tp9, tp10   vllm splits evenly, but 128 attention heads are not divisible by tp",
         "not measured",
     ):
         assert words in done.stdout

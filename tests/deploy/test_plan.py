@@ -253,6 +253,18 @@ def test_what_starts_with_ray_alone_is_refused_without_it() -> None:
         made(2, "h200-141x8", engine="vllm", launcher="native", layout=replicas)
 
 
+def test_nodes_of_different_architectures_are_refused_by_the_plan() -> None:
+    deployment, facts = supposed(3, engine="vllm", layout={"tensor_parallel": 1, "pipeline_parallel": 1})
+    nodes = (facts.nodes[0], *(node.model_copy(update={"arch": "x86_64"}) for node in facts.nodes[1:]))
+    for make in (
+        lambda: plans.make(deployment, Facts(nodes=nodes), llama()),
+        lambda: plans.trusted(deployment, Facts(nodes=nodes), "org/unknown", COMMIT),
+    ):
+        with pytest.raises(LayoutError, match=r"different architectures \(aarch64: k0; x86_64: k1, k2\)") as refused:
+            make()
+        assert refused.value.exit_code == 64
+
+
 def test_without_ray_every_node_has_the_same_number_of_ranks() -> None:
     with pytest.raises(LayoutError, match="same number of GPUs on all nodes"):
         made(2, "h100-80x8", engine="vllm", launcher="native", layout={"tensor_parallel": 4, "pipeline_parallel": 3})

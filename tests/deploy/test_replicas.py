@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from deploy.cli import plan_text
@@ -154,7 +156,44 @@ def test_a_part_of_mxfp4_experts_is_padded_after_all_replicas_have_divided_it() 
 def test_what_vllm_refuses_is_refused_with_its_rule(repo: str, tp: int, dp: int, forced: bool | None, reason: str) -> None:
     with pytest.raises(LayoutError, match=reason) as refused:
         evaluated(repo, "h200", 2, tp, dp, whole=forced)
-    assert refused.value.remedy == "set a different data_parallel or expert_parallel in [layout]"
+    ways = re.findall(r"set (\w+) in \[layout\] to (?:one of: )?([\w, ]+?)(?=, or |$)", refused.value.remedy)
+    assert ways
+    for key, values in ways:
+        for value in values.split(", "):
+            sizes = {"tensor_parallel": tp, "data_parallel": dp, "expert_parallel": forced} | {key: value}
+            question = asked(repo, "h200", 2, expert_parallel=sizes["expert_parallel"])
+            split = layouts.split_of(question, int(str(sizes["tensor_parallel"])), int(str(sizes["data_parallel"])))
+            assert engines.refusal(question.engine, question.model, split) is None, (key, value)
+
+
+def test_the_remedy_does_not_offer_the_value_that_was_refused_or_more_gpus_than_there_are() -> None:
+    fp8 = "Qwen/Qwen3-235B-A22B-FP8"
+    with pytest.raises(LayoutError, match="192 columns of an expert on each rank") as refused:
+        choosing.choose(asked(fp8, "h200", 2, tensor_parallel=8, expert_parallel=False))
+    assert refused.value.remedy == (
+        "set tensor_parallel in [layout] to one of: 1, 2, 4, or set expert_parallel in [layout] to true"
+    )
+    with pytest.raises(LayoutError, match="64 attention heads are not divisible by 3") as refused:
+        choosing.choose(asked(fp8, "h200", 1, tensor_parallel=3, pipeline_parallel=2))
+    assert refused.value.remedy == "set tensor_parallel in [layout] to one of: 1, 2, 4"
+
+
+def test_a_number_of_replicas_alone_is_refused_with_its_reason() -> None:
+    fp8 = "Qwen/Qwen3-235B-A22B-FP8"
+    with pytest.raises(
+        LayoutError, match="tp 1 dp 9: vllm splits evenly, but 1536 columns of an expert are not divisible by 9"
+    ):
+        choosing.choose(asked(fp8, "h200", 2, data_parallel=9, expert_parallel=False))
+    with pytest.raises(LayoutError, match=r"^dp20 requires at least 20 GPUs, but there are 16$"):
+        choosing.choose(asked("Qwen/Qwen3-32B", "h200", 2, data_parallel=20))
+    assert choosing.choose(asked(fp8, "h200", 2, data_parallel=9)).best.layout.dp == 9
+
+
+def test_whole_experts_of_a_model_without_experts_are_refused() -> None:
+    for forced in ({}, {"tensor_parallel": 2, "pipeline_parallel": 1}):
+        with pytest.raises(LayoutError, match=r"expert_parallel is true in .*, but Qwen/Qwen3-32B has no experts"):
+            choosing.choose(asked("Qwen/Qwen3-32B", "h200", 1, expert_parallel=True, **forced))
+    assert choosing.choose(asked("Qwen/Qwen3-32B", "h200", 1, expert_parallel=False)).best
 
 
 def test_experts_stay_whole_where_replicas_cannot_divide_them() -> None:
@@ -188,7 +227,7 @@ def test_the_command_has_replicas_and_whole_experts() -> None:
     across = planned(4, repo=QWEN, layout={"tensor_parallel": 2, "pipeline_parallel": 1, "data_parallel": 2})
     assert across.serve_env["VLLM_RAY_DP_PACK_STRATEGY"] == "span"
     with pytest.raises(LayoutError, match="replicas on several nodes require Ray"):
-        planned(2, "h200", SMALL, launcher="native", layout=layout)
+        planned(2, "h200", SMALL, launcher="native", layout=layout | {"data_parallel": 16})
 
 
 def test_the_last_node_may_have_fewer_replicas() -> None:
@@ -294,7 +333,7 @@ def test_a_number_of_replicas_that_is_refused_does_not_end_the_search() -> None:
 def test_reasons_do_not_repeat_the_sizes_of_their_layout() -> None:
     rejected = choosing.choose(asked(OSS, "h200", 1, FAST, objective="throughput")).rejected
     reasons = {each.layout: each.reason for each in rejected}
-    assert reasons["tp3"] == "vllm splits evenly, but 64 attention heads are not divisible by 3"
+    assert reasons["tp3"] == reasons["tp7"] == "vllm splits evenly, but 64 attention heads are not divisible by tp"
     forced = choosing.choose(asked(OSS, "h200", 1, tensor_parallel=1, data_parallel=1)).rejected
     assert {each.layout: each.reason for each in forced}["tp1 pp7"].startswith("vllm requires that the 2880 columns")
 
@@ -314,10 +353,28 @@ def test_nodes_that_replicas_over_a_slow_network_do_not_use_can_serve_another_de
     moe = planned(2, "h200", MIXTRAL, layout={"objective": "throughput"})
     assert (moe.layout.name, moe.spares) == ("tp1 pp1 dp8", ("k1",))
     (note,) = (note for note in moe.notes if "not used" in note)
-    assert note.endswith("would not be noticeably faster, since replicas share experts; another deployment can use the nodes")
-    alone = planned(2, "h200", MIXTRAL, layout={"objective": "throughput", "data_parallel": 1})
-    assert (alone.layout.dp, alone.spares) == (1, ("k1",))
-    assert not any("replicas share experts" in note for note in alone.notes)
+    assert note.endswith("would not be noticeably faster")
+    assert moe.prediction
+    both = f"{2 * moe.prediction.levels[-1].tokens_per_s:,.0f} tokens/s together"
+    assert any(
+        f"2 separate deployments of tp1 pp1 dp8 on 1 node each would serve more: they are predicted to reach {both}" in note
+        for note in moe.notes
+    )
+
+
+@pytest.mark.parametrize("layout", [{"data_parallel": 1}, {"pipeline_parallel": 10, "tensor_parallel": 8}, {}])
+def test_separate_deployments_are_named_with_their_figure_where_they_serve_more(layout: dict[str, int]) -> None:
+    found = planned(16, "h200", QWEN, layout={"objective": "throughput", **layout})
+    told = [note for note in found.notes if "separate deployments" in note]
+    if "pipeline_parallel" in layout:
+        assert told == []  # one layout was asked for, and all nodes but six serve it
+        return
+    (note,) = told
+    figures = re.findall(r"([\d,]+) tokens/s", note)
+    together, alone = (int(figure.replace(",", "")) for figure in figures)
+    assert together > alone / choosing.ABOUT
+    speedy = planned(16, "h200", QWEN, layout={"objective": "speed", **layout})
+    assert not any("separate deployments" in note for note in speedy.notes)
 
 
 # what the plan says

@@ -13,7 +13,7 @@ from deploy.fleet import probe
 from deploy.nodes.config import Config
 from deploy.nodes.deployment import Deployment
 from deploy.nodes.facts import Facts, Nic, NodeFacts, Rdma
-from deploy.planning import accuracy, choosing, hardware, links, models, plans, speed, suppose
+from deploy.planning import accuracy, hardware, links, models, plans, speed, suppose
 from deploy.planning.accuracy import MeasuredRun
 from deploy.planning.plans import ServePlan
 from deploy.remote import network
@@ -160,19 +160,6 @@ def test_more_nodes_than_help_stay_unused() -> None:
     assert two.prediction
     assert many.prediction
     assert len(many.nodes) == len(two.nodes)
-
-
-def test_of_layouts_that_are_about_equal_the_one_on_the_fewest_nodes_is_taken() -> None:
-    found = planned(4, repo="Qwen/Qwen3-30B-A3B", layout={"objective": "throughput"})
-    three, four = (
-        planned(4, repo="Qwen/Qwen3-30B-A3B", layout={"tensor_parallel": 1, "pipeline_parallel": pp}).prediction
-        for pp in (3, 4)
-    )
-    assert three
-    assert four
-    most = [max(level.tokens_per_s for level in each.levels) for each in (three, four)]
-    assert most[0] < most[1] < most[0] / choosing.ABOUT
-    assert (found.layout.name, len(found.spares)) == ("tp1 pp3", 1)
 
 
 def test_throughput_takes_replicas_and_cost_takes_none() -> None:
