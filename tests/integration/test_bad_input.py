@@ -275,7 +275,7 @@ def test_build_requirements_that_are_none(farm: Farm, requires: str) -> None:
     files = projects.backend("return wheel(wheel_directory)")
     files["pyproject.toml"] = str(files["pyproject.toml"]).replace("requires = []", f"requires = {requires}")
     farm.recipe("tiny", files)
-    refused(build_tiny(farm), ExitCode.COMPILE, "pyproject.toml of tiny: ")
+    refused(build_tiny(farm), ExitCode.COMPILE, "pyproject.toml of tiny is not valid: ")
 
 
 def test_a_full_disk_is_recognised_in_any_language(farm: Farm, tmp_path: Path) -> None:
