@@ -39,6 +39,11 @@ class HostPlace:
         """The machine's host name. A query for it is not a network attempt."""
         return socket.gethostname()
 
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """None: the machine's own tools."""
+        return ()
+
     def command(self, argv: Sequence[str], *, terminal: bool = False) -> list[str]:
         """The complete command line; the supervisor replaces OPTIONS with its descriptors."""
         spec = {"environment": dict(self.environment), "workdir": self.workdir, "network": self.network}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 
@@ -24,6 +25,10 @@ class Place(Protocol):
     @property
     def hears_every_name(self) -> bool:
         """Whether all DNS queries reach the recorder."""
+
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """The builder's folders and files that a command there reads and cannot change."""
 
     def command(self, argv: Sequence[str], *, terminal: bool = False) -> list[str]:
         """The complete command line that runs `argv` there; `terminal`: keep our terminal."""

@@ -79,6 +79,11 @@ class Sandbox:
     hostname = HOSTNAME
     hears_every_name = True
 
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """The root, and the sources of the mounts that are not writable."""
+        return (self.root, *(mount.source for mount in self.mounts if not mount.writable))
+
     def command(self, argv: Sequence[str], *, terminal: bool = False) -> list[str]:
         """The complete bubblewrap command line that runs `argv`. It can be run manually, then without the memory limit."""
         # --new-session would remove the terminal and with it job control.

@@ -14,7 +14,7 @@ from builder.cli.matrix import Part, cells_of, parted, plan_cell, reports_of, ta
 from builder.cli.options import Aim, aimed, aimed_at_sandbox, jobs_option, plan_of, publish_option, start
 from builder.farm.cluster import Cluster, connected
 from builder.flow import history, room
-from builder.flow.attempt import BuildOptions
+from builder.flow.attempt import BuildOptions, Until
 from builder.flow.matrix import serving
 from builder.planning import matrix, recipe, stack
 from builder.planning.gaps import Gap
@@ -72,6 +72,13 @@ from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageErr
     "path of settings.toml.",
 )
 @click.option(
+    "--until",
+    type=click.Choice(["root", "compile"]),
+    help="End the build after this step. A later build continues. root: everything before the compile is done; the command "
+    "prints the folders and files that the compile reads, one a line. compile: the package is compiled, but not audited and "
+    "not tested; the command prints the folder of the build.",
+)
+@click.option(
     "--no-device-store",
     is_flag=True,
     help="Compile all GPU code. Without this option, a build uses GPU code that an earlier build of the recipe compiled.",
@@ -91,6 +98,7 @@ def build_command(
     keep: bool,
     no_compiler_cache: bool,
     shared_cache: Mode,
+    until: Until | None,
     no_device_store: bool,
     accepts: bool,
     yes: bool,
@@ -128,13 +136,11 @@ def build_command(
     """
     settings, console = start()
     asked = _asked(names, selector, part, aim, settings, changed=changed)
-    _refuse_credentials(url)
-    if accepts and changed:
-        raise UsageError("--accept-new and --changed cannot be used together", remedy="replace --changed by names of recipes")
+    _refuse_together(url, address, until, accepts=accepts, changed=changed)
     if accepts:
         accept_new(_lacking(asked, aim, settings), settings, console, yes=yes)
     caches = Caches(compiler=not no_compiler_cache, device=not no_device_store)
-    options = BuildOptions(jobs=jobs, publish=url, keep=keep, caches=caches, shared_cache=shared_cache)
+    options = BuildOptions(jobs=jobs, publish=url, keep=keep, caches=caches, shared_cache=shared_cache, until=until)
     with _farm(address, aim, console) as cluster:
         aim = aim if cluster is None else replace(aim, on=replace(aim.on, hosts=cluster.hosts))
         failures = _build(asked, aim, changed, options, cluster, settings, console)
@@ -160,6 +166,13 @@ def _build(
     if changed:
         console.step("plan", f"changed since the last success: {', '.join(plan.recipe.key for plan in plans) or 'nothing'}")
 
+    if options.until == "root":
+        for plan in plans:
+            try:
+                _ready(plan, options, settings, console)
+            except GracefarmError as error:
+                _survive(error, failures, asked, console)
+        return failures
     if cluster is None:
         room.require(plans, settings, keep=options.keep)
 
@@ -171,8 +184,18 @@ def _build(
             _survive(built, failures, asked, console)
         else:
             product = record.product_path(settings, built)
+            product = record.folder(settings, built.build_id) if product is None and options.until else product
             console.result(built.model_dump(mode="json") | {"path": str(product)}, str(product))
     return failures
+
+
+def _ready(plan: Plan, options: BuildOptions, settings: Settings, console: Console) -> None:
+    """Do everything before the compile, and print what the compile reads."""
+    from builder.flow import build
+
+    reads = [str(path) for path in build.ready(plan, options, settings, console)]
+    value = {"recipe": plan.recipe.key, "build_id": plan.build_id, "reads": reads}
+    console.result(value, "\n".join(reads))
 
 
 @contextlib.contextmanager
@@ -253,12 +276,22 @@ def _lacking(asked: Sequence[str | Cell], aim: Aim, settings: Settings) -> Itera
             yield plan.stack, plan.gaps
 
 
-def _refuse_credentials(url: str | None) -> None:
-    """Check the URL before anything prints it."""
+def _refuse_together(url: str | None, address: str | None, until: Until | None, *, accepts: bool, changed: bool) -> None:
+    """Refuse options that cannot be used together, and check the URL before anything prints it.
+
+    Raises:
+        UsageError: options cannot be used together, or the URL contains credentials.
+    """
     if url:
         from builder.proof import publish
 
         publish.refuse_credentials(url)
+    if until is not None and (url or address):
+        raise UsageError(
+            f"--until and --{'publish' if url else 'farm'} cannot be used together", remedy="omit one of the two options"
+        )
+    if accepts and changed:
+        raise UsageError("--accept-new and --changed cannot be used together", remedy="replace --changed by names of recipes")
 
 
 def _conclude(

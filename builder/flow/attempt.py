@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from builder.audit.verdict import Verdict
 from builder.box import meter
@@ -22,6 +23,9 @@ from builder.smoke import GpuResult, SmokeResult
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError
 
+Until = Literal["root", "compile"]
+"The last step of a build that ends early."
+
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
@@ -33,6 +37,8 @@ class BuildOptions:
     caches: Caches = field(default_factory=Caches)
     shared_cache: Mode = "read"
     "How to use the shared cache, if the settings name one."
+    until: Until | None = None
+    "End after this step; None: build the wheel."
 
 
 @dataclass(kw_only=True)

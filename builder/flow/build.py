@@ -6,14 +6,16 @@ After a kill, the next run continues and ends with the same record.
 from __future__ import annotations
 
 import shutil
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from builder import audit, fetch
 from builder.audit import policy
 from builder.box import binfmt
-from builder.fetch import source
+from builder.compiling import pep517
+from builder.fetch import Fetched, source, store_path
 from builder.flow import judge, tree
 from builder.flow.attempt import Attempt, BuildOptions
 from builder.flow.compile import checkpoint, compiled, prepare
@@ -21,7 +23,7 @@ from builder.flow.publishing import publish_build, refuse_licence, refuse_object
 from builder.flow.root_stage import lay_ground
 from builder.ground import torch_facts
 from builder.planning.ground import Ground
-from builder.planning.plan import Plan
+from builder.planning.plan import NO_CACHES, Plan
 from builder.planning.settings import Settings
 from builder.proof import embed, judges, provenance, record, shared_cache
 from builder.proof.record import Failure, Record
@@ -45,8 +47,7 @@ def build(plan: Plan, options: BuildOptions, settings: Settings, console: Consol
         refuse_licence(plan.recipe)
         refuse_tree(plan.recipe)
 
-    wait = f"waiting for another process, which is building {plan.build_id[:16]}"
-    with lock(record.lock_path(settings, plan.build_id), lambda: console.step("wait", wait)):
+    with _alone(plan, settings, console):
         built = record.existing(plan, settings)
         folder = record.folder(settings, plan.build_id)
         attempt = Attempt(plan=plan, options=options, settings=settings, console=console, folder=folder)
@@ -66,11 +67,55 @@ def build(plan: Plan, options: BuildOptions, settings: Settings, console: Consol
     return built
 
 
+def ready(plan: Plan, options: BuildOptions, settings: Settings, console: Console) -> tuple[Path, ...]:
+    """Do everything that precedes the compile. Return the folders and files of GRACEFARM_HOME that the build reads up to the
+    end of its compile: with these, another machine compiles without network.
+
+    Raises:
+        GracefarmError: a step failed.
+    """
+    console.step("plan", f"{plan.title}: build id {plan.build_id[:16]}")
+    plan.require_digests()
+    folder = record.folder(settings, plan.build_id) / "ready"
+    attempt = Attempt(plan=plan, options=options, settings=settings, console=console, folder=folder)
+    with _alone(plan, settings, console), full_disk(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            laid = _laid(attempt)
+            memory = pep517.bound(settings)
+            place = plan.toolchain.place(
+                plan, laid.ground, settings, attempt.work, jobs=1, epoch=laid.epoch, memory=memory, caches=NO_CACHES
+            )
+        finally:
+            remove_tree(folder)
+    fetched = laid.fetched
+    further = (fetched.files, fetched.repositories, fetched.trees)
+    crates = [store_path(settings, crate.sha256) for crate in attempt.crates]
+    paths = [*place.reads, fetched.source, *(path for part in further for path in part.values()), *crates]
+    return tuple(dict.fromkeys(path for path in paths if path.is_relative_to(settings.home)))
+
+
+@contextmanager
+def _alone(plan: Plan, settings: Settings, console: Console) -> Iterator[None]:
+    """Hold the lock of a build id."""
+    wait = f"waiting for another process, which is building {plan.build_id[:16]}"
+    with lock(record.lock_path(settings, plan.build_id), lambda: console.step("wait", wait)):
+        yield
+
+
 CUT_OFF = Failure(
     kind=ExitCode.INTERRUPTED.name.lower(),
     exit_code=ExitCode.INTERRUPTED,
     cause="this build is not complete: it is still running, or it was interrupted",
     remedy="wait for the running build; if none is running, repeat the build command, which continues this build",
+)
+
+
+COMPILED = CUT_OFF.model_copy(
+    update={
+        "cause": "this build ended after its compile, as --until requires",
+        "remedy": "repeat the build command without --until, which continues this build",
+    }
 )
 
 
@@ -89,6 +134,10 @@ def _recorded(attempt: Attempt) -> Record:
             with suppress(DiskFullError):  # may be the error that is being recorded
                 record.write(attempt.record(None, error), attempt.settings)
             raise
+        if product is None:
+            paused = attempt.record(None, None).model_copy(update={"failure": COMPILED})
+            record.write(paused, attempt.settings)
+            return paused
         wheel = product if attempt.tree is None else None
         attempt.work_bytes = disk_used(attempt.work)
         built = provenance.signed(attempt.record(wheel, None), attempt.settings)
@@ -125,8 +174,17 @@ def _judged_again(attempt: Attempt, built: Record) -> Record:
     return updated
 
 
-def _stages(attempt: Attempt) -> Path:
-    """Run all stages before the record; return the finished wheel."""
+@dataclass(frozen=True, kw_only=True)
+class _Laid:
+    """What a compile requires."""
+
+    fetched: Fetched
+    ground: Ground
+    epoch: int
+
+
+def _laid(attempt: Attempt) -> _Laid:
+    """Run the stages before the compile."""
     plan, console = attempt.plan, attempt.console
     data = plan.recipe.data
     plan.toolchain.require_machine()
@@ -144,10 +202,21 @@ def _stages(attempt: Attempt) -> Path:
     with attempt.timed("root"):
         ground = lay_ground(plan, attempt.settings, console)
     attempt.torch_cxx11_abi = torch_facts.cxx11_abi(ground.packages)
+    return _Laid(fetched=fetched, ground=ground, epoch=epoch)
+
+
+def _stages(attempt: Attempt) -> Path | None:
+    """Run all stages before the record; return the finished wheel. None: the build ends after its compile."""
+    plan = attempt.plan
+    data = plan.recipe.data
+    laid = _laid(attempt)
+    fetched, ground, epoch = laid.fetched, laid.ground, laid.epoch
     raw = compiled(attempt, fetched, ground, epoch)
     if data.tree is not None:
         attempt.tree = tree.keep(raw, plan, attempt.settings, epoch)
         return record.tree_path(attempt.settings, plan.build_id)
+    if attempt.options.until == "compile":
+        return None
     with attempt.timed("audit"):
         wheel = _audited(attempt, raw, ground, epoch)
     judge.pass_smoke(attempt, wheel, ground)
@@ -166,7 +235,7 @@ def _build_trees(attempt: Attempt) -> None:
         if record.tree_path(attempt.settings, plan.build_id).is_dir():
             attempt.console.step("tree", f"{plan.title}: already built, build id {plan.build_id[:16]}")
             continue
-        build(plan, replace(attempt.options, publish=None), attempt.settings, attempt.console)
+        build(plan, replace(attempt.options, publish=None, until=None), attempt.settings, attempt.console)
 
 
 def _check_binfmt(plan: Plan) -> None:

@@ -1,0 +1,350 @@
+"""The archives of bench/away.sh: what a compile needs goes to another machine, and what was compiled comes back.
+
+A folder of archives has PART.tar.zst.000, PART.tar.zst.001 and so on (PART.tar.000 without compression), and the file `pieces`
+with their sha256. A part can be unpacked when all its pieces have arrived. On the other machine, `take` runs with the
+standard library only.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import io
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import IO
+
+SEPARATE = ("roots", "environments", "toolchains")
+"Folders of GRACEFARM_HOME whose entries are large and named by a digest: each entry is one part."
+LEFT_OUT = ("*/triton/*.so", "*/triton/*.a", "*/triton/*/bin/*", "*/nvidia/*/bin/*", "*/nvidia/*/nvvm/*", "*_static.a")
+"Files of an environment that no compile reads: programs for the GPU, which the toolchain has for this machine, and libraries "
+"that nothing links."
+NEEDED = ("*/libcudart_static.a",)
+"Exceptions from LEFT_OUT. nvcc and CMake link them."
+DEVICE_CODE = (".nv_fatbin", "__nv_relfatbin", ".debug_")
+"Starts of the names of sections that no linker reads."
+PROGRAMS = ("bwrap", "zstd", "git")
+"Programs of the builder that a machine may lack."
+UNCOMPRESSED = "programs"
+"The part with PROGRAMS. It is unpacked first, since it contains zstd."
+UNFINISHED = 75
+
+
+def main() -> None:
+    """See bench/away.sh, which is the only caller."""
+    verb, *arguments = sys.argv[1:]
+    verbs: dict[str, Callable[..., int]] = {"prepare": prepare, "take": take, "results": results, "continue": carry_on}
+    sys.exit(verbs[verb](*map(Path, arguments)))
+
+
+def prepare(carried: Path, reads: Path, site: Path, request: Path) -> int:
+    """At home: pack what the builder says that the compiles read, the project, and programs."""
+    from builder.planning.settings import PARTS, load
+
+    settings = load()
+    paths = sorted({Path(line) for line in reads.read_text().splitlines()})
+    separate = [path for path in paths if path.relative_to(settings.home).parts[0] in SEPARATE]
+    rest = {f"home/{path.relative_to(settings.home)}": path for path in paths if path not in separate}
+    rest |= {f"project/{name}": settings.project / name for name in PARTS if (settings.project / name).is_dir()}
+    wanted = {_part_of(path) for path in separate}
+    here = [digests for part, digests in _parts(carried).items() if part in wanted]
+    known = {
+        piece: digest
+        for digests in here
+        for piece, digest in digests.items()
+        if all((carried / name).is_file() for name in digests)
+    }
+    for piece in carried.glob("*.tar*"):
+        if piece.name not in known:
+            piece.unlink()
+    with _programs(carried) as programs:
+        known |= _pack(carried, UNCOMPRESSED, {UNCOMPRESSED: programs}, compressed=False)
+    known |= _pack(carried, "site", {"site": site})
+    for path in separate:
+        part = _part_of(path)
+        if not any(_part(piece) == part for piece in known):
+            change = lean if path.parent.name == "environments" else _whole
+            print(f"packing {path.parent.name}/{path.name[:12]}", flush=True)
+            known |= _pack(carried, part, {f"home/{path.relative_to(settings.home)}": path}, change)
+            _list(carried, known)
+    known |= _pack(carried, "sources", rest | {"request": request})
+    _list(carried, known)
+    size = sum((carried / piece).stat().st_size for piece in known)
+    print(f"{len(known)} pieces, {size / 1e6:.0f} MB, and the file `pieces` in {carried}")
+    return 0
+
+
+def take(carried: Path, work: Path) -> int:
+    """There: unpack each part whose pieces have all arrived. The exit code is 75 while pieces are missing."""
+    parts = _parts(carried)
+    missing = [] if parts else ["pieces"]
+    for part in sorted(parts, key=lambda name: (name != UNCOMPRESSED, name)):
+        taken = work / "taken" / part
+        digests = "\n".join(parts[part].values())
+        if taken.is_file() and taken.read_text() == digests:
+            continue
+        absent = [piece for piece, digest in parts[part].items() if not _arrived(carried / piece, digest)]
+        if absent:
+            missing += absent
+            continue
+        _unpack([carried / piece for piece in parts[part]], work)
+        taken.parent.mkdir(exist_ok=True)
+        taken.write_text(digests)
+        print(f"unpacked {part}")
+        for piece in parts[part]:
+            (carried / piece).unlink()
+    print(f"missing: {' '.join(missing)}" if missing else "all parts are unpacked")
+    return UNFINISHED if missing else 0
+
+
+def results(folder: Path, work: Path) -> int:
+    """There: pack the state of compiled builds, and the caches of others since the last call."""
+    known = _pieces(folder)
+    shutil.copy(work / "request", folder / "request")
+    _list(folder, known)
+    for name, build_id in _request(work / "request").items():
+        build, ended = work / "home" / "builds" / build_id, work / f"{name}.rc"
+        part = f"built-{name}-{build_id}"
+        if (build / "compiled.json").is_file() or (ended.is_file() and ended.read_text().strip() == "0"):
+            if not any(_part(piece) == part for piece in known):
+                wanted = {f"home/builds/{build_id}/{path.name}": path for path in build.iterdir() if path.name != "work"}
+                tree = work / "home" / "trees" / build_id
+                wanted |= {f"home/trees/{build_id}": tree} if tree.is_dir() else {}
+                known |= _pack(folder, part, wanted)
+                _list(folder, known)
+            print(f"{name}: compiled")
+        else:
+            known |= _pack_caches(folder, work, name, known)
+    return 0
+
+
+def carry_on(folder: Path) -> int:
+    """At home: unpack results. Print the names of compiled recipes."""
+    from builder.planning.settings import load
+    from builder.proof import record
+    from gracefarm.files import lock
+
+    settings = load()
+    home = settings.home
+    home.mkdir(parents=True, exist_ok=True)
+    missing: list[str] = []
+    for part, digests in _parts(folder).items():
+        absent = [piece for piece, digest in digests.items() if not _arrived(folder / piece, digest)]
+        kind, _, name = part.partition("-")
+        name, _, build_id = name.rpartition("-")
+        if absent:
+            missing += absent
+            continue
+        built = kind == "built"
+        with lock(record.lock_path(settings, build_id)) if built else nullcontext():
+            if not built or not (home / "builds" / build_id / "dist").is_dir():
+                _unpack([folder / piece for piece in digests], home, "--strip-components=1")
+        print(name if built else f"{name}: unpacked a part of its caches", file=sys.stdout if built else sys.stderr)
+    if missing:
+        print(f"missing: {' '.join(missing)}", file=sys.stderr)
+    return 0
+
+
+def _pack_caches(folder: Path, work: Path, name: str, known: Mapping[str, str]) -> dict[str, str]:
+    """Pack the files of a recipe's caches that no earlier call has packed."""
+    listed = folder / f"packed-{name}"
+    packed = set(listed.read_text().splitlines()) if listed.is_file() else set()
+    home = work / "home"
+    files = [path for kind in ("ccache", "device") for path in sorted((home / kind / name).rglob("*")) if path.is_file()]
+    # Incomplete files have a dot or `.tmp.` in their names; the statistics of ccache change all the time.
+    complete = [path for path in files if not path.name.startswith(".") and ".tmp." not in path.name and path.name != "stats"]
+    fresh = {f"home/{path.relative_to(home)}": path for path in complete}
+    fresh = {place: path for place, path in fresh.items() if place not in packed}
+    print(f"{name}: not compiled yet; {len(fresh)} new files of its caches")
+    if not fresh:
+        return {}
+    number = len({_part(piece) for piece in known if _part(piece).startswith(f"partial-{name}-")})
+    pieces = _pack(folder, f"partial-{name}-{number:03}", fresh)
+    _list(folder, {**known, **pieces})
+    listed.write_text("\n".join(sorted(packed | set(fresh))))
+    return pieces
+
+
+def _request(place: Path) -> dict[str, str]:
+    """The build id of each recipe that was prepared."""
+    return dict(line.split() for line in place.read_text().splitlines()[1:])
+
+
+Change = Callable[[str, bytes], bytes | bytearray | None]
+"The content that an archive gets instead of a file's content; None: it leaves the file out."
+
+
+def _whole(_name: str, content: bytes) -> bytes:
+    return content
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def lean(name: str, content: bytes) -> bytes | bytearray | None:
+    """An environment's file for a compile: of equal size, and with zeros instead of device code and debug data."""
+    if _fits(name, LEFT_OUT) and not _fits(name, NEEDED):
+        return None
+    if not content.startswith(b"\x7fELF"):
+        return content
+    from elftools.elf.elffile import ELFFile
+
+    changed = bytearray(content)
+    for section in ELFFile(io.BytesIO(content)).iter_sections():
+        if section.name.startswith(DEVICE_CODE) and section["sh_type"] != "SHT_NOBITS":
+            start, size = section["sh_offset"], section["sh_size"]
+            changed[start : start + size] = bytes(size)
+    return changed
+
+
+def _pack(
+    folder: Path, part: str, wanted: Mapping[str, Path], change: Change = _whole, *, compressed: bool = True
+) -> dict[str, str]:
+    """Write one part; returns its pieces with their sha256."""
+    size = int(subprocess.check_output(["numfmt", "--from=iec", os.environ["PIECE"]]))
+    for old in folder.glob(f"{part}.tar*"):
+        old.unlink()
+    prefix = folder / f"{part}.tar{'.zst' if compressed else ''}."
+    split = ["split", f"--bytes={size}", "--numeric-suffixes", "--suffix-length=3", "-", str(prefix)]
+    with subprocess.Popen(split, stdin=subprocess.PIPE) as splitter:
+        assert splitter.stdin is not None
+        if compressed:
+            level = f"-{os.environ.get('LEVEL', '9')}"
+            with subprocess.Popen(["zstd", "-q", "-T0", level], stdin=subprocess.PIPE, stdout=splitter.stdin) as packer:
+                assert packer.stdin is not None
+                _write(packer.stdin, wanted, change)
+                packer.stdin.close()
+            _succeeded(packer)
+        else:
+            _write(splitter.stdin, wanted, change)
+        splitter.stdin.close()
+    _succeeded(splitter)
+    return {piece.name: _sha256(piece) for piece in sorted(folder.glob(f"{prefix.name}*"))}
+
+
+def _write(stream: IO[bytes], wanted: Mapping[str, Path], change: Change) -> None:
+    with tarfile.open(fileobj=stream, mode="w|", format=tarfile.GNU_FORMAT) as archive:
+        for name, path in wanted.items():
+            for place in _below(path):
+                inside = name if place == path else f"{name}/{place.relative_to(path)}"
+                with suppress(FileNotFoundError):  # a running build has removed it from its cache
+                    _add(archive, place, inside, change)
+
+
+def _add(archive: tarfile.TarFile, place: Path, inside: str, change: Change) -> None:
+    entry = archive.gettarinfo(place, inside)
+    if entry is None:  # a socket
+        return
+    if not stat.S_ISREG(place.lstat().st_mode):
+        archive.addfile(entry)
+    elif (content := change(inside, place.read_bytes())) is not None:
+        entry.type, entry.linkname, entry.size = tarfile.REGTYPE, "", len(content)
+        archive.addfile(entry, io.BytesIO(content))
+
+
+def _below(path: Path) -> Iterator[Path]:
+    yield path
+    if path.is_dir() and not path.is_symlink():
+        for entry in sorted(path.iterdir()):
+            yield from _below(entry)
+
+
+def _unpack(pieces: Iterable[Path], into: Path, *options: str) -> None:
+    """Unpack the pieces of one part. A part that was unpacked halfway is unpacked again."""
+    pieces = list(pieces)
+    command = ["tar", "--extract", "--no-same-owner", "--preserve-permissions", f"--directory={into}", *options]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as unpacker:
+        assert unpacker.stdin is not None
+        compressed = ".zst." in pieces[0].name
+        packer = subprocess.Popen(["zstd", "-dcq"], stdin=subprocess.PIPE, stdout=unpacker.stdin) if compressed else None
+        stream = unpacker.stdin if packer is None else packer.stdin
+        assert stream is not None
+        for piece in pieces:
+            with piece.open("rb") as source:
+                shutil.copyfileobj(source, stream, 1 << 20)
+        stream.close()
+        if packer is not None:
+            packer.wait()
+            unpacker.stdin.close()
+            _succeeded(packer)
+    _succeeded(unpacker)
+
+
+@contextmanager
+def _programs(folder: Path) -> Iterator[Path]:
+    """A folder with PROGRAMS, their libraries and the loader, so that they run with any C library."""
+    into = folder / "programs"
+    shutil.rmtree(into, ignore_errors=True)
+    (into / "bin").mkdir(parents=True)
+    for name in PROGRAMS:
+        program = shutil.which(name)
+        if program is None:
+            sys.exit(f"the program {name} is missing: install it, then repeat the command")
+        shutil.copy(program, into / f"{name}.program")
+        for line in subprocess.check_output(["ldd", program], text=True).splitlines():
+            library = next((word for word in line.split() if word.startswith("/")), None)
+            if library is not None:
+                shutil.copy(library, into / Path(library).name)
+        script = into / "bin" / name
+        script.write_text(
+            '#!/bin/sh\nhere=$(dirname "$(dirname "$(readlink -f "$0")")")\n'
+            f'exec "$here"/ld-linux-*.so.* --library-path "$here" "$here/{name}.program" "$@"\n'
+        )
+        script.chmod(0o755)
+    yield into
+    shutil.rmtree(into)
+
+
+def _part_of(path: Path) -> str:
+    return f"{path.parent.name}-{path.name}"
+
+
+def _part(piece: str) -> str:
+    return piece.partition(".tar")[0]
+
+
+def _pieces(folder: Path) -> dict[str, str]:
+    """The sha256 of each piece."""
+    place = folder / "pieces"
+    lines = place.read_text().splitlines() if place.is_file() else []
+    return {piece: digest for digest, piece in (line.split() for line in lines)}
+
+
+def _parts(folder: Path) -> dict[str, dict[str, str]]:
+    parts: dict[str, dict[str, str]] = {}
+    for piece, digest in _pieces(folder).items():
+        parts.setdefault(_part(piece), {})[piece] = digest
+    return parts
+
+
+def _list(folder: Path, pieces: Mapping[str, str]) -> None:
+    """Write the file `pieces`, as sha256sum writes and reads it."""
+    draft = folder / "pieces.new"
+    draft.write_text("".join(f"{pieces[piece]}  {piece}\n" for piece in sorted(pieces)))
+    draft.replace(folder / "pieces")
+
+
+def _arrived(piece: Path, digest: str) -> bool:
+    return piece.is_file() and _sha256(piece) == digest
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _succeeded(process: subprocess.Popen[bytes]) -> None:
+    if process.returncode:
+        sys.exit(f"{process.args!r} failed with exit code {process.returncode}")
+
+
+if __name__ == "__main__":
+    main()
