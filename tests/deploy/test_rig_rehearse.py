@@ -204,6 +204,7 @@ def test_each_comment_of_the_edited_deploy_toml_is_on_the_line_of_its_key(tmp_pa
     path = tmp_path / "deploy.toml"
     (tmp_path / "ips.txt").write_text("10.77.0.11\n10.77.0.12\n")
     template.write_config(tmp_path / "ips.txt", path, access=Access(), repo=walkthrough.REPO)
+    template.propose_set(load_deployment(path), {os.uname().machine})  # as `deploy init` does when it knows the nodes
     walkthrough.configure(rehearsal)
     assert load_deployment(path).data.index == rehearsal.index
     commented = [line.split()[0] for line in path.read_text().splitlines() if " # " in line]
