@@ -41,6 +41,7 @@ def require(plans: Sequence[Plan], settings: Settings, *, keep: bool) -> None:
     Raises:
         DiskFullError: names the file system, the free space and the needed space.
     """
+    settings.home.mkdir(parents=True, exist_ok=True)  # a home that cannot be written is another error than a full disk
     by_device: dict[int, Needs] = {}
     for folder, size in needed(plans, settings, keep=keep).items():
         there = _existing(folder)
