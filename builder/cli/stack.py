@@ -69,10 +69,12 @@ def new_command(name: str, version: str, like: str | None) -> None:
         tick(0, len(pythons) + 1, f"what the index has of torch {version}")
         release = new_stack.release_of(version, base, list(pythons), settings, datetime.now(UTC).date())
         with atomic_directory(folder / name) as partial:
-            atomic_write(partial / "stack.toml", new_stack.render(name, release, base))
+            text = new_stack.render(name, release, base)
+            atomic_write(partial / "stack.toml", text)
             failed = _lock_all(stack.load(folder, partial.name), release, pythons, settings, tick)
-    without = {python: f"torch {release.version} has no wheel for it" for python in pythons if python not in release.pythons}
-    left_out = {**without, **failed}
+            reason = f"torch {release.version} has no wheel for it"
+            left_out = {python: reason for python in pythons if python not in release.pythons} | failed
+            atomic_write(partial / "stack.toml", text + new_stack.render_no_lock(left_out))
     locked = [python for python in pythons if python not in left_out]
     value = {"stack": name, "torch": release.version, "cuda": release.cuda, "pythons": locked, "left_out": left_out}
     lines = [

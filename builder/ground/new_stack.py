@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from importlib.resources import files
@@ -161,6 +161,12 @@ def render(name: str, release: TorchRelease, base: LoadedStack) -> str:
         "path": json.dumps(data.toolchain.path),
     }
     return Template((files("builder") / "data" / "stack-template.toml").read_text()).substitute(values)
+
+
+def render_no_lock(reasons: Mapping[str, str]) -> str:
+    """The table of stack.toml with the Pythons that have no lock; empty if all have one."""
+    lines = [f"{json.dumps(python)} = {json.dumps(reason)}\n" for python, reason in reasons.items()]
+    return "".join(["\n[no_lock]\n", *lines]) if lines else ""
 
 
 def _others(texts: Sequence[str]) -> list[str]:

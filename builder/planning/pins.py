@@ -46,6 +46,13 @@ def wheels(stack: LoadedStack, arch: Arch) -> tuple[LockedWheel, ...]:
         ConfigError: the lock is missing or damaged, or does not match stack.toml.
     """
     if stack.interpreter is not None and not stack.requirements_lock.is_file():
+        if reason := stack.data.no_lock.get(stack.python):
+            raise ConfigError(
+                f"stack {stack.data.name} does not support Python {stack.python}: {reason}",
+                remedy="use a different Python or a different stack; if there are such wheels now, write the lock with "
+                f"`{stack.lock_command}`",
+                repeat=stack.lock_command,
+            )
         raise ConfigError(
             f"stack {stack.data.name} has no lock for Python {stack.python}",
             remedy=f"write the lock with `{stack.lock_command}`; this requires wheels of torch and its requirements for "

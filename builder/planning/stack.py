@@ -219,6 +219,11 @@ class Stack(Table):
     "Name of another stack whose root this stack uses"
     container: dict[Arch, Image] = Field(default_factory=dict)
     "Container images for `--toolchain container`. The key is the target"
+    no_lock: dict[str, str] = Field(default_factory=dict)
+    (
+        "Pythons that the stack does not support. The key is the version, for example `3.10`. The value is the reason, which "
+        "errors contain while the stack has no lock for this Python. `builder stack new` writes this table"
+    )
     objects_only: bool = False
     (
         "`true`: wheels can be compiled against this stack but not loaded, for example because the stack has only headers. "

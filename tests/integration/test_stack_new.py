@@ -12,6 +12,7 @@ import pytest
 
 from builder.planning import pins, stack
 from builder.planning.stack import Arch, LoadedStack
+from tests import projects
 from tests.conftest import Farm
 from tests.integration import fetch_kit
 from tests.integration.fetch_kit import Served, Server
@@ -127,6 +128,12 @@ def test_a_stack_is_what_the_index_says_of_its_torch(farm: Farm, index: Server) 
         "stack.toml",
     ]
     assert_whole(loaded)
+    assert loaded.data.no_lock["3.12"] == "torch 9.1.0 has no wheel for it"
+    assert set(loaded.data.no_lock) == {"3.10", "3.12", "3.13t", "3.14", "3.14t"}
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    planned = farm.run("plan", "tiny", "--stack", "next", "--python", "3.12")
+    assert planned.code == 3, planned.said
+    assert "stack next does not support Python 3.12: torch 9.1.0 has no wheel for it remedy: use a different" in planned.said
     assert loaded.root_lock == farm.settings.project / "stacks/cu130/root.lock"
 
     code, said = new(farm, index, "next", "--torch", "9.1.0")

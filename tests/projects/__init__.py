@@ -123,6 +123,7 @@ def _without_torch(source: Path, into: Path, environment: Sequence[str], compile
     text = (into / "stack.toml").read_text()
     text = re.sub(r"^name = .*$", f'name = "{into.name}"', text, count=1, flags=re.M)
     text = re.sub(r"^\[torch\]\n(?:(?!\[).*\n)*", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^\[no_lock\]\n(?:(?!\[).*\n)*", "", text, flags=re.MULTILINE)
     wanted = iter((environment, compiler))
     text = re.sub(
         r"^requirements = \[\n(?:(?!\]).*\n)*\]", lambda _: f"requirements = {toml(next(wanted))}", text, flags=re.MULTILINE

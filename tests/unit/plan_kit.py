@@ -196,6 +196,7 @@ def whole(project: Path) -> tuple[LoadedRecipe, LoadedStack]:
     own = gap | {"name": "torch", "sha256": SHA, "sha256_unknown": None, **EVIDENCE}
     table["environment"]["wheels"] = [own, gap]
     table["environment"]["left_out"] = ["nothing"]
+    table["no_lock"] = {"3.10": "torch has no wheel for it"}
     image = table["container"]["aarch64"]
     table["container"] = {
         "aarch64": image | {"sha256": SHA, "sha256_unknown": None, **EVIDENCE},

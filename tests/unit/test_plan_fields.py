@@ -59,6 +59,7 @@ STACK_EXEMPT = {
     "toolchain.debian.suite": "where packages are found; toolchain.lock says what they are",
     "toolchain.debian.component": "how the lock is made",
     "toolchain.debian.packages": "how the lock is made; one that it lacks is refused",
+    "no_lock": "such a build does not begin",
     "container": "the sandbox reads none of it; what counts in a container has its own test",
     "root.suite": "where packages are found; root.lock says what they are",
     "root.hosts": "how the lock is made; a pair that it lacks is refused",
