@@ -76,37 +76,13 @@ class _LayerShare:
 # one tensor
 
 
-def slices(engine: Engine, model: Model, tp: int, rank: int) -> dict[str, tuple[int, int, int]]:
-    """A rank's part of every split tensor of a dense layer: name to axis (of the checkpoint's tensor), start and length.
-
-    Every rank has the other tensors whole: norms, and the biases of o_proj and down_proj.
-    """
-    cut = {}
-    for tensor in layer_tensors(model, 0):
-        module, _, kind = tensor.name.rpartition(".")
-        name = module.rpartition(".")[2]
-        if unit := ROWS.get(name):
-            axis = 0
-        elif kind != "bias" and (unit := COLUMNS.get(name)):
-            axis = 1
-        else:
-            continue
-        units = _units(model, unit, tensor)
-        start, length = _own(engine, model, tp, rank, unit, units)
-        each = tensor.shape[axis] // units
-        cut[tensor.name] = (axis, start * each, length * each)
-    return cut
-
-
-def _own(engine: Engine, model: Model, tp: int, rank: int, unit: str, units: int) -> tuple[int, int]:
-    """Start and number of a rank's units, which are query heads, KV heads or columns."""
+def _own(engine: Engine, model: Model, tp: int, rank: int, unit: str, units: int) -> int:
+    """Number of a rank's units, which are query heads, KV heads or columns."""
     if unit == "columns":
-        return engines.part(units, rank, tp)
+        return engines.part(units, rank, tp)[1]
     if engine.replicates and tp > model.kv_heads:
-        return (rank * model.kv_heads // tp, 1) if unit == "key" else engines.part(units, rank, tp)
-    start, own = engines.part(model.kv_heads, rank, tp)
-    group = units // model.kv_heads
-    return start * group, own * group
+        return 1 if unit == "key" else engines.part(units, rank, tp)[1]
+    return engines.part(model.kv_heads, rank, tp)[1] * (units // model.kv_heads)
 
 
 def _units(model: Model, unit: str, tensor: Tensor) -> int:
@@ -146,7 +122,7 @@ def held(engine: Engine, model: Model, tensor: Tensor, split: Split, rank: int, 
     else:
         return tensor.size
     units = _units(model, unit, tensor)
-    own = units // split.expert_ranks if _routed(tensor) else _own(engine, model, split.tp, rank, unit, units)[1]
+    own = units // split.expert_ranks if _routed(tensor) else _own(engine, model, split.tp, rank, unit, units)
     return -(-tensor.size * own // units)
 
 
@@ -232,11 +208,6 @@ def _layers(engine_name: str, model: Model, split: Split, replica: int = 0) -> t
             computed[kind] = tuple(_layer(engine, model, split, rank, replica, layer) for rank in range(split.tp))
         layers.append(computed[kind])
     return tuple(layers)
-
-
-def layer_bytes(engine: Engine, model: Model, tp: int, rank: int, layer: int = 0) -> int:
-    """Bytes of one decoder layer on a rank."""
-    return _layers(engine.name, model, Split(tp=tp))[layer][rank].size
 
 
 # all layers

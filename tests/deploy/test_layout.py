@@ -255,23 +255,6 @@ def test_bytes_per_rank_are_what_a_real_checkpoint_gives_when_it_is_sliced(
     assert predicted == loaded(of, tensors, tp, partition)
 
 
-def test_the_slices_of_all_ranks_put_together_are_the_tensor(tmp_path: Path) -> None:
-    of = small_model()
-    tensors = checkpoint(of, tmp_path / "model.safetensors")
-    parts = [shards.slices(APHRODITE, of, 5, rank) for rank in range(5)]
-    for name in parts[0]:
-        shape, data = tensors[f"model.layers.1.{name}"]
-        pieces = [cut(shape, data, *part[name]) for part in parts]
-        if parts[0][name][0] == 0:
-            assert b"".join(pieces) == data
-        else:
-            widths = [part[name][2] * 2 for part in parts]
-            rows = [
-                b"".join(p[row * w : (row + 1) * w] for p, w in zip(pieces, widths, strict=True)) for row in range(shape[0])
-            ]
-            assert b"".join(rows) == data
-
-
 any_model = st.builds(
     lambda kv, group, dim, **rest: Model(
         repo="a/b", revision="0" * 40, kv_heads=kv, heads=kv * group, head_dim=dim, max_len=4096, **rest
