@@ -165,6 +165,10 @@ def purge(context: DeployContext, share: bool, weights: bool, yes: bool, no_wait
     The command removes logs, keys, files of Ray, and the program uv. Without --weights, the model stays. Without
     --share, the Python environments stay. The folder .deploy on this machine stays. The command asks for confirmation.
 
+    If the step cache has cached the shared folder on the nodes' disks, this cache stays, because other deployments may use
+    it: the option fsc in /etc/fstab, the copy of the old /etc/fstab, and the package cachefilesd. The end of the output names
+    these nodes. docs/howto/deploy-operation.md has the commands that remove the cache.
+
     \b
     # Remove the files, including the Python environments.
     deploy purge --share
@@ -186,11 +190,14 @@ def purge(context: DeployContext, share: bool, weights: bool, yes: bool, no_wait
             removed = at_work(context, keeper, go)
         finally:
             tunnels.end_all(deployment.folder)
-        # Without their record, a later `purge --weights` would not find the model's files.
-        kept = () if weights and not removed.failed else ("weights",)
+        cached = [node for node, on in keeper.state.data("cache").get("fsc", {}).items() if on]
+        # Without these records, a later `purge` would not find the model's files, or not name the nodes with a cache.
+        kept = {"cache"} if cached else set()
+        kept |= set() if weights and not removed.failed else {"weights"}
         keeper.forget(*(name for name in keeper.state.steps if name not in kept))
-    document = {"removed": removed.places, "bytes": removed.bytes}
-    console.result(document, "\n".join([*removed.places, f"{removed.bytes / 1e9:.2f} GB removed"]))
+    lines = [*removed.places, f"{removed.bytes / 1e9:.2f} GB removed"]
+    lines += [f"kept the cache of the shared folder on {', '.join(cached)}: see `deploy purge --help`"] if cached else []
+    console.result({"removed": removed.places, "bytes": removed.bytes, "cached": cached}, "\n".join(lines))
     if removed.failed:
         raise combined_error(removed.failed, len(deployment.nodes))
 

@@ -221,6 +221,18 @@ def test_purge_removes_the_model_only_if_asked_and_then_also_what_is_half_there(
     play(tmp_path, work)
 
 
+def test_purge_names_the_nodes_whose_cache_it_keeps(tmp_path: Path) -> None:
+    async def work(made: Scene) -> None:
+        record = StepRecord(digest="x", outcome="done", begun=0, data={"fsc": {"k0": True, "k1": False}})
+        made.deployment.folder.state.write_text(State(steps={"cache": record}).model_dump_json())
+        for _ in range(2):
+            code, said = await purge(made, "--yes")
+            assert code == 0, said
+            assert "kept the cache of the shared folder on k0: see `deploy purge --help`" in said
+
+    play(tmp_path, work, nodes=2)
+
+
 def test_purge_leaves_the_environments_of_another_deployment(tmp_path: Path) -> None:
     async def work(made: Scene) -> None:
         root = owned_root(made, "alice")
