@@ -19,6 +19,7 @@ from deploy.nodes.facts import Facts, load_facts
 from deploy.planning import accuracy, hardware, models, plans, script, suppose
 from deploy.planning.models import UnknownModelError
 from deploy.planning.plans import ServePlan
+from deploy.planning.shapes import LOCAL
 from gracefarm.cli import json_option, show_schemas
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, UsageError
@@ -218,14 +219,24 @@ def _changed(base: Deployment | None, engine: str | None, repo: str | None) -> D
     data = deployment.data
     model = data.model
     if repo:
-        place = Path(repo)
-        model = (
-            ModelConfig(repo=place.resolve().name, config=str(place.resolve())) if place.exists() else ModelConfig(repo=repo)
-        )
+        model = _model(repo)
     changes: dict[str, object] = {"model": model, "name": data.name if base else template.name_of(model.repo)}
     if engine:
         changes["engine"] = engine
     return deployment.model_copy(update={"data": data.model_copy(update=changes)})
+
+
+def _model(named: str) -> ModelConfig:
+    """The model of --model: a path, or a repository on the Hub. Raises UsageError if the path does not exist."""
+    place = Path(named).expanduser()
+    if place.exists():
+        return ModelConfig(repo=place.resolve().name, config=str(place.resolve()), revision=LOCAL)
+    if named.startswith((".", "/", "~")) or named.endswith("/") or named.count("/") > 1:
+        raise UsageError(
+            f"--model {named}: no such file or folder",
+            remedy="correct the path, or give the name of a model on the Hugging Face Hub as ORG/NAME",
+        )
+    return ModelConfig(repo=named)
 
 
 def _without_engine(deployment: Deployment) -> str:

@@ -107,7 +107,8 @@ def from_file(path: Path, *, repo: str, revision: str) -> Model:
         config = parsed(place.read_text(), str(place))
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{place}: no such file", remedy="set config in [model] of deploy.toml to the path of a config.json"
+            f"{place}: no such file",
+            remedy="correct --model, or config in [model] of deploy.toml; a folder of a model must contain config.json",
         ) from error
     except OSError as error:
         raise _unreadable(place, error) from error

@@ -12,6 +12,8 @@ from deploy.planning.tensors import Tensor
 BYTES = 2
 "Bytes of an unquantised weight and of an element of the KV cache: bfloat16 or float16. Engines convert float32 to float16."
 COMMIT = re.compile(r"[0-9a-f]{40}")
+LOCAL = "local"
+"The revision of a model that is a folder on this machine."
 
 Dimension = Annotated[int, Field(gt=0, le=1 << 31)]
 "A dimension, with an upper limit that no real model reaches."
@@ -97,7 +99,7 @@ class Model(ModelPart):
 
     repo: str
     revision: str
-    "A commit; a branch or tag if its commit could not be looked up."
+    "A commit; a branch or tag if its commit could not be looked up; or LOCAL."
     architecture: str = "LlamaForCausalLM"
     layers: Dimension
     hidden: Dimension
@@ -135,8 +137,8 @@ class Model(ModelPart):
 
     @property
     def pinned(self) -> bool:
-        """True if the revision is a commit."""
-        return COMMIT.fullmatch(self.revision) is not None
+        """True if `deploy up` does not resolve the revision: it is a commit, or the model is a local folder."""
+        return self.revision == LOCAL or COMMIT.fullmatch(self.revision) is not None
 
     def at(self, revision: str) -> Model:
         """The same model at another revision."""

@@ -21,6 +21,7 @@ from deploy.remote import checkpoint
 from gracefarm.errors import ConfigError, FetchError
 from tests.deploy import kit
 from tests.deploy.test_bad_input import prepared, told
+from tests.deploy.test_init import deploy
 
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -231,6 +232,17 @@ def test_an_index_and_files_that_do_not_match(tmp_path: Path) -> None:
     other = {name: f"other-{shard}" for name, shard in index["weight_map"].items()}
     (folder / checkpoint.INDEX).write_text(json.dumps({"weight_map": other}))
     told(tmp_path, 3, "3 of 3 files are missing, such as other-model-00001-of-00003.safetensors", *plan_of(folder))
+
+
+def test_a_folder_as_the_model(tmp_path: Path) -> None:
+    repository(tmp_path / "m", model())
+    prepared(tmp_path)
+    done = deploy(tmp_path, "plan", "--nodes", "1", "--engine", "vllm", "--model", "./m")
+    assert done.returncode == 0, done.stderr
+    assert "m at local, vllm" in done.stdout
+    assert "not pinned" not in done.stdout
+    for absent in ("./absent", "absent/", "~/absent", "a/b/absent", str(tmp_path / "absent")):
+        told(tmp_path, 2, f"--model {absent}: no such file or folder", "plan", "--nodes", "1", "--model", absent)
 
 
 def plan_of(folder: Path) -> tuple[str, ...]:
