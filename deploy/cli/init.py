@@ -28,6 +28,15 @@ from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, SshError
 
 GIB = 1 << 30
+_WHICH_SHARE = "Shared folder on the nodes (empty: the network file system that all nodes have mounted)"
+
+
+def _absolute(share: str) -> str | None:
+    """The path of a shared folder; None: none was given. Raises click.BadParameter if the path is not absolute."""
+    if share and not share.startswith("/"):
+        msg = f"{share} is not an absolute path"
+        raise click.BadParameter(msg, param_hint="'--share'")
+    return share or None
 
 
 @click.command()
@@ -51,8 +60,9 @@ GIB = 1 << 30
 @click.option(
     "--share",
     metavar="PATH",
-    help="Folder on the nodes for the software and the model, on a file system that all nodes share. Default: the network "
-    "file system that all nodes have mounted.",
+    callback=lambda _context, _option, share: _absolute(share or ""),
+    help="Folder on the nodes for the software and the model, on a file system that all nodes share. Without this option, the "
+    "command asks. Without an answer, it uses the network file system that all nodes have mounted.",
 )
 @click.option(
     "--model",
@@ -109,16 +119,13 @@ def init(
     deployment.folder.make()
     lost = _pin(deployment, console, accept=accept, repin=repin)
     there = [node.name for node in deployment.nodes if node.name not in lost]
-    if not there:
-        raise combined_error(lost, len(deployment.nodes))
-    asked, silent = _ask(deployment, console, there)
-    if not asked.nodes:
-        raise combined_error({**lost, **silent}, len(deployment.nodes))
+    asked, silent = _ask(deployment, console, there) if there else (Facts(nodes=()), {})
     if len(asked.nodes) == len(deployment.nodes):
         _propose(deployment, asked, console)
     deployment = load_deployment(path)
     lacking = missing.missing(deployment, asked, os.environ)
-    console.result({**asked.model_dump(mode="json"), "missing": lacking}, table(asked))
+    if asked.nodes or console.as_json:
+        console.result({**asked.model_dump(mode="json"), "missing": lacking}, table(asked))
     if not console.as_json:  # the JSON result contains them
         for sentence in lacking:
             console.step("missing", sentence)
@@ -137,6 +144,8 @@ def _write(context: DeployContext, file: Path | None, access: Access, share: str
         path = context.file or Path.cwd() / FILE
         if model is None and context.console.interactive and not path.exists():
             model = click.prompt("Model on the Hub", default=ModelConfig().repo, err=True)
+        if share is None and context.console.interactive and not path.exists():
+            share = click.prompt(_WHICH_SHARE, default="", show_default=False, value_proc=_absolute, err=True)
         if template.write_config(file, path, access=access, share=share, repo=model or ModelConfig().repo):
             context.console.step("init", f"{path} written")
             return path

@@ -126,12 +126,22 @@ async def try_all(nodes: Sequence[N], work: Callable[[N], Awaitable[T]]) -> tupl
 
 
 def combined_error(bad: Mapping[str, GracefarmError], of: int) -> GracefarmError:
-    """The failures of several nodes as one error, with the class of the first one.
+    """The failures of several nodes as one error, with the class of the first one. Each cause is told once, with its nodes.
 
     If all nodes have the same cause, as after a mistake in a local file, it is the whole message.
     """
     first = next(iter(bad.values()))
-    causes = list(dict.fromkeys(error.cause for error in bad.values()))
-    if len(bad) == 1 or (len(causes) == 1 and len(bad) == of):
+    same: dict[str, list[str]] = {}
+    for name, error in bad.items():
+        who = _who(name, error.cause)
+        same.setdefault(error.cause.removeprefix(who), []).append(who)
+    if len(bad) == 1 or (len(bad) == of and list(same) == [first.cause]):
         return first
+    causes = (", ".join(filter(None, whos)) + rest for rest, whos in same.items())
     return type(first)(f"{len(bad)} of {of} nodes failed: {'; '.join(causes)}", remedy=first.remedy)
+
+
+def _who(name: str, cause: str) -> str:
+    """The node at the start of a cause: its name, and its address with or without the port. Empty if there is none."""
+    match = re.match(rf"{re.escape(name)}(?: \S*[.:]\S*?[\w\]])?(?=:? )", cause)
+    return match[0] if match else ""

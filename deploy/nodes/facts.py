@@ -144,7 +144,8 @@ def load_facts(deployment: Deployment) -> Facts:
         return Facts.model_validate_json(deployment.folder.facts.read_bytes())
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{deployment.path}: the facts of the nodes were not collected yet", remedy="collect the facts with `deploy facts`"
+            f"{deployment.path}: the facts of the nodes were not collected yet",
+            remedy="run `deploy init`, which asks whether to trust the nodes, and collects the facts",
         ) from error
     except ValidationError as error:
         raise ConfigError(

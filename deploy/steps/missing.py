@@ -29,6 +29,8 @@ def _share(deployment: Deployment, facts: Facts) -> Sequence[str]:
     where = f"set share in {deployment.path.name}"
     if facts.shares:
         return (f"a shared folder: all nodes have {', '.join(facts.shares)}; {where} to one of them",)
+    if not facts.nodes:
+        return (f"a shared folder: {where} to a folder on a file system that all nodes share",)
     return (f"a shared folder: the nodes have no network file system in common; mount one on all nodes and {where}",)
 
 

@@ -22,7 +22,6 @@ import pytest
 from deploy import cli
 from deploy.cli.plan import schemas
 from deploy.fleet.calls import RemoteNode
-from deploy.fleet.results import combined_error
 from deploy.nodes import state, template
 from deploy.nodes.config import Access, Config, ModelConfig
 from deploy.nodes.deployment import Deployment, Folder, load_deployment
@@ -32,7 +31,7 @@ from deploy.rehearsal import hub
 from deploy.steps import missing, setlock
 from gracefarm import pins
 from gracefarm.console import Console
-from gracefarm.errors import ConfigError, GracefarmError, SshError
+from gracefarm.errors import GracefarmError, SshError
 from tests.deploy.servers import Servers, servers
 
 ROOT = Path(__file__).parent.parent.parent
@@ -202,27 +201,33 @@ def test_all_that_is_missing_is_listed_at_once(tmp_path: Path, nodes: Servers) -
         )
 
 
-def test_on_a_terminal_it_asks(tmp_path: Path, nodes: Servers) -> None:
-    for answer, code in (("n\n", 60), ("y\n", 0)):
-        master, slave = pty.openpty()
-        command = ["init", "ips.txt", "--user", "tester", "--port", str(nodes.port), "--model", "org/model"]
-        env = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "TERM": "xterm"}
-        env.pop("CI", None)
-        with subprocess.Popen(
-            [sys.executable, "-m", "deploy", *command], cwd=tmp_path, env=env, stdin=slave, stdout=slave, stderr=slave
-        ) as running:
-            os.close(slave)
+@pytest.mark.parametrize(("answer", "code", "share"), [("n", 60, ""), ("y", 0, "/srv/share")])
+def test_on_a_terminal_it_asks(tmp_path: Path, nodes: Servers, answer: str, code: int, share: str) -> None:
+    """It asks for the model, for the shared folder (again, if the path is not absolute), and whether to trust the keys."""
+    questions = {"Model on the Hub": "org/model", "Shared folder": "srv", "Shared folder ": share, "consoles show": answer}
+    master, slave = pty.openpty()
+    command = ["init", "ips.txt", "--user", "tester", "--port", str(nodes.port)]
+    env = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    env.pop("CI", None)
+    with subprocess.Popen(
+        [sys.executable, "-m", "deploy", *command], cwd=tmp_path, env=env, stdin=slave, stdout=slave, stderr=slave
+    ) as running:
+        os.close(slave)
+        said = b""
+        for question, reply in questions.items():
             said = b""
-            while b"consoles show" not in said:
+            while question.encode() not in said:
                 said += os.read(master, 4096)
-            assert all(key.get_fingerprint().encode() in said for key in nodes.keys.values())
-            os.write(master, answer.encode())
-            with contextlib.suppress(OSError):  # EIO: the other side is closed
-                while os.read(master, 4096):
-                    pass
-            assert running.wait(60) == code
-        os.close(master)
-        assert bool((tmp_path / ".deploy" / "known_hosts").exists()) == (code == 0)
+            os.write(master, reply.encode() + b"\n")
+        assert all(key.get_fingerprint().encode() in said for key in nodes.keys.values())
+        with contextlib.suppress(OSError):  # EIO: the other side is closed
+            while os.read(master, 4096):
+                pass
+        assert running.wait(60) == code
+    os.close(master)
+    assert (tmp_path / ".deploy" / "known_hosts").exists() == (code == 0)
+    data = load_deployment(tmp_path / "deploy.toml").data
+    assert (data.model.repo, data.share) == ("org/model", share or None)
 
 
 def test_a_jump_host_is_trusted_first_and_then_what_is_behind_it(tmp_path: Path, nodes: Servers) -> None:
@@ -268,7 +273,7 @@ def test_a_key_that_the_user_trusts_already_needs_no_question(tmp_path: Path, no
     assert "2 known" in done.stderr
 
 
-def test_where_no_node_answers_there_is_only_the_error(
+def test_where_no_node_answers_all_that_is_missing_is_listed_too(
     tmp_path: Path, nodes: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert init(tmp_path, nodes, "--accept").returncode == 0
@@ -281,8 +286,8 @@ def test_where_no_node_answers_there_is_only_the_error(
         done = deploy(tmp_path, *command)
         assert done.returncode == 60
         assert done.stdout == ""
-        assert "2 of 2 nodes failed: k0: ssh refused the key; k1: ssh refused the key" in done.stderr
-        assert "missing" not in done.stderr
+        assert "2 of 2 nodes failed: k0, k1: ssh refused the key" in done.stderr
+        assert ("missing  a shared folder: set share in deploy.toml to" in done.stderr) == (command[0] == "init")
 
 
 def test_a_node_that_is_down_is_named_and_the_others_are_kept(tmp_path: Path, nodes: Servers) -> None:
@@ -314,21 +319,6 @@ def test_a_mistake_in_deploy_toml_is_one_sentence_for_all_nodes(tmp_path: Path, 
     told = " ".join(done.stderr.split())
     assert told.count("the key `share` is missing") == 1
     assert "nodes failed" not in told
-
-
-def test_causes_that_are_equal_are_told_once() -> None:
-    same = {name: ConfigError("a.toml: wrong") for name in ("k0", "k1")}
-    assert combined_error(same, 2).cause == "a.toml: wrong"
-    assert combined_error(same, 3).cause == "2 of 3 nodes failed: a.toml: wrong"
-
-
-def test_another_deploy_toml_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "ips.txt").write_text("127.0.0.1\n")
-    (tmp_path / "deploy.toml").write_text('[nodes]\nhosts = ["127.0.0.9"]\n')
-    done = deploy(tmp_path, "init", "ips.txt", "--accept")
-    assert done.returncode == 3
-    assert "already exists" in done.stderr
-    assert "127.0.0.9" in (tmp_path / "deploy.toml").read_text()
 
 
 def test_a_head_without_a_gpu_is_a_sentence(tmp_path: Path, nodes: Servers) -> None:
