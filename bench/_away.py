@@ -28,7 +28,7 @@ LEFT_OUT = ("*/triton/*.so", "*/triton/*.a", "*/triton/*/bin/*", "*/nvidia/*/bin
 "that nothing links."
 NEEDED = ("*/libcudart_static.a",)
 "Exceptions from LEFT_OUT. nvcc and CMake link them."
-DEVICE_CODE = (".nv_fatbin", "__nv_relfatbin", ".debug_")
+DEVICE_CODE = (".nv_fatbin", "__nv_relfatbin", ".cask_resource", ".debug_")
 "Starts of the names of sections that no linker reads."
 PROGRAMS = ("bwrap", "zstd", "git")
 "Programs of the builder that a machine may lack."

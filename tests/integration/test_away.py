@@ -59,6 +59,7 @@ def test_until_refuses_what_it_cannot_do(farm: Farm) -> None:
 def test_an_environment_travels_without_device_code_and_with_its_symbols(tmp_path: Path) -> None:
     library = tmp_path / "liba.so"
     text = 'char code[9] __attribute__((section(".nv_fatbin"))) = "DEVICE12"; char other[9] = "HOSTCODE";'
+    text += 'char third[9] __attribute__((section(".cask_resource"))) = "DEVICE34";'
     subprocess.run(["cc", "-g", "-shared", "-x", "c", "-", "-o", library], input=text, text=True, check=True)
     whole = library.read_bytes()
     content = _away.lean("home/environments/x/liba.so", whole)
@@ -66,6 +67,7 @@ def test_an_environment_travels_without_device_code_and_with_its_symbols(tmp_pat
     assert len(content) == len(whole)
     assert b"DEVICE12" in whole
     assert b"DEVICE12" not in content
+    assert b"DEVICE34" not in content
     assert b"HOSTCODE" in content
     library.write_bytes(content)
     assert "code" in subprocess.check_output(["nm", "--dynamic", library], text=True)
