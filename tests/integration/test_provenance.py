@@ -305,7 +305,7 @@ def test_the_key_is_its_owners_alone_and_made_once(own_settings: Path) -> None:
     private = signing.private()
     assert private is not None
     assert private.public_key() == public
-    with pytest.raises(UsageError, match="already exists"):
+    with pytest.raises(UsageError, match="already has a signing key"):
         signing.create()
     path.chmod(0o640)
     with pytest.raises(ConfigError, match="can be read by other users"):
