@@ -59,8 +59,8 @@ def env_list(context: DeployContext) -> None:
     """List the environments in the shared folder, newest first.
 
     An environment is a Python environment with the engine (the program that serves the model) or with the program that
-    downloads models. Each line shows its id, the name of its set of wheels, and its state. env: active for the engine.
-    download: active for downloads. -: not active.
+    downloads models. Each line shows its id, the name of its set of wheels, and its state. The state is `env` (the engine
+    uses it), `download` (downloads use it) or `-` (not used).
 
     \b
     # List all environments.
