@@ -113,8 +113,8 @@ def resolution(texts: Sequence[str], stack: LoadedStack, arch: Arch, settings: S
         if not fitting and stack.python.endswith("t"):
             # uv 0.13.9 accepts no version such as 3.14t here, and omits the wheels for free-threaded builds from its answer.
             raise ConfigError(
-                f"uv does not list wheels for free-threaded Pythons, and {package['name']} {package['version']} has no other "
-                f"wheel for Python {stack.python}",
+                f"uv does not list wheels for free-threaded Pythons, and no wheel that it lists of {package['name']} "
+                f"{package['version']} works with Python {stack.python}",
                 remedy=f"lock a Python with a GIL, such as {stack.python.rstrip('t')}",
             )
         if not fitting:
