@@ -71,7 +71,7 @@ start) # there, detached: the log of a build is WORK/RECIPE.log, its exit code W
         # shellcheck disable=SC2046
         id=$(build_id there "$recipe" $(head -n 1 "$work/request"))
         if ! grep -qx "$recipe $id" "$work/request"; then
-            echo "$recipe: this checkout has another build id than the checkout of \`prepare\`. Copy that checkout to this machine, or" \
+            echo "$recipe: the build id differs from that of \`prepare\`, so the two checkouts differ. Copy the checkout to this machine, or" \
                 "prepare $recipe again, then repeat the command." >&2
             exit 3
         fi

@@ -221,8 +221,8 @@ class Stack(Table):
     "Container images for `--toolchain container`. The key is the target"
     no_lock: dict[str, str] = Field(default_factory=dict)
     (
-        "Pythons that the stack does not support. The key is the version, for example `3.10`. The value is the reason, which "
-        "errors contain while the stack has no lock for this Python. `builder stack new` writes this table"
+        "Pythons that the stack does not support. The key is the version, for example `3.10`. The value is the reason. "
+        "Error messages about the missing lock show it. `builder stack new` writes this table"
     )
     objects_only: bool = False
     (

@@ -388,7 +388,7 @@ def _check_cache(engine_: Engine, given: Mapping[str, GivenValue], arch: str) ->
     options_ = {key.replace("_", "-"): value for key, value in given.items()}
     if str(options_.get("kv-cache-dtype", "auto")).startswith("fp8"):
         raise ConfigError(
-            "[engine_options] kv-cache-dtype: fp8 requires xformers in this version, but there is no xformers for aarch64",
+            "[engine_options] kv-cache-dtype: with fp8, this version of aphrodite requires xformers, which aarch64 lacks",
             remedy="remove kv-cache-dtype from [engine_options]; the default is auto",
         )
     if int(str(options_.get("block-size", 16))) % 16:

@@ -361,8 +361,8 @@ def _swap(engine: Engine, tp: int, head: Machine) -> None:
     """The check of the engine on the head, which assumes that all ranks of a stage are there."""
     if engine.swap_share and tp * SWAP > engine.swap_share * head.host:
         raise LayoutError(
-            f"tp {tp}: {engine.name} requires {tp * SWAP / GIB:.0f} GiB of swap space on {head.name}, but allows at most "
-            f"{engine.swap_share:.0%} of its {head.host / GIB:.0f} GiB of host memory",
+            f"tp {tp}: {engine.name} would reserve {tp * SWAP / GIB:.0f} GiB of swap space on {head.name}, but the maximum is "
+            f"{engine.swap_share:.0%} of the {head.host / GIB:.0f} GiB of host memory there",
             remedy="set a smaller tensor_parallel in [layout], or use a first node (the head) with more host memory",
         )
 

@@ -410,7 +410,7 @@ def test_the_engines_check_of_its_swap_space_is_made_before_it_is() -> None:
     machines = tuple(dataclasses.replace(machine, host=40 * GIB) for machine in question(16, size="8B").machines)
     asked = Question(engine=APHRODITE, model=llama("8B"), machines=machines)
     with pytest.raises(
-        LayoutError, match=r"tp 8: aphrodite requires 32 GiB of swap space on k0, but allows at most 70% of its 40 GiB"
+        LayoutError, match=r"tp 8: aphrodite would reserve 32 GiB of swap space on k0, but the maximum is 70% of the 40 GiB"
     ):
         layouts.evaluate(asked, 8, 1)
     assert layouts.evaluate(asked, 7, 1).layout.tp == 7

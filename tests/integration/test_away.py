@@ -175,4 +175,4 @@ def test_another_checkout_is_refused(two: Two) -> None:
     (work / "request").write_text(f"--stack bare\ntiny_c {'0' * 64}\n")
     done = two.there("start", PYTHON=sys.executable)
     assert done.returncode == 3
-    assert "another build id" in done.stderr
+    assert "the two checkouts differ" in done.stderr
