@@ -65,11 +65,11 @@ def test_a_proxys_prefix_is_in_answers_for_programs(tmp_path_factory: pytest.Tem
     hints = {
         "/absent/simple/": "(existing views: %s/simple/, %s/cu130/simple/, ",
         "/cu130/simple/answer-pkg/": "(use one of these addresses: %s/cu130-torch2.11/simple/)",
-        "/absent/requirements.lock": "(see %s/sets/, which lists the sets)",
-        "/absent/pylock.toml": "(see %s/sets/, which lists the sets and their files)",
-        "/absent": "(see %s/simple/, which lists the projects)",
+        "/absent/requirements.lock": "(open the page %s/sets/ of this index, which lists the sets)",
+        "/absent/pylock.toml": "(open the page %s/sets/ of this index, which lists the sets and their files)",
+        "/absent": "(open the page %s/simple/ of this index, which lists the projects)",
         "/stage/absent": "(create the set with PUT %s/stage/absent)",
-        "/records/absent": "(see %s/board/, which lists the builds)",
+        "/records/absent": "(open the page %s/board/ of this index, which lists the builds)",
     }
     with serving(root, "--allow-new", "--trusted-proxy", "127.0.0.1") as server:
         client, auth = server.client, ("__token__", server.token)
