@@ -15,8 +15,8 @@ QUICK = "return wheel(wheel_directory)"
 
 
 def without_source(farm: Farm, name: str = "tiny") -> None:
-    """A recipe whose source cannot be fetched."""
-    (farm.recipe(name, projects.backend(QUICK)) / "source.tar.gz").unlink()
+    """A recipe whose source cannot be fetched. It is unlike that of all tests, which share the store of fetched files."""
+    (farm.recipe(name, projects.backend(f"# {farm.settings.home}\n{QUICK}")) / "source.tar.gz").unlink()
 
 
 def table(done: projects.Done) -> list[str]:
