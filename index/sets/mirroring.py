@@ -235,7 +235,7 @@ def _upstream(catalogue: Catalogue, upstream: PyPISimple, pin: Pin) -> list[_Ups
     ]
     if not files:
         raise FetchError(
-            f"the upstream index has neither an sdist nor a plain wheel of {pin.name} {pin.version} with a locked sha256",
+            f"the lock has the sha256 of none of the files of {pin.name} {pin.version} on the upstream index",
             remedy="create the lock again, or set the environment variable GRACEFARM_PYTHON_INDEX to the index from which the"
             " lock was created",
         )
