@@ -120,8 +120,8 @@ _TOOLCHAIN = (
 )
 _TRIAL = (
     toolchain_option(
-        help="Where to install the wheel. sandbox and container: in a sandbox with the Debian system of the stack. host: on "
-        "this machine.",
+        help="Where to install the wheel. sandbox: in a sandbox with the Debian system of the stack. container: the same as "
+        "sandbox. host: on this machine.",
     ),
     click.option(
         "--environment",
