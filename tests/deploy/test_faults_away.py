@@ -152,7 +152,7 @@ def test_a_disk_that_fills_up_while_downloading_is_told_and_the_same_command_com
         done = end(process, 200)
         assert done.code == DISK, done.output
         assert "no space left on the shared folder while downloading" in done.output
-        assert "remedy: free space on it" in done.output
+        assert "remedy: free space on the shared folder" in done.output
     finally:
         ballast.unlink()
         scene.served.rate = None
