@@ -80,6 +80,14 @@ def test_the_set_for_x86_64_has_the_versions_of_that_for_gh200_and_builds_nothin
     assert not [wheel.filename for wheel in ours.wheels if "aarch64" in (wheel.filename or "")]
 
 
+def test_a_file_of_several_sets_is_there_once_and_the_others_link_to_it() -> None:
+    copies: dict[bytes, list[str]] = {}
+    for place in sorted((REPOSITORY / "sets").rglob("*")):
+        if place.is_file() and not place.is_symlink():
+            copies.setdefault(place.read_bytes(), []).append(str(place.relative_to(REPOSITORY)))
+    assert [names for names in copies.values() if len(names) > 1] == []
+
+
 def test_what_another_wheel_requires_is_built_first(project: Settings) -> None:
     edit(
         project, "sets/gh200-cu124/set.toml", '["triton", "flash_attn", "aphrodite"]', '["aphrodite", "flash_attn", "triton"]'
