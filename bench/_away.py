@@ -16,13 +16,15 @@ import stat
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO
 
-SEPARATE = ("roots", "environments", "toolchains")
+SEPARATE = ("roots", "toolchains")
 "Folders of GRACEFARM_HOME whose entries are large and named by a digest: each entry is one part."
+ENVIRONMENTS = "environments"
+"The environments share most of their files by hard links. So they are one part together, and each file travels once."
 LEFT_OUT = ("*/triton/*.so", "*/triton/*.a", "*/triton/*/bin/*", "*/nvidia/*/bin/*", "*/nvidia/*/nvvm/*", "*_static.a")
 "Files of an environment that no compile reads: programs for the GPU, which the toolchain has for this machine, and libraries "
 "that nothing links."
@@ -50,11 +52,19 @@ def prepare(carried: Path, reads: Path, site: Path, request: Path) -> int:
 
     settings = load()
     paths = sorted({Path(line) for line in reads.read_text().splitlines()})
-    separate = [path for path in paths if path.relative_to(settings.home).parts[0] in SEPARATE]
-    rest = {f"home/{path.relative_to(settings.home)}": path for path in paths if path not in separate}
+    environments = [path for path in paths if path.parent.name == ENVIRONMENTS]
+    large: dict[str, dict[str, Path]] = {}
+    rest: dict[str, Path] = {}
+    for path in paths:
+        place = path.relative_to(settings.home)
+        whole = rest
+        if path in environments:
+            whole = large.setdefault(_part_of(environments), {})
+        elif place.parts[0] in SEPARATE:
+            whole = large.setdefault(_part_of([path]), {})
+        whole[f"home/{place}"] = path
     rest |= {f"project/{name}": settings.project / name for name in PARTS if (settings.project / name).is_dir()}
-    wanted = {_part_of(path) for path in separate}
-    here = [digests for part, digests in _parts(carried).items() if part in wanted]
+    here = [digests for part, digests in _parts(carried).items() if part in large]
     known = {
         piece: digest
         for digests in here
@@ -67,12 +77,10 @@ def prepare(carried: Path, reads: Path, site: Path, request: Path) -> int:
     with _programs(carried) as programs:
         known |= _pack(carried, UNCOMPRESSED, {UNCOMPRESSED: programs}, compressed=False)
     known |= _pack(carried, "site", {"site": site})
-    for path in separate:
-        part = _part_of(path)
+    for part, wanted in large.items():
         if not any(_part(piece) == part for piece in known):
-            change = lean if path.parent.name == "environments" else _whole
-            print(f"packing {path.parent.name}/{path.name[:12]}", flush=True)
-            known |= _pack(carried, part, {f"home/{path.relative_to(settings.home)}": path}, change)
+            print(f"packing {part}", flush=True)
+            known |= _pack(carried, part, wanted, lean if part.startswith(ENVIRONMENTS) else _whole)
             _list(carried, known)
     known |= _pack(carried, "sources", rest | {"request": request})
     _list(carried, known)
@@ -231,23 +239,28 @@ def _pack(
 
 
 def _write(stream: IO[bytes], wanted: Mapping[str, Path], change: Change) -> None:
+    """Write an archive. In environments, a hard link to an earlier file stays a hard link."""
+    written: set[str] = set()
     with tarfile.open(fileobj=stream, mode="w|", format=tarfile.GNU_FORMAT) as archive:
         for name, path in wanted.items():
             for place in _below(path):
                 inside = name if place == path else f"{name}/{place.relative_to(path)}"
                 with suppress(FileNotFoundError):  # a running build has removed it from its cache
-                    _add(archive, place, inside, change)
+                    _add(archive, place, inside, change, written)
 
 
-def _add(archive: tarfile.TarFile, place: Path, inside: str, change: Change) -> None:
+def _add(archive: tarfile.TarFile, place: Path, inside: str, change: Change, written: set[str]) -> None:
+    """Add one file. `written` has the names of an environment's files that other files can be links to."""
     entry = archive.gettarinfo(place, inside)
     if entry is None:  # a socket
         return
-    if not stat.S_ISREG(place.lstat().st_mode):
+    if not stat.S_ISREG(place.lstat().st_mode) or (entry.islnk() and entry.linkname in written):
         archive.addfile(entry)
     elif (content := change(inside, place.read_bytes())) is not None:
         entry.type, entry.linkname, entry.size = tarfile.REGTYPE, "", len(content)
         archive.addfile(entry, io.BytesIO(content))
+        if change is lean:
+            written.add(inside)
 
 
 def _below(path: Path) -> Iterator[Path]:
@@ -303,8 +316,11 @@ def _programs(folder: Path) -> Iterator[Path]:
     shutil.rmtree(into)
 
 
-def _part_of(path: Path) -> str:
-    return f"{path.parent.name}-{path.name}"
+def _part_of(paths: Sequence[Path]) -> str:
+    """The name of the part with these folders, which are named by digests."""
+    digests = "".join(path.name for path in paths)
+    name = digests if len(paths) == 1 else hashlib.sha256(digests.encode()).hexdigest()
+    return f"{paths[0].parent.name}-{name}"
 
 
 def _part(piece: str) -> str:

@@ -50,7 +50,7 @@ def test_interrupted_in_the_first_build_it_goes_on_until_down_ends_it_and_nothin
     faultkit.interrupt(process)
     done = end(process, 60)
     assert done.code == 130
-    assert "the same command" in done.output
+    assert "repeat the command" in done.output
     assert walkthrough.left(made)
     assert "processes stopped: k0" in well(made, "down")
     assert walkthrough.left(made) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import random
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,29 @@ def test_an_environment_travels_without_device_code_and_with_its_symbols(tmp_pat
     ):
         inside = f"home/environments/x/lib/python3.11/site-packages/{name}"
         assert (_away.lean(inside, b"!<arch>") is not None) == travels, name
+
+
+def test_a_file_of_two_environments_travels_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIECE", "1M")
+    first, second = tmp_path / "home/environments/a", tmp_path / "home/environments/b"
+    content = random.Random(1).randbytes(300_000)
+    for folder in (first, second):
+        (folder / "nvidia/cu13/bin").mkdir(parents=True)
+        (folder / "own").write_text(folder.name)
+    for name in ("lib.so", "nvidia/cu13/bin/ptxas"):
+        (first / name).write_bytes(content)
+        (second / name).hardlink_to(first / name)
+    wanted = {f"home/environments/{folder.name}": folder for folder in (first, second)}
+    pieces = _away._pack(tmp_path, "environments-x", wanted, _away.lean)
+    assert sum((tmp_path / piece).stat().st_size for piece in pieces) < 400_000
+    into = tmp_path / "work"
+    into.mkdir()
+    _away._unpack([tmp_path / piece for piece in pieces], into)
+    taken = [into / "home/environments" / name for name in "ab"]
+    assert [(folder / "lib.so").read_bytes() for folder in taken] == [content, content]
+    assert [(folder / "own").read_text() for folder in taken] == ["a", "b"]
+    assert (taken[0] / "lib.so").samefile(taken[1] / "lib.so")
+    assert not (taken[1] / "nvidia/cu13/bin/ptxas").exists()
 
 
 @dataclass(frozen=True, kw_only=True)
