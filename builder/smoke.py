@@ -32,7 +32,7 @@ class SmokeResult(Table):
     """Result of a smoke test."""
 
     modules: dict[str, str]
-    "Paths of the imported modules. The key is the name of the module"
+    "Path of each imported module. The key is the name of the module"
     script: str | None = None
     "Output of smoke.py. null: there is no smoke.py"
 
@@ -52,23 +52,26 @@ class GpuResult(Table):
     """Result of smoke_gpu.py. If the script fails, the build fails."""
 
     status: Literal["passed", "not run"]
-    "`passed`: the script ran on a GPU and succeeded"
+    "`passed`: the script ran on a GPU and succeeded. `not run`: the script did not run, and `reason` says why"
     reason: str = ""
-    "Why the script did not run"
+    "Why the script did not run. Empty: the script ran"
     device: str | None = None
-    "Name of the GPU"
+    "Name of the GPU. null: the script did not run"
     sm: str | None = None
-    "sm value of the GPU, for example `90`"
+    "sm value of the GPU, for example `90`. null: the script did not run"
     driver: str = ""
     "Version of NVIDIA's driver. Empty: unknown"
     script: str | None = None
-    "Output of smoke_gpu.py"
+    "Output of smoke_gpu.py. null: the script did not run"
     comparisons: tuple[ComparedResult, ...] = ()
-    "Results that were compared with a reference"
+    "Results that the script compared with a reference. Empty: the script did not run, or reported no comparison"
     negative_control: str | None = None
-    "Description of a deliberately wrong result that the comparison refused"
+    (
+        "Description of a deliberately wrong result, which the script has to refuse. null: the script has no such "
+        "description, or did not run"
+    )
     wall_s: float | None = None
-    "Duration in seconds"
+    "Duration in seconds. null: the script did not run"
 
 
 class _Answer(SmokeResult):

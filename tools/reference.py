@@ -36,8 +36,8 @@ FILES = {
         "interpreters/NAME/interpreter.toml",
         "interpreter.toml",
         (
-            "The option `--python NAME` of `builder build` selects an interpreter. The build uses it instead of the "
-            "root's Python."
+            "An interpreter is a Python for which wheels can be built. The option `--python NAME` of `builder build` selects "
+            "it instead of the root's Python."
         ),
     ),
     "set": (
@@ -82,16 +82,18 @@ DOCUMENTS = {
         "PUT /matrix/NAME",
         "PUT /matrix/NAME",
         (
-            "A client uploads this document to the index. The page `/board/` of the index shows it as a table. The matrix "
-            "lists *cells*. A cell is one wheel for one combination of recipe, stack, Python, target and sm values."
+            "A matrix lists *cells*. A cell is one wheel for one combination of recipe, stack, Python, target and sm values. "
+            "`builder matrix --publish` uploads this document to the index, and `builder matrix --json` prints it. The page "
+            "`/board/` of the index shows it as a table."
         ),
     ),
     "certificate": (
         "PUT /certificates/DIGEST",
         "PUT /certificates/DIGEST",
         (
-            "A client uploads this document to the index after a test of a wheel on a GPU. It certifies that results of "
-            "the wheel match a reference. [Test wheels on a GPU](../howto/gpu.md) describes the test."
+            "A *certificate* states that the device code of a wheel computed correct results on a GPU. `builder certify "
+            "--accept REPORT --publish URL` uploads this document to the index. [Certificates](../howto/gpu.md#certificates) "
+            "describes the test."
         ),
     ),
     "deploy-plan": (
@@ -99,53 +101,70 @@ DOCUMENTS = {
         "deploy plan --json",
         (
             "`deploy plan --json` prints this document. [Nodes, and the plan](deploy.md) explains it. The *engine* is the "
-            "program that runs the model: vLLM or Aphrodite. The *head* is the first node. The main process of the engine "
-            "runs there. A *replica* is one copy of the model's layers. A *stage* is a group of GPUs that hold the same "
-            "layers. *Offloaded* weights are weights in host memory. A *stream* is a client that sends one request after "
-            "the other."
+            "program that runs the model: vLLM or Aphrodite. *Ray* is a program that connects nodes and starts processes "
+            "on them. The *head* is the first node. The main process of the engine runs there. A *replica* is one copy of "
+            "the model's layers. A *stage* is a group of GPUs that hold the same layers. *Offloaded* weights are weights "
+            "in host memory (the memory of the CPU). The *KV cache* has the keys and values of all tokens of the running "
+            "requests. A *stream* is a client that sends one request after the other."
         ),
     ),
 }
 "Schema to the heading of its section, the short name of the document, and the first sentences."
 
 COLUMNS = """\
-The column *value* has the type of the value. If the key must be present, the word `required` follows. Otherwise the key is
-optional, and the column has its default value, if there is one."""
+The column *value* gives the type of the value. The word `required` means that the key must be present. All other keys may be
+absent. The value after the word `default` applies if the key is absent."""
 
 FILES_INTRO = f"""\
-This page lists every key of the TOML files of a project: recipes, stacks, interpreters, sets and the matrix.
+This page lists every key of the TOML files of a project. A *project* is a folder with recipes, stacks, interpreters, sets
+and the file matrix.toml. A checkout of gracefarm is a project, and `builder init DIR` creates another one.
 [deploy.toml](deploy-toml.md) has a separate page. A key that is not listed is an error.
 
 Each file has a section. The first table of a section lists the top-level keys of the file. Each further heading names one
 TOML table, for example `[build]`. A name in double brackets, such as `[[files]]`, is a table that may occur several times.
-`KEY` in a name, such as `[container.KEY]`, stands for a key that an earlier table explains.
+`KEY` in a heading, such as `[container.KEY]`, stands for one of several names. The row `container` of an earlier table says
+which names are possible.
 
-{COLUMNS}
+{COLUMNS} If the default depends on other values, the column *meaning* describes it.
 
 These words occur in several tables:
 
-- *Target*: the architecture of the machines that use the wheel. *Host*: the machine that runs the build.
-- *Root*: the Debian file system in which a build runs. *Source tree*: the folder with the unpacked source of the package.
-- *Digest*: a sha256. *Lock*: a file that pins packages by version and digest.
+- *Wheel*: a Python package in the file format that pip installs.
+- *Target*: the architecture of the machines that use the wheel.
+- *Host*: the machine that runs the build.
+- *Root*: the Debian file system in which a build runs.
+- *Source tree*: the folder with the unpacked source of the package.
+- *Tree*: a folder of files that a recipe builds instead of a wheel, for example an LLVM installation. Builds of other
+  recipes use it.
+- *Digest*: a sha256.
+- *Lock*: a file that pins packages by version and digest.
 - *Build id*: the digest of everything that determines a build. If an input changes, the build id changes.
 - *Python index*: PyPI, or the index in the variable `GRACEFARM_PYTHON_INDEX`.
 - *sm value*: an architecture of NVIDIA GPUs. For example, `90` is compute capability 9.0 (H100, H200, GH200). `90a` is code
   for exactly this architecture, and `100f` is code for a family of architectures.
 - *PTX*: code that NVIDIA's driver compiles for newer GPUs.
 - *Gate*: a check that a wheel must pass ([the gates](audit.md)).
+- *Smoke test*: a test that installs the wheel in a new environment, imports its modules, and runs smoke.py of the recipe.
 - *Pattern*: a file name with wildcards, for example `*_sm90.cu`."""
 
 DEPLOY_INTRO = f"""\
 This page lists every key of deploy.toml. `deploy init` writes this file. [Nodes, and the plan](deploy.md) describes how
 `deploy` uses it. A key that is not listed is an error.
 
-A name in double brackets, such as `[[group]]`, is a table that may occur several times. {COLUMNS}
+A name in double brackets, such as `[[group]]`, is a table that may occur several times. {COLUMNS} If the default depends on
+other values, the column *meaning* describes it.
 
 These words occur in several tables:
 
+- *Node*: a machine with GPUs that runs a part of the model.
 - *Engine*: the program that runs the model, which is vLLM or Aphrodite.
 - *Head*: the first node of deploy.toml. The main process of the engine and its HTTP server run there.
-- *Replica*: one copy of the model's layers. *Stage*: a group of GPUs that hold the same layers.
+- *Set*: a list of wheels that are installed together, with the engine and everything that it requires.
+- *Shared folder*: a folder on a file system that all nodes have mounted.
+- *Ray*: a program that connects nodes and starts processes on them.
+- *Planner*: the part of `deploy` that decides how the GPUs share the model (`deploy plan`).
+- *Replica*: one copy of the model's layers.
+- *Stage*: a group of GPUs that hold the same layers.
 - *Experts*: the parts of a layer in a mixture-of-experts model. Each token uses only some of them."""
 
 DOCUMENTS_INTRO = f"""\
@@ -154,15 +173,22 @@ This page lists every key of the JSON documents that gracefarm's programs write 
 Each document has a section. The first table of a section lists the top-level keys. Each further heading names the keys
 whose values the next table describes. For example, `gpu.comparisons` is the key `comparisons` in the object `gpu`.
 
-{COLUMNS} An optional key without a default value is null or empty if it is absent.
+{COLUMNS} Without such a value, an absent key means null if null is one of the types. For the other types, it means an empty
+string, list or object.
 
 These words occur in several tables:
 
-- *Recipe*: the description of how one wheel is built. *Stack*: the Python, torch, CUDA and compilers for a build.
-- *Digest*: a sha256. *Target*: the architecture of the machines that use the wheel.
+- *GRACEFARM_HOME*: the folder in the environment variable of this name. By default, it is usually `~/.cache/gracefarm`.
+- *Recipe*: the description of how one wheel is built.
+- *Stack*: the Python, torch, CUDA and compilers for a build.
+- *Digest*: a sha256.
+- *Target*: the architecture of the machines that use the wheel.
+- *Python index*: PyPI, or the index in the variable `GRACEFARM_PYTHON_INDEX`.
 - *sm value*: an architecture of NVIDIA GPUs, for example `90` for H100, H200 and GH200.
-- *Device code*: the code in a wheel that runs on the GPU. *PTX*: device code that NVIDIA's driver compiles for newer GPUs.
-- *Gate*: a check that a wheel must pass ([the gates](audit.md)). *Smoke test*: a test that imports the wheel's modules."""
+- *Device code*: the code in a wheel that runs on the GPU.
+- *PTX*: device code that NVIDIA's driver compiles for newer GPUs.
+- *Gate*: a check that a wheel must pass ([the gates](audit.md)).
+- *Smoke test*: a test that installs the wheel in a new environment, imports its modules, and runs smoke.py of the recipe."""
 
 
 def pages() -> dict[str, str]:

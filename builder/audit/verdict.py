@@ -24,7 +24,7 @@ class Verdict(Table):
     summary: str
     "Result in one sentence"
     details: tuple[str, ...] = ()
-    "Complaints and other facts"
+    "Complaints of the gate, and other facts about the wheel"
 
 
 def passed(gate: str, summary: str, details: Sequence[str] = ()) -> Verdict:

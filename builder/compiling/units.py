@@ -20,7 +20,7 @@ _NO_UNIT = re.compile(r"^\.\./|(?:^|/)CMakeFiles/")
 
 
 class Unit(Table):
-    """Costs of compiling one translation unit."""
+    """Cost of compiling one source file."""
 
     wall_s: float
     "Duration in seconds"
@@ -42,26 +42,32 @@ class CacheStatistics(Table):
     reasons: dict[str, int] = Field(default_factory=dict)
     "Number of `uncacheable` compilations for each reason. The key is the reason in ccache's words"
     saved_cpu_s: float
-    "CPU seconds that the `hits` took when they were compiled. Unknown times count as 0"
+    (
+        "CPU seconds that the `hits` saved: the time of their earlier compilation, minus the time to read the result. Hits "
+        "whose earlier time is unknown count as 0"
+    )
 
 
 class DeviceStatistics(Table):
-    """Use of the device store. The numbers count runs of cicc and ptxas, which are the compilers inside nvcc."""
+    """Use of the device store. The numbers count runs of cicc (CUDA C++ to PTX) and of ptxas (PTX to GPU code)."""
 
     text: int
-    "Runs of cicc that were not necessary, because the store had a result for the same source text"
+    "Runs of cicc that the store replaced, because it had a result for the same source text"
     nvvm: int
-    "Runs of cicc's optimizer that were not necessary, because the store had a result for the same NVVM code"
+    (
+        "Runs of cicc's optimizer that the store replaced, because it had a result for the same NVVM code. NVVM code is the "
+        "input of the optimizer"
+    )
     ptx: int
-    "Runs of ptxas that were not necessary, because the store had a result for the same PTX"
+    "Runs of ptxas that the store replaced, because it had a result for the same PTX"
     misses: int
-    "Runs whose result was not in the store, and can be stored"
+    "Runs that were necessary, because the store had no result. Their results are now in the store"
     not_kept: dict[str, int] = Field(default_factory=dict)
-    "Number of runs whose result cannot be stored. The key is the reason"
+    "Number of runs whose result the store cannot keep. The key is the reason"
     cpu_s: float
-    "CPU seconds of all runs, of the lookups in the store, and of nvcc's program fatbinary"
+    "CPU seconds that this build used for all runs, for the lookups in the store, and for nvcc's program fatbinary"
     saved_cpu_s: float
-    "CPU seconds that the results from the store took when they were compiled"
+    "CPU seconds that the store saved: the CPU time of the earlier runs that produced the results"
 
     @property
     def taken(self) -> int:

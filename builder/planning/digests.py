@@ -11,7 +11,7 @@ from gracefarm.tables import Sha256, Table, Url
 
 
 class Witness(Table):
-    """A publication of the same digest that does not depend on the download."""
+    """A document that publishes the same digest, and that does not depend on the download."""
 
     source: str = Field(min_length=1)
     "URL of the publication, or the name of a document and the place in it"
@@ -20,7 +20,7 @@ class Witness(Table):
 
 
 class FirstUse(Table):
-    """When and where `--accept-new` read the digest."""
+    """When `--accept-new` read the digest, and from which URL."""
 
     date: Annotated[date, Field(description="Day on which the digest was read")]
     url: Url
@@ -35,9 +35,12 @@ class DigestFields(Table):
     sha256_unknown: str | None = None
     "Why the digest is unknown. `builder lock` or `builder build --accept-new` replaces this key with `sha256`"
     accepted: FirstUse | None = None
-    "Date and URL of the download from which `--accept-new` read `sha256`"
+    "Date and URL of the download from which `--accept-new` read `sha256`. The builder writes this table"
     witness: tuple[Witness, ...] = ()
-    "Publications of the same digest. Without a witness, a digest that `--accept-new` read is reported as unconfirmed"
+    (
+        "Documents that publish the same digest. If `--accept-new` read the digest and there is no witness, `builder plan` "
+        "and the record list the digest as unconfirmed"
+    )
 
     @property
     def unconfirmed(self) -> FirstUse | None:

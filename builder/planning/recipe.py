@@ -44,7 +44,7 @@ ToolchainKind = Literal["sandbox", "host", "container"]
 
 
 class Substitution(Table):
-    """Replaces a text in a file of the source tree. Unlike a patch, a substitution has no context lines."""
+    """Replaces a text in one file of the source tree."""
 
     path: InsidePath
     "File in the source tree"
@@ -53,30 +53,37 @@ class Substitution(Table):
     replace: str
     "New text"
     count: int = Field(default=1, ge=1)
-    "How often `find` must occur in the file. Any other number is an error"
+    (
+        "How many times the file contains `find`. All of these places are replaced. If the file contains `find` more or less "
+        "often, the build fails"
+    )
 
 
 class Build(Table):
     """How the wheel is compiled."""
 
     requires: tuple[RequirementText, ...] = ()
-    "Build requirements that the stack's environment does not have. `builder lock NAME` pins them"
+    "Packages that the build requires, and that the stack's environment does not have. `builder lock NAME` pins them"
     subdirectory: InsidePath = "."
     "Folder of pyproject.toml or setup.py in the source tree"
     environment: dict[str, str] = Field(default_factory=dict)
     (
-        "Environment variables for the build. `{sm}` is replaced with the architectures in the form `90;100a`. `{sm_dotted}` "
-        "gives `9.0;10.0a`, and `{sm_gencode}` gives `-gencode=arch=compute_90,code=sm_90`. These three also work in "
-        "`config_settings` and `cmake`"
+        "Environment variables for the build. Their values can contain the placeholders `{sm}`, `{sm_dotted}` and "
+        "`{sm_gencode}`, which stand for the sm values of the build. For the sm values 90 and 100a, `{sm}` becomes "
+        "`90;100a`, and `{sm_dotted}` becomes `9.0;10.0a`. `{sm_gencode}` becomes `-gencode=arch=compute_90,code=sm_90 "
+        "-gencode=arch=compute_100a,code=sm_100a`"
     )
     config_settings: dict[str, str] = Field(default_factory=dict)
-    "Config settings for the build backend, as PEP 517 defines them"
+    "Config settings for the build backend, as PEP 517 defines them. The values can contain the placeholders of `environment`"
     cmake: dict[str, str] = Field(default_factory=dict)
-    "CMake cache variables, for a package whose build backend does not pass options to CMake"
+    (
+        "CMake cache variables, for a package whose build backend does not pass options to CMake. The values can contain the "
+        "placeholders of `environment`"
+    )
     cuda: bool = True
     (
-        "`true`: the build requires the CUDA compiler and torch. `false`: the environment has torch only if a requirement of "
-        "the recipe names torch"
+        "`true`: the build requires the CUDA compiler and torch. `false`: it does not. The environment then has torch only "
+        "if `requires` in `[build]` or `[wheel]` names torch"
     )
     rust: bool = False
     (
@@ -84,19 +91,23 @@ class Build(Table):
         "before the build"
     )
     memory_per_job: Size = "4GiB"
-    "Memory for one compile job, which limits the number of parallel jobs"
+    "Memory that one compile job needs. The builder starts only as many parallel jobs as the memory allows"
     unit_memory: dict[str, Size] = Field(default_factory=dict)
     (
-        "Memory for source files that need more than `memory_per_job`. The key is a pattern for files or folders, for example "
-        "`*_sm90.cu`. After the first successful build, the builder uses measured values instead"
+        "Memory for source files that need more than `memory_per_job`. The key is a pattern for files or folders, for "
+        "example `*_sm90.cu`. The value is a size, for example `12GiB`. After the first successful build, the builder uses "
+        "measured values instead"
     )
     unit_seconds: dict[str, int] = Field(default_factory=dict)
     (
-        "Seconds for source files that take the longest to compile. The key is a pattern for files or folders. The first "
-        "build compiles these files first. Later builds use measured times"
+        "Expected compile time, in seconds, of the slowest source files. The key is a pattern for files or folders. The "
+        "first build compiles these files first, and starts with the slowest. Later builds use measured times instead"
     )
     binfmt: bool = False
-    "`true`: the build runs programs, other than Python, that are compiled for the target"
+    (
+        "`true`: the build runs programs, other than Python, that are compiled for the target. If the host has a different "
+        "architecture, it must emulate them (binfmt_misc, set up by `builder doctor --fix`)"
+    )
 
     @model_validator(mode="after")
     def _known_placeholders(self) -> Self:
@@ -118,8 +129,8 @@ class Bundled(Table):
     "sha256 of the file"
     origin: str | None = None
     (
-        "Where the file comes from: the URL or package URL (pkg:pypi/NAME@VERSION) of an entry of `[[files]]`, or `source` "
-        "for the source tree"
+        "Where the file comes from. `source`: the source tree. Otherwise: the URL of an entry of `[[files]]`, or its package "
+        "URL in the form `pkg:pypi/NAME@VERSION`"
     )
     license: SpdxExpression
     "SPDX expression of the file's licence"
@@ -136,21 +147,24 @@ class Wheel(Table):
 
     appends: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$")] | None = None
     (
-        "Text that the package's build appends to the local version, for example `d20261129`. The builder removes this text. "
-        "Text for CUDA and torch, such as `cu130`, is always removed"
+        "Text that the package's build appends to the local version (the part of the version after `+`), for example "
+        "`d20261129`. The builder removes this text. It always removes text for CUDA and torch, such as `cu130`"
     )
     sm_extra: dict[str, tuple[Sm, ...]] = Field(default_factory=dict)
     "Additional sm values for some source files. The key is a pattern for files or folders, for example `*hopper*`"
     sm_supported: tuple[Sm, ...] = ()
     "sm values that the source supports. Other sm values are refused. Default: all that CUDA supports"
     allow_sm_fallback: bool = False
-    "`true`: a source that requests 90a may be compiled for 90, and a source that requests 100f for 100"
+    (
+        "`true`: a source that requests 90a may be compiled for 90, and a source that requests 100f for 100. `false`: such a "
+        "build fails"
+    )
     ptx: Ptx | None = None
-    "sm value of the PTX in the wheel, instead of `ptx` of the stack. `none`: no PTX"
+    "sm value of the PTX in the wheel. It replaces the key `ptx` of the stack. `none`: the wheel has no PTX"
     requires: dict[str, StackRequirement] = Field(default_factory=dict)
     (
-        "Replacements for requirements in the wheel's metadata (Requires-Dist). The key is the distribution, for example `{ "
-        "triton = 'triton==3.2.0' }`. `{torch}` is replaced with the version of the stack's torch"
+        "Replacements for requirements in the wheel's metadata (Requires-Dist). The key is the name of the required package, "
+        "for example `{ triton = 'triton==3.2.0' }`. `{torch}` is replaced with the version of the stack's torch"
     )
     source_archive: bool = False
     "`true`: publish the patched source next to the wheel. Licences such as the AGPL require this"
@@ -159,7 +173,7 @@ class Wheel(Table):
     bundled: tuple[Bundled, ...] = ()
     "Third-party files that the wheel may contain. Other third-party files are refused"
     max_size: Size = "500MiB"
-    "Maximum size of the wheel"
+    "Maximum size of the wheel. A larger wheel is refused"
     may_publish: str | None = None
     "Why the wheel may be published although its licence does not allow redistribution"
 
@@ -175,9 +189,9 @@ class StackDifference(Table):
     """Changes of the recipe for certain CUDA releases."""
 
     cuda: Specifiers
-    "CUDA releases of the stack, for example `>=13`"
+    "CUDA releases of the stack for which the changes apply, for example `>=13`"
     substitutions: tuple[Substitution, ...] = ()
-    "Substitutions that are applied after the substitutions of the recipe"
+    "Additional substitutions. They are applied after the substitutions of the recipe"
     requires: dict[str, StackRequirement] | None = None
     "Value that replaces `requires` of `[wheel]`"
 
@@ -217,16 +231,16 @@ class TreeProduct(Table):
 
 
 class TakenTree(Table):
-    """A tree of files that another recipe builds. Its build id is an input of the build of this recipe."""
+    """A tree of another recipe that this build uses. The other recipe is built first."""
 
     recipe: str
-    "Name of the other recipe, which is its folder in recipes/"
+    "Name of the other recipe, which is its folder in recipes/. Its build id is an input of this build"
     path: InsidePath
     "Destination in the source tree"
     replaces: InsidePath | None = None
     (
-        "`path` of an entry of `[[files]]` that downloads the same files. The download is used by default. With the option "
-        "`--llvm source`, the build uses the tree instead"
+        "`path` of an entry of `[[files]]` that downloads the same files. The build uses the download by default. With the "
+        "option `--llvm source`, it uses the tree instead. Without this key, the build always uses the tree"
     )
 
 
@@ -234,7 +248,7 @@ class Recipe(Table):
     """recipe.toml."""
 
     name: str
-    "Name of the distribution"
+    "Name of the package on a Python index, for example `causal-conv1d`"
     version: VersionText
     "Version of the package. A build that produces another version fails"
     summary: str = ""
@@ -242,11 +256,11 @@ class Recipe(Table):
     license: SpdxExpression
     "SPDX expression of the package's licence"
     stack: str = "cu130"
-    "Stack that a build uses by default"
+    "Stack that a build uses without the option `--stack`"
     superseded: str | None = None
     "What to use instead of this package. `builder list` and `builder plan` print this text"
     known_bad: tuple[KnownBad, ...] = ()
-    "Combinations of architectures, CUDA and torch that are refused"
+    "Combinations of sm values, CUDA and torch for which a build is refused"
     refuses: dict[ToolchainKind, str] = Field(default_factory=dict)
     "Toolchains that cannot build the package. The key is `sandbox`, `host` or `container`, and the value is the reason"
     source: Annotated[SdistSource | GitSource | FileSource, Field(discriminator="kind")]
@@ -256,7 +270,7 @@ class Recipe(Table):
     files: tuple[File, ...] = ()
     "Additional files"
     trees: tuple[TakenTree, ...] = ()
-    "Trees of files that other recipes build, for example an LLVM installation"
+    "Trees of other recipes that this build uses, for example an LLVM installation"
     substitutions: tuple[Substitution, ...] = ()
     "Replacements of text in the source tree. They are applied after the patches, in the order of the list"
     build: Build = Build()
@@ -266,9 +280,9 @@ class Recipe(Table):
     differences: tuple[StackDifference, ...] = ()
     "Changes of the recipe for certain CUDA releases"
     smoke: Smoke | None = None
-    "Test of the wheel. Give either `[smoke]` or `[tree]`"
+    "Test of the wheel. A recipe of a wheel must have this table"
     tree: TreeProduct | None = None
-    "Tree of files that is built instead of a wheel"
+    "Commands that build a tree. A recipe with this table builds a tree instead of a wheel, and has no `[smoke]`"
 
     @model_validator(mode="before")
     @classmethod

@@ -123,15 +123,18 @@ class File(DigestFields):
     "`true`: the file is an archive, which is unpacked into `path`"
     members: dict[str, InsidePath | tuple[InsidePath, ...]] = Field(default_factory=dict)
     (
-        "Unpack only these files and folders of the archive. The key is the path in the archive. The value is one destination "
-        "below `path`, or a list of destinations"
+        "Files and folders of the archive that are unpacked. The key is the path in the archive. The value is one "
+        "destination below `path`, or a list of destinations. Default: everything is unpacked"
     )
     license: SpdxExpression | None = None
     "SPDX expression of the licence. Without this key, the gate `licence` refuses the wheel"
     binfmt: bool = False
-    "`true`: the build runs programs of this file that are compiled for the target"
+    (
+        "`true`: the build runs programs of this file that are compiled for the target. If the host has a different "
+        "architecture, it must emulate them, as for `binfmt` in `[build]`"
+    )
     host: Arch | None = None
-    "The file is used only on hosts with this architecture. Default: all hosts"
+    "Architecture of the hosts that use the file. Default: all hosts use it"
 
     @property
     def origin(self) -> str:

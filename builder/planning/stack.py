@@ -77,20 +77,23 @@ class Torch(Table):
     version: str
     "Version of torch, for example 2.11.0"
     cuda: str | None = None
-    "Required value of torch.version.cuda, for example 12.4. It is needed if a CPU build of torch has the same version"
+    (
+        "CUDA release of torch (torch.version.cuda), for example 12.4. With `--environment`, the builder refuses a torch for "
+        "a different release. Without this key, it expects a torch without CUDA"
+    )
 
 
 class OwnWheel(PinnedDownload):
     """A wheel that does not come from the Python index. Each architecture has a separate entry."""
 
     name: str
-    "Name of the distribution"
+    "Name of the package"
     version: str
-    "Version of the distribution"
+    "Version of the package"
     arch: Arch
     "Architecture of the wheel"
     index: Url
-    "URL of the simple API of the index that has the wheel. With `GRACEFARM_MIRRORS`, a mirror is used instead"
+    "URL of the index that has the wheel (its simple API). The variable `GRACEFARM_MIRRORS` can replace it with a mirror"
 
     @property
     def title(self) -> str:
@@ -106,7 +109,7 @@ class Environment(Table):
     resolved_before: str | None = None
     "`builder lock` ignores files that were uploaded after this date (RFC 3339). The same date gives the same lock"
     left_out: tuple[str, ...] = ()
-    "Required distributions that the lock omits. Write the reason into a comment"
+    "Packages that the lock omits, although other packages require them. Write the reason into a comment"
     wheels: tuple[OwnWheel, ...] = ()
     "Wheels that do not come from the Python index"
 
@@ -130,7 +133,7 @@ class Compilers(Table):
     debian: DebianToolkit | None = None
     "Debian packages of the CUDA compiler"
     path: tuple[InsidePath, ...] = ()
-    "Folders in these wheels or packages that are put first into PATH, for example `cmake/data/bin`"
+    "Folders in these wheels or packages. The builder puts them first into PATH, for example `cmake/data/bin`"
     gcc: int
     "Major version of gcc in the root"
 
@@ -139,7 +142,7 @@ class Image(PinnedDownload):
     """A container image for builds with `--toolchain container`. `sha256` is the digest of the image's manifest."""
 
     name: str
-    "Name with the registry, for example quay.io/pypa/manylinux_2_28_aarch64"
+    "Name of the image with its registry, for example quay.io/pypa/manylinux_2_28_aarch64"
     tag: str
     "Tag of the image. `builder lock` reads the digest of this tag. Builds use the digest and not the tag"
     cuda: str | None = None
@@ -170,7 +173,10 @@ class RootSpec(Table):
     """The Debian packages of the root."""
 
     suite: str
-    "Stable Debian suite, without -updates and -security"
+    (
+        "Stable Debian suite, for example `bookworm`. Suites such as `bookworm-updates` and `bookworm-security` are not "
+        "suitable, because their files are replaced often"
+    )
     host: tuple[str, ...]
     (
         "Packages for the host's architecture. `{triplet}` is replaced with the GNU triplet of the target, for example "
@@ -187,7 +193,10 @@ class RootSpec(Table):
     rust: RustPackages | None = None
     "Debian packages of Rust. Without this key, recipes with `rust = true` cannot use the stack"
     hosts: dict[Arch, tuple[Arch, ...]]
-    "Targets that root.lock has packages for. The key is the architecture of the host"
+    (
+        "Pairs of host and target for which root.lock has packages. The key is the architecture of the host. The value lists "
+        "the targets. For example, `{ x86_64 = ['aarch64', 'x86_64'] }` is for builds on x86_64 hosts for both targets"
+    )
 
 
 class Stack(Table):
@@ -198,7 +207,7 @@ class Stack(Table):
     summary: str = ""
     "Description in one line"
     python: Annotated[str, StringConstraints(pattern=r"^3\.\d+$")]
-    "Version of the root's Python, for example 3.11. A build uses this Python unless the command has `--python`"
+    "Version of the root's Python, for example 3.11. A build with the option `--python` uses a different Python"
     torch: Torch | None = None
     "torch of the stack. Without this table, the stack is for packages that do not use torch"
     cuda: Annotated[str, StringConstraints(pattern=r"^\d+\.\d+$")]
@@ -206,9 +215,9 @@ class Stack(Table):
     sm: tuple[Sm, ...] = Field(min_length=1)
     "sm values to compile for. The option `--sm` replaces this list"
     ptx: Ptx | None = None
-    "sm value of the PTX in each object, for example `90`. Without this key, objects have no PTX"
+    "sm value of the PTX in the wheels, for example `90`. Without this key, the wheels have no PTX"
     glibc: dict[Arch, Glibc]
-    "Highest manylinux level of a wheel, for example `2_34`. The key is the target"
+    "Highest manylinux level of a wheel. The key is the target. For example, with `2_34`, the wheels must work with glibc 2.34"
     environment: Environment
     "Python packages for builds and tests"
     toolchain: Compilers
@@ -221,13 +230,14 @@ class Stack(Table):
     "Container images for `--toolchain container`. The key is the target"
     no_lock: dict[str, str] = Field(default_factory=dict)
     (
-        "Pythons that the stack does not support. The key is the version, for example `3.10`. The value is the reason. "
-        "Error messages about the missing lock show it. `builder stack new` writes this table"
+        "Pythons for which the stack has no lock. The key is the version of Python, for example `3.10`. The value is the "
+        "reason, for example that torch has no wheel for this Python. A build for this Python fails with this reason. "
+        "`builder stack new` writes this table"
     )
     objects_only: bool = False
     (
-        "`true`: wheels can be compiled against this stack but not loaded, for example because the stack has only headers. "
-        "Such wheels are not published and cannot be part of a set"
+        "`true`: the stack has only headers and no libraries, so wheels can be compiled but not loaded. The smoke test is "
+        "skipped. Such wheels are not published, and cannot be part of a set"
     )
 
     @model_validator(mode="after")

@@ -34,17 +34,20 @@ class Stage(Table):
     name: str
     "Name of the step"
     command: tuple[str, ...] = ()
-    "Command that ran in the sandbox. The list is empty if the step ran no command"
+    "Command of the step. Empty: the step is part of the builder and ran no command"
     wall_s: float
     "Duration in seconds"
     cpu_s: float | None = None
-    "CPU seconds of the command and all its child processes"
+    "CPU seconds of the command and all its child processes. null: not measured"
     peak_memory: int | None = None
-    "Peak memory of the command and all its child processes, in bytes"
+    "Peak memory of the command and all its child processes, in bytes. null: not measured"
     memory_bound: int | None = None
-    "Memory limit of the command, in bytes"
+    "Memory limit of the command, in bytes. null: the step ran no command"
     memory_by: str | None = None
-    "What enforced the limit: cgroup2, watchdog, podman or docker. Older records can also have cgroup1"
+    (
+        "What enforced the limit: `cgroup2`, `watchdog` (a process of the builder), `podman` or `docker`. null: the step ran "
+        "no command. Older records can also have `cgroup1`"
+    )
     note: str = ""
     "Remark about the step"
 
@@ -64,7 +67,7 @@ class Failure(Table):
     """Why the build failed."""
 
     kind: str
-    "Class of the failure. docs/reference/errors.md lists the classes"
+    "Class of the failure, for example `compile`. docs/reference/errors.md lists the classes"
     exit_code: int
     "Exit code of `builder build`"
     cause: str
@@ -93,9 +96,9 @@ class Publication(Table):
     at: str
     "Time of the upload (UTC, ISO 8601)"
     filename: str = Field(default="", exclude_if=_empty)
-    "File name on the index, if the builder added a build tag to it"
+    "File name on the index, if the builder added a build tag to it. Empty: the file name in `wheel`"
     reason: str = Field(default="", exclude_if=_empty)
-    "Why the builder added the build tag"
+    "Why the builder added the build tag. Empty: it added no build tag"
 
 
 class Record(Table):
@@ -108,72 +111,108 @@ class Record(Table):
     recipe: str
     "Name of the recipe"
     name: str
-    "Name of the distribution"
+    "Name of the package that the recipe builds, for example `causal-conv1d`"
     version: str
-    "Full version of the wheel. If the build failed, the version in the recipe"
+    "Version of the wheel, for example `1.7.0+cu130.torch2.11`. If the build produced no wheel: the version in the recipe"
     stack: str
     "Name of the stack"
     interpreter: str | None = None
-    "Name of the interpreter that `--python` selected. null: the Python of the stack"
+    (
+        "Name of the interpreter that the build used: a folder in interpreters/, for example `3.13`. null: the Python of the "
+        "stack, or of the machine if `toolchain` is `host`"
+    )
     asked_sm: tuple[str, ...] | None = None
-    "Value of the option `--sm`. null: the option was not given"
+    (
+        'sm values that the user requested, for example `["90", "100f"]`. The request is the option `--sm`, or `sm=` in '
+        "a selector. null: no request, so the build used the sm values of the stack"
+    )
     asked_ptx: str | None = None
-    "Value of the option `--ptx`. null: the option was not given"
+    (
+        "sm value of the PTX that the option `--ptx` requested, for example `90`. `none`: the option requested a wheel "
+        "without PTX. null: the option was not given, so the recipe or the stack determined the PTX"
+    )
     from_source: tuple[str, ...] = ()
-    "Recipes whose files the build used instead of a download. For example, llvm with the option `--llvm source`"
+    (
+        "Recipes whose built files the build used instead of a download. With the option `--llvm source`, the value is "
+        '`["llvm"]`. Empty: there are no such recipes'
+    )
     asked_variant: bool = False
-    "`true`: the option `--variant` was given"
+    "`true`: the option `--variant` was given. The wheel's file name then has a variant label"
     inputs: dict[str, object]
-    "All inputs of the build id. The wheel contains the same object in .dist-info/gracefarm.json"
+    (
+        "All inputs of the build id, for example sources, options and compilers. The wheel contains the same object in "
+        ".dist-info/gracefarm.json"
+    )
     toolchain: ToolchainKind = "sandbox"
-    "Kind of toolchain that compiled the wheel"
+    (
+        "Compilers of the build. `sandbox`: those of the stack. `host`: those of the machine. `container`: those of a "
+        "container image"
+    )
     unconfirmed: tuple[str, ...] = ()
     (
-        "Digests that `--accept-new` read from a download and that no second source confirms. Each entry is a text with the "
+        "Digests that no second source confirms. `--accept-new` read them from a download. Each entry is a text with the "
         "name of the file, its digest, and the date and URL of the download"
     )
     outcome: Literal["built", "failed"]
-    "Result of the build"
+    "Result of the build. While the build runs, the value is `failed`, and `kind` in `failure` is `interrupted`"
     failure: Failure | None = None
     "Why the build failed. null: the build succeeded"
     wheel: BuiltFile | None = None
     "The wheel. null: the build produced no wheel"
     tree: str | None = None
-    "sha256 of the file tree that the build produced. null: the recipe builds a wheel"
+    "sha256 of the tree (folder of files) that the recipe builds instead of a wheel. null: the build produced no tree"
     source: BuiltFile | None = None
-    "Archive with the patched source. null: the recipe does not publish its source"
+    "Archive (.tar.gz) of the patched source, for recipes that publish it. null: there is no archive"
     torch_cxx11_abi: bool | None = None
-    "`true`: the torch of the build environment uses the C++11 ABI. null: the environment has no torch"
+    (
+        "`true`: the torch of the build environment uses the C++11 ABI. null: the environment has no torch, or the build "
+        "failed before the compile"
+    )
     crates: tuple[Crate, ...] = Field(default=(), exclude_if=_none)
-    "Rust crates in the Cargo.lock of the source"
+    "Rust crates in the Cargo.lock of the source. Empty: the recipe does not use Rust"
     jobs: Jobs | None = None
-    "Number of parallel compile jobs"
+    "Number of parallel compile jobs. null: the build did not compile"
     stages: tuple[Stage, ...] = ()
     "Steps of the build, in order"
     work_bytes: int | None = Field(default=None, exclude_if=_unknown)
-    "Disk space of the working folder at the end of a successful build, in bytes"
+    (
+        "Disk space of the working folder at the end of the build, in bytes. null: the build failed, or an older version "
+        "wrote the record"
+    )
     units: dict[str, Unit] = Field(default_factory=dict)
-    "Cost of each compiled source file. The key is the path of the file in the source tree"
+    (
+        "Cost of each compiled source file. The key is the path of the file in the source tree. If a result came from a "
+        "cache, the cost is that of the earlier compilation"
+    )
     compiler_cache: CacheStatistics | None = None
     "Use of the compiler cache (ccache). null: the cache was off, or nothing was compiled"
     device_code: DeviceStatistics | None = None
-    "Use of the device store, a cache for the device code that nvcc produces. null: no device code was compiled"
+    (
+        "Use of the device store, a cache for the device code that nvcc produces. null: no use was recorded, for example "
+        "because the build compiled no device code"
+    )
     shared_cache: SharedCacheUse | None = None
-    "Use of the compiler cache on an index. null: this cache was off, or nothing was compiled"
+    "Use of the compiler cache on an index, which several machines share. null: this cache was off, or nothing was compiled"
     verdicts: tuple[Verdict, ...] = ()
-    "Results of the gates"
+    "Results of the gates. Empty: the build produced no wheel to check"
     judged_by: str = ""
     "Digest of the code of all gates and smoke tests. If it changes, `builder build` tests the finished wheel again"
     smoke: SmokeResult | None = None
-    "Result of the smoke test"
+    "Result of the smoke test. null: the test did not run, or it failed"
     device_digests: dict[str, str] = Field(default_factory=dict)
-    "Digests of the wheel's device code. The key is the sm value. A certificate is for one such digest"
+    (
+        "Digest of the wheel's device code for each sm value. The key is the sm value. A certificate names one of these "
+        "digests, and is valid for each wheel that has it"
+    )
     gpu: GpuResult | None = None
-    "Result of the test on a GPU, smoke_gpu.py. null: the recipe has no such script"
+    "Result of the recipe's GPU test, the script smoke_gpu.py. null: the recipe has no such script, or the build failed"
     published: tuple[Publication, ...] = ()
     "Uploads of the wheel"
     provenance: dict[str, Any] | None = None
-    "Signed statement about the build: a DSSE envelope with an in-toto statement. null: there is no key to sign with"
+    (
+        "Signed statement about the build: a DSSE envelope with an in-toto statement. null: the build failed, or this "
+        "machine has no key to sign with"
+    )
     finished: str
     "Time at which the build ended (UTC, ISO 8601)"
 

@@ -57,13 +57,13 @@ class SharedCacheUse(Table):
     mode: Mode
     "Value of the option `--shared-cache`"
     hits: int = 0
-    "Entries that were used"
+    "Entries of the index that the build used"
     misses: int = 0
     "Entries that the index did not have, or that were refused"
     written: int = 0
-    "Entries that were uploaded"
+    "Entries that the build uploaded"
     refused: tuple[str, ...] = ()
-    "Names of refused entries, each with the reason"
+    "Names of refused entries, each with the reason. At most 10 are listed"
     off: str = ""
     "Error after which the build stopped reading or writing entries. Empty: no such error"
 

@@ -27,7 +27,7 @@ class Together(Table):
     imports: tuple[str, ...] = Field(min_length=1)
     "Modules to import, including extension modules. If the set's folder has a smoke.py, it runs after the imports"
     commands: tuple[tuple[str, ...], ...] = ()
-    "Commands that must succeed, for example [['aphrodite', 'run', '--help']]"
+    "Commands that must succeed, for example `[['aphrodite', 'run', '--help']]`"
 
 
 class WheelSet(Table):
@@ -43,15 +43,18 @@ class WheelSet(Table):
     "Architecture of the wheels"
     recipes: tuple[str, ...] = ()
     (
-        "Recipes of the wheels to build. Without this key, all wheels come from the Python index. If a wheel requires another "
-        "wheel of the list, the required wheel is built first"
+        "Recipes whose wheels are built. If one of these wheels requires another one, the required wheel is built first. "
+        "Without this key, all wheels come from the Python index"
     )
     requirements: tuple[RequirementText, ...] = ()
-    "Requirements of the set. `builder lock` resolves them. Without this key, the set uses the stack's environment"
+    (
+        "Packages that the set installs. `builder lock` resolves them, together with the packages that they require. Without "
+        "this key, the set has the packages of the stack's environment"
+    )
     resolved_before: str | None = None
     "`builder lock` ignores files that were uploaded after this date (RFC 3339). Required with `requirements`"
     left_out: tuple[str, ...] = ()
-    "Required distributions that the lock omits"
+    "Packages that the lock omits, although other packages require them"
     together: Together
     "Test of all wheels together"
 

@@ -13,12 +13,12 @@ from gracefarm.tables import Table
 
 
 class Locked(Table):
-    """One wheel of the environment."""
+    """One wheel that the set installs."""
 
     name: str
-    "Name of the distribution"
+    "Name of the package"
     version: str
-    "Version of the distribution"
+    "Version of the package"
     filename: str
     "File name of the wheel"
     sha256: str
@@ -26,7 +26,10 @@ class Locked(Table):
     own: bool = False
     "`true`: a recipe of the set built the wheel"
     index: str = ""
-    "URL of the index that has the wheel. Empty: the Python index, or the index on which the set is published"
+    (
+        "URL of the index that has the wheel, if this is not the Python index. Empty: the wheel is on the Python index, or a "
+        "recipe of the set built it"
+    )
 
 
 class Command(Table):
@@ -48,7 +51,7 @@ class Tested(Table):
     wall_s: float
     "Duration in seconds"
     commands: tuple[Command, ...] = ()
-    "Commands of the test"
+    "Results of the commands in set.toml"
 
 
 class SetRecord(Table):
@@ -65,9 +68,9 @@ class SetRecord(Table):
     target: str
     "Architecture of the wheels"
     builds: dict[str, str]
-    "Build ids. The key is the recipe"
+    "Build id of each wheel that a recipe of the set built. The key is the name of the recipe"
     wheels: tuple[Locked, ...]
-    "All wheels of the set's environment"
+    "All wheels that the set installs, including those from the Python index"
     tested: Tested
     "Result of the test of all wheels together"
     finished: str

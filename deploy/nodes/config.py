@@ -93,11 +93,11 @@ class Access(Table):
     user: str | None = None
     "User name for SSH. Default: the user in ~/.ssh/config, else the name of the local user."
     key: str | None = None
-    "Path of the private key. Default: the key in ~/.ssh/config, the SSH agent, or the usual files in ~/.ssh."
+    "Path of the private SSH key. Default: the key in ~/.ssh/config, the SSH agent, or the usual files in ~/.ssh."
     port: Port | None = None
-    "Port of the SSH server. Default: 22."
+    "Port of the SSH server. Default: the port in ~/.ssh/config, else 22."
     jump: Jump | None = None
-    "Jump host, in the form `[user@]host[:port]`."
+    "Host through which SSH reaches the nodes, in the form `[user@]host[:port]`."
     nic: str | None = None
     "Network interface for the traffic between the nodes, for example `eth0`. Default: `deploy init` finds it."
     gpus: PositiveInt | None = None
@@ -110,20 +110,20 @@ class NodesConfig(Access):
     file: str | None = None
     "File with one address per line, such as ips.txt. The path is relative to deploy.toml."
     hosts: tuple[Address, ...] = ()
-    "Addresses of nodes. With `file` and `hosts`, the nodes of the file come first."
+    "Addresses of nodes. If `file` is also given, the nodes of the file come first."
 
 
 class GroupConfig(Access):
-    """Nodes with different settings. A missing key has the value of `[nodes]`."""
+    """Nodes with other settings than those of `[nodes]`. A missing key has the value of `[nodes]`."""
 
     name: Name
     "Name of the group. The option `-k GROUP` selects the nodes of the group."
     hosts: tuple[Address, ...]
-    "Addresses of the nodes. They follow the nodes of `[nodes]`."
+    "Addresses of the nodes in the group. In the order of all nodes, they follow those of `[nodes]`."
 
 
 class NodeConfig(Access):
-    """One node with different settings. A missing key has the value of `[nodes]`."""
+    """One node with other settings than those of `[nodes]`. A missing key has the value of `[nodes]`."""
 
     address: Address
     "Address for SSH."
@@ -132,7 +132,10 @@ class NodeConfig(Access):
     private: Address | None = None
     "Address at which the other nodes reach this node. Default: `deploy init` finds it."
     group: Name = "nodes"
-    "Group to which the node belongs for the option `-k GROUP`. The node does not use the settings of the group."
+    (
+        "Group of the node. The option `-k GROUP` then also selects this node. The node does not use the settings in the "
+        "group's table."
+    )
 
 
 class ModelConfig(Table):
@@ -179,7 +182,7 @@ class Ports(Table):
     store: Port = 29500
     "Port for the start of torch's process groups. `deploy preflight` also uses it for a test of the network."
     engine_store: Port = 29501
-    "Value of the variable APHRODITE_PORT. vLLM does not use it."
+    "Value of the environment variable APHRODITE_PORT. vLLM does not use it."
 
 
 Objective = Literal["speed", "throughput", "cost"]
@@ -191,8 +194,8 @@ class LayoutConfig(Table):
 
     objective: Objective = "speed"
     (
-        "What the planner maximises: tokens/s of one request (`speed`), tokens/s of all requests (`throughput`), or tokens/s "
-        "of all requests per dollar (`cost`)."
+        "What the planner maximises. `speed`: tokens/s of one request. `throughput`: tokens/s of all requests together. "
+        "`cost`: tokens/s of all requests per dollar."
     )
     trust: bool = False
     (
@@ -204,37 +207,43 @@ class LayoutConfig(Table):
     pipeline_parallel: PositiveInt | None = None
     "Number of stages. Each stage has a part of the layers."
     data_parallel: PositiveInt | None = None
-    "Number of replicas. Each replica has all layers. Only with vLLM."
+    (
+        "Number of replicas. A number greater than 1 requires vLLM. If the model has experts, the replicas share the experts "
+        "instead of copying them."
+    )
     expert_parallel: bool | None = None
     (
         "`true`: each GPU has whole experts. `false`: each GPU has a part of every expert. Default: `true` if the engine "
         "cannot split the experts, else `false`."
     )
     partition: tuple[PositiveInt, ...] | None = None
-    "Number of layers of each stage."
+    "Number of layers of each stage, for example `[63, 63]`."
     cpu_offload_gib: Annotated[float, Field(ge=0)] | None = None
-    "GiB of weights that each GPU keeps in host memory."
+    "GiB of weights that each GPU keeps in host memory (the memory of the CPU)."
     max_model_len: PositiveInt | None = None
     "Maximum number of tokens of a request. Prompt and answer count together."
     max_num_seqs: PositiveInt | None = None
     "Maximum number of concurrent requests of a replica."
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.90
-    "Share of a GPU's memory that the engine uses, from 0 to 1."
+    "Share of each GPU's memory that the engine uses, from 0 to 1."
 
 
 class OptionsConfig(Table):
-    """Timeouts and prices."""
+    """Price of a node, timeouts, the start of Ray, and the rehearsal mode."""
 
     price_per_node_hour: Annotated[float, Field(ge=0)] | None = None
-    "Price of a node in dollars per hour. Default: the price of the node's GPUs in gracefarm's list."
+    "Price of a node in US dollars per hour. Default: the sum of the prices of its GPUs, from a list in gracefarm."
     connect_timeout: Annotated[float, Field(gt=0)] = 10.0
-    "Seconds until a node that does not answer counts as unreachable."
+    "Seconds after which a node that does not answer counts as unreachable."
     load_timeout: Annotated[float, Field(gt=0)] = 7200.0
-    "Maximum seconds from the start of the engine to the first answer of the model."
+    "Maximum time from the start of the engine to the first answer of the model, in seconds."
     ray_wave: PositiveInt | None = None
-    "Number of nodes on which Ray is started at the same time. Default: depends on the CPU cores of the head."
+    (
+        "Number of nodes on which `deploy` starts Ray at the same time. It always starts Ray on the head first. Default: "
+        "half the number of the head's CPU cores, but at least 1."
+    )
     rehearsal: bool = False
-    "`true`: the nodes are simulated on one machine. `deploy rehearse` sets this key."
+    "`true`: one machine simulates all nodes. `deploy rehearse` sets this key."
 
 
 class Config(Table):
@@ -244,33 +253,38 @@ class Config(Table):
     "Name of the deployment."
     # The defaults of engine and set are those of the first versions, so that a deploy.toml keeps its meaning.
     engine: Literal["aphrodite", "vllm"] = "aphrodite"
-    "Engine. `deploy init` writes `vllm`."
+    "Engine of the deployment. `deploy init` writes `engine = 'vllm'`, but a deploy.toml without this key means Aphrodite."
     set: Name = "gh200-cu124"
     (
-        "Name of the set of wheels that is installed on the nodes. `deploy init` writes `gh200-cu130` for aarch64 nodes and "
-        "`x86_64-cu130` for x86_64 nodes."
+        "Name of the set of wheels that is installed on the nodes. `deploy init` writes `gh200-cu130`, or `x86_64-cu130` if "
+        "the nodes are x86_64."
     )
     index: Index | None = None
     (
-        "URL of the set on your index: `http://HOST:8080/SET/simple/`. Default: PyPI. The nodes ignore the configuration of "
-        "pip and uv."
+        "URL of the set on your index, in the form `http://HOST:8080/SET/simple/`. Default: PyPI. The nodes ignore the "
+        "configuration of pip and uv."
     )
     lock: str | None = None
     (
-        "Path of the set's lock, relative to deploy.toml. Default: SET.lock beside deploy.toml. If SET.lock is missing, it is "
-        "copied from `index`, or from gracefarm if `index` is not set."
+        "Path of the lock, relative to deploy.toml. The lock lists each wheel of the set with version and sha256. Default: "
+        "SET.lock beside deploy.toml. If SET.lock is missing, `deploy` creates it. With `index`, it downloads the lock from "
+        "the index. Without `index`, it copies the lock that belongs to gracefarm."
     )
     python: Literal["managed", "system", "conda"] = "managed"
     (
         "Source of the Python for the environments. `managed`: uv installs a pinned Python in the shared folder. `system`: "
-        "Python is installed on all nodes. `conda`: conda installs Python in the shared folder."
+        "all nodes must already have this Python. `conda`: conda installs Python in the shared folder."
     )
     python_version: Annotated[str, StringConstraints(pattern=r"^3\.[0-9]+$")] = "3.11"
     "Version of the Python for the environments. The wheels in the lock must be for this version. `managed` requires 3.11."
     python_mirror: Annotated[str, StringConstraints(pattern=r"^(https?|file)://[^@]+$")] | None = None
     "URL of a mirror of the releases of python-build-standalone. uv downloads the managed Python from there."
     launcher: Launcher = "ray"
-    "What connects the engine's nodes. `ray`: Ray. `native`: vLLM itself, with its option --nnodes."
+    (
+        "How the engine uses several nodes. `ray`: Ray connects the nodes, and starts the engine's processes on them. "
+        "`native`: `deploy` starts vLLM on each node with the option --nnodes, and vLLM connects the nodes itself. All nodes "
+        "must then use the same number of GPUs, and replicas must be on one node."
+    )
     share: RemotePath | None = None
     "Shared folder for environments and weights. It must have the same path on all nodes."
     local: str = "/tmp/gracefarm-{user}"  # noqa: S108 - its owner is checked before each write
@@ -281,9 +295,9 @@ class Config(Table):
     nodes: NodesConfig = NodesConfig()
     "Addresses of nodes, and settings for all nodes."
     group: tuple[GroupConfig, ...] = ()
-    "Groups of nodes with different settings."
+    "Groups of nodes that have other settings than those of `[nodes]`."
     node: tuple[NodeConfig, ...] = ()
-    "Single nodes with different settings."
+    "Single nodes that have other settings than those of `[nodes]`."
     model: ModelConfig = ModelConfig()
     "Model to serve."
     ports: Ports = Ports()
@@ -291,7 +305,7 @@ class Config(Table):
     layout: LayoutConfig = LayoutConfig()
     "How the model is split over the GPUs."
     options: OptionsConfig = OptionsConfig()
-    "Timeouts, prices and the rehearsal mode."
+    "Options of `deploy`, for example timeouts."
     engine_options: dict[str, str | int | float | bool | list[str]] = Field(default_factory=dict)
     "Further options of the engine, without leading dashes, for example `max-log-len = 0`."
     env: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(default_factory=dict)

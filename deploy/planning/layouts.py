@@ -68,7 +68,7 @@ class Layout(BaseModel):
     local_replicas: PositiveInt = 1
     "Number of replicas on each node. The last node may have fewer. If a replica uses several nodes, the value is 1."
     spans: bool = False
-    "`true`: a replica uses several nodes."
+    "`true`: there are several replicas, and each of them uses several nodes."
 
     @property
     def world(self) -> int:
@@ -90,25 +90,28 @@ class MemoryPlan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     weights_gib: float
-    "GiB of weights of the GPU with the most weights. Offloaded weights are included."
+    "GiB of weights of the GPU that has the most weights. The value includes offloaded weights."
     by_stage_gib: tuple[tuple[float, ...], ...]
-    "GiB of weights of each GPU. Each inner list is one stage."
+    "GiB of weights of each GPU of one replica. Each inner list has the GPUs of one stage."
     budget_gib: float
-    "GiB that the engine may use on a GPU: the smallest value of all GPUs."
+    (
+        "GiB that the engine may use on each GPU: the GPU's total memory multiplied by `gmu`. If the GPUs have different "
+        "memory, the smallest value."
+    )
     reserve_gib: float
-    "GiB that are kept free on a GPU for activations and other buffers."
+    "GiB of `budget_gib` that are reserved on each GPU for activations and other buffers."
     cache_gib: float
-    "GiB of KV cache on the GPU whose cache holds the fewest tokens."
+    "GiB for the KV cache on one GPU. It is the GPU whose KV cache holds the fewest tokens."
     token_bytes: int
-    "Bytes of KV cache for one token on the GPU of `cache_gib`."
+    "Bytes of KV cache that one token needs on the GPU of `cache_gib`."
     cache_tokens: int
-    "Number of tokens that fit into the KV cache of all replicas."
+    "Number of tokens that fit into the KV caches of all replicas together."
     request_tokens: int
     "Number of tokens of the longest request that fits into the KV cache of one replica."
     full_length: int
-    "Number of requests with `max_model_len` tokens that fit into the KV cache at the same time."
+    "Number of requests with `max_model_len` tokens that fit into the KV caches of all replicas at the same time."
     host_gib: float
-    "GiB of pinned host memory on the node that pins the most."
+    "GiB of pinned host memory on the node that pins the most. Pinned memory is never moved to disk."
 
 
 class Rejected(BaseModel):

@@ -58,15 +58,18 @@ class NodePlan(BaseModel):
     gpus: PositiveInt
     "Number of GPUs that the engine uses on this node. The sum over all nodes is tp * pp * dp."
     env: Mapping[str, str]
-    "Environment variables. With Ray, they are set for `ray start`. With `launcher = native`, they are set for the engine."
+    (
+        "Environment variables. If `launcher` is `ray`, they are set for `ray start`. If it is `native`, they are set for "
+        "the engine."
+    )
     ray: tuple[str, ...] = ()
-    "Command that starts Ray. Empty with `launcher = native`."
+    "Command that starts Ray on the node. Empty: `launcher` is `native`."
     engine: tuple[str, ...] = ()
-    "Command that starts the engine on a node that is not the head. Empty with Ray."
+    "Command that starts the engine on the node. Empty: `launcher` is `ray`, or the node is the head."
 
 
 class Alternative(BaseModel):
-    """Another layout that fits on the nodes. It is the best layout with its value of tp."""
+    """Another layout that fits on the nodes. It is the best of the layouts with the same `tp`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -83,7 +86,7 @@ class Alternative(BaseModel):
     tokens_per_s: float
     "Predicted tokens/s of one stream."
     usd_per_mtok: float | None
-    "Predicted dollars per million tokens. null: a GPU has no known price."
+    "Predicted dollars per million tokens with one stream. null: the price of a GPU is unknown."
 
 
 class ServePlan(BaseModel):
@@ -99,9 +102,12 @@ class ServePlan(BaseModel):
     deployment: str
     "Name of the deployment."
     engine: Literal["aphrodite", "vllm"]
-    "Engine."
+    "Program that runs the model."
     launcher: Literal["ray", "native"] = "ray"
-    "What connects the engine's nodes: Ray, or the engine itself (`native`)."
+    (
+        "How the engine uses several nodes. `ray`: Ray connects the nodes, and starts the engine's processes on them. "
+        "`native`: `deploy` starts the engine on each node, and the engine connects the nodes itself."
+    )
     model: str
     "Repository on the Hugging Face Hub."
     revision: str
@@ -115,9 +121,12 @@ class ServePlan(BaseModel):
     serve: tuple[str, ...]
     "Command that starts the engine on the head. The engine listens on 127.0.0.1."
     serve_env: Mapping[str, str]
-    "Environment variables for this command, in addition to the variables of the SSH session."
+    "Environment variables for the command in `serve`. The variables of the SSH session are set too."
     secret_env: tuple[str, ...]
-    "Names of environment variables with secrets. `deploy serve` sends their values on stdin."
+    (
+        "Names of environment variables with secrets. The plan does not have their values. `deploy serve` sends them to the "
+        "head through standard input."
+    )
     memory: MemoryPlan | None
     "Predicted use of memory. null: the planner does not know the model."
     prediction: Prediction | None

@@ -135,7 +135,7 @@ class StreamLevel(BaseModel):
     tokens_per_s: float
     "Tokens/s of all streams together."
     usd_per_mtok: float | None = None
-    "Dollars per million tokens. null: a GPU has no known price."
+    "Dollars per million tokens. null: the price of a GPU is unknown."
 
 
 class Prediction(BaseModel):
@@ -160,9 +160,9 @@ class Prediction(BaseModel):
     levels: tuple[StreamLevel, ...] = ()
     "Predicted speed with several streams."
     usd_per_hour: float | None = None
-    "Dollars per hour for all nodes. null: a GPU has no known price."
+    "Dollars per hour for all nodes. null: the price of a GPU is unknown."
     usd_per_mtok: float | None = None
-    "Dollars per million tokens with one stream. null: a GPU has no known price."
+    "Dollars per million tokens with one stream. null: the price of a GPU is unknown."
 
     def at(self, streams: int) -> float:
         """Tokens/s for any number of streams: interpolated, and beyond the last prediction equal to it."""

@@ -41,41 +41,45 @@ class MatrixCell(SentDocument):
     stack: RecipeName
     "Name of the stack."
     torch: ShortText = ""
-    "Version of torch, for example 2.11.0. Empty if the wheel does not depend on torch."
+    "Version of the stack's torch, for example 2.11.0. Empty: the recipe does not use CUDA, or the stack has no torch."
     cuda: ShortText = ""
-    "Version of CUDA, for example 13.0. Empty if the wheel has no device code."
+    "Version of CUDA, for example 13.0. Empty: the recipe does not use CUDA."
     python: CellPython
     "Version of Python, for example 3.13. 3.14t is the free-threaded build."
     interpreter: InterpreterName = ""
     (
-        "Name of the interpreter on the build machine, for example 3.13-trixie. root: the Python of the stack's root. Empty: "
-        "unknown; the page `/board/` then shows `python`."
+        "Name of the interpreter on the build machine, for example 3.13-trixie. `root`: the Python of the stack. Empty: "
+        "unknown. The page `/board/` then shows `python`."
     )
     target: CellTarget
     "Architecture of the wheel."
     sm: tuple[SmName, ...] = Field(default=(), max_length=64)
-    "sm values, for example 90, 90a and 100f."
+    "sm values, for example 90, 90a and 100f. Empty: the recipe does not use CUDA."
     state: CellState
     (
-        "State of the cell. `built` and `failed`: the result of the build. `served`: the wheel of another cell also works for "
-        "this cell. `running`: a build is running. `blocked`: the build is not possible."
+        "State of the cell. `built`: the build succeeded. `served`: the wheel of another cell also works for this cell. "
+        "`running`: the build is running. `failed`: the last build failed or was interrupted. `blocked`: the cell cannot be "
+        "built now. `not tried`: no build was started."
     )
     build_id: BuildId | None = None
-    "Build id. null: not built yet."
+    "Build id. null: unknown, because the cell is blocked."
     wheel: WheelName | None = None
-    "File name of the wheel. null: not built yet."
+    "File name of the wheel. null: there is no wheel."
     reason: str = ""
     (
         "Explanation of the state. `failed`: the error. `blocked`: the cause. `served`: the wheel that also works for this "
-        "cell. `not tried`: the hosts from which the build would fetch files. The page `/board/` shows its first 2,000 "
-        "characters."
+        "cell. `not tried`: the hosts from which the build would fetch files. The page `/board/` shows the first 2,000 "
+        "characters of this text."
     )
     cpu_seconds: float | None = Field(default=None, ge=0, lt=1e15, allow_inf_nan=False)
-    "Measured or expected CPU seconds of the build."
+    "CPU seconds of the build. For `built`, the value is measured. For other states, it is estimated. null: unknown."
     disk_bytes: int | None = Field(default=None, ge=0, lt=10**15)
-    "Measured or expected disk space of the build, in bytes."
+    "Disk space of the build, in bytes. It is measured or estimated like `cpu_seconds`. null: unknown."
     estimate: ShortText = ""
-    "The build that the expected CPU seconds and disk space come from. Empty: they were measured, or are unknown."
+    (
+        "How `cpu_seconds` and `disk_bytes` were estimated, for example `estimated from a build for target x86_64`. The text "
+        "names only what differs between that build and this cell. Empty: no value is estimated."
+    )
 
 
 class MatrixDocument(SentDocument):
@@ -101,9 +105,9 @@ class GpuComparison(SentDocument):
     name: ShortText
     "Name of the result, for example `forward float16`."
     error: float | None = Field(default=None, ge=0, lt=1e15, allow_inf_nan=False)
-    "Largest difference from the reference."
+    "Largest difference from the reference. null: unknown."
     tolerance: float | None = Field(default=None, ge=0, lt=1e15, allow_inf_nan=False)
-    "Largest difference that is accepted."
+    "Largest difference that is accepted. null: unknown."
 
 
 class CertifiedWheel(SentDocument):
