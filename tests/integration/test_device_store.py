@@ -234,8 +234,10 @@ def test_both_hosts_share_device_code_unless_the_sign_of_char_counts(farm: Farm,
     for flags in ("-arch=sm_90", "-arch=sm_90 -lineinfo"):
         bed.compile(flags)
         assert bed.outcomes() == ["miss", "miss"]
-        assert b"anonymous" in bed.compile(flags, Arch.X86_64)
+        found = bed.compile(flags, Arch.X86_64)
+        assert b"anonymous" in found
         assert bed.outcomes() == ["nvvm", "ptx"]
+        assert bed.compile(flags, Arch.X86_64, GRACEFARM_DEVICE_STORE="") == found
     bed.write(unit_cu=CHARS)
     for target in bed.boxes:
         bed.compile(target=target)
@@ -314,7 +316,7 @@ def test_what_is_damaged_in_the_store_is_compiled_again(bed: Bed) -> None:
     bed.write(unit_cu=SMALL)
     first = bed.compile()
     for harm in (lambda content: content[:-9], lambda content: content[:90] + b"\0" + content[91:], lambda _: b""):
-        assert len(bed.entries) == 3
+        assert len(bed.entries) == 4
         for entry in bed.entries:
             entry.write_bytes(harm(entry.read_bytes()))
         assert bed.compile() == first
@@ -324,7 +326,7 @@ def test_what_is_damaged_in_the_store_is_compiled_again(bed: Bed) -> None:
     for entry in bed.entries:  # as the store removes them for room
         entry.unlink()
         assert bed.compile() == first
-        assert len(bed.entries) == 3
+    assert len(bed.entries) == 3  # a cell for aarch64 does not read the NVVM code, so a found text does not write it again
 
 
 @pytest.mark.root

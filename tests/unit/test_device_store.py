@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from builder.compiling import units
+from builder.data.toolchain import device
+from builder.data.toolchain.device_store import Result, get, put
 from builder.planning.ground import Ground
 from builder.planning.settings import Settings
 from builder.planning.stack import host_arch
@@ -118,3 +120,50 @@ def test_a_record_counts_what_each_key_found() -> None:
         "10 CPU s used, about 54 CPU s saved"
     )
     assert units.device_statistics([note.model_copy(update={"device": ()})]) is None
+
+
+@pytest.mark.parametrize(
+    ("kept", "runs"),
+    [(None, 1), (b"kernel(zeroext)", 0), (b"other(zeroext)", 1)],
+    ids=["no entry", "the entry of a cell for aarch64", "a wrong entry"],
+)
+def test_a_kept_code_saves_the_second_front_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bytes | None, runs: int
+) -> None:
+    """Each entry gives the same result."""
+    ran = []
+
+    def front_end(_call: device.Call, arguments: list[str], _scratch: str) -> Result:
+        assert set(device.UNSIGNED) <= set(arguments)
+        Path(arguments[arguments.index("-o") + 1]).write_bytes(b"kernel(zeroext)")
+        ran.append(arguments)
+        return Result(cost={"cpu_s": 5.0})
+
+    def equal(one: bytes, other: bytes) -> bool:
+        return one.replace(b"signext", b"zeroext") == other.replace(b"signext", b"zeroext")
+
+    monkeypatch.setenv("GRACEFARM_DEVICE_STORE", str(tmp_path / "store"))
+    monkeypatch.setattr(device, "front_end", front_end)
+    monkeypatch.setattr(device, "differ_only_in_extension", equal)
+    (tmp_path / "unit.bc").write_bytes(b"kernel(signext)")
+    if kept is not None:
+        put("ab", Result(files={"bc": kept}))
+    unit = Result(cost={"cpu_s": 4.0})
+    call = device.Call(options=[], names={}, source="")
+    assert device.same_for_hosts(call, [], str(tmp_path), unit, "ab") == b"kernel(zeroext)"
+    assert (tmp_path / "unit.bc").read_bytes() == b"kernel(zeroext)"
+    assert (len(ran), unit.cost["cpu_s"]) == (runs, 4.0 + 5.0 * runs)
+    found = get("ab")
+    assert found is not None
+    assert found.files["bc"] == b"kernel(zeroext)"
+
+
+def test_an_aarch64_cell_keeps_its_code_unless_units_call_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRACEFARM_DEVICE_STORE", str(tmp_path / "store"))
+    (tmp_path / "unit.bc").write_bytes(b"kernel(zeroext)")
+    linked = device.Call(options=[device.LINKED[0]], names={}, source="")
+    assert device.same_for_hosts(linked, device.UNSIGNED, str(tmp_path), Result(), "ab") == b"kernel(zeroext)"
+    assert get("ab") is None
+    own = device.Call(options=[], names={}, source="")
+    assert device.same_for_hosts(own, device.UNSIGNED, str(tmp_path), Result(), "ab") == b"kernel(zeroext)"
+    assert get("ab") == Result(files={"bc": b"kernel(zeroext)"})

@@ -9,7 +9,10 @@ So the key of a result in the store is the digest of everything that affects the
 - cicc: the options, the preprocessed text, the name of the module, the compiler. cicc consists of a front end and an
   optimizer. If there is no result for the text, this program runs the front end, which writes NVVM code (LLVM bitcode). The
   optimizer reads the NVVM code. The key of the optimizer's result is the digest of the NVVM code. The NVVM code does not
-  contain declarations that the device code does not use, for example declarations of Python or of the host's C library.
+  contain most of the declarations that the device code does not use, for example declarations of the host's C library. But
+  units that include all of torch have different NVVM code for each Python and host, because names contain counters. The store
+  also keeps the NVVM code with an unsigned char. Its key is the digest of the module id and of the optimizer's options.
+  `same_for_hosts` describes its use.
 - ptxas: the options, the PTX, the compiler.
 - fatbinary: this pass always runs.
 - cudafe++: this pass always runs. It writes the module id, which is a name for the unit. cicc includes the module id in names
@@ -305,7 +308,8 @@ def compiled(call: Call, text: bytes, key: str) -> tuple[Result, Result, str, di
             ptx = Result(files={"ptx": read(f"{scratch}/unit.ptx")})
         else:
             unit = front_end(call, ["-lgenfe", f"{scratch}/unit.ii", "-o", f"{scratch}/unit.bc", *steps[0]], scratch)
-            nvvm = digest("nvvm", steps[1], same_for_hosts(call, steps[0], scratch, unit))
+            shared = digest("nvvm of a unit", steps[1], read(call.names["module"]))
+            nvvm = digest("nvvm", steps[1], same_for_hosts(call, steps[0], scratch, unit, shared))
             known = get(nvvm)
             if known is not None:
                 outcome, saved, ptx = "nvvm", known.cost, known
@@ -366,23 +370,33 @@ def front_end(call: Call, arguments: Sequence[str], scratch: str) -> Result:
     return result
 
 
-def same_for_hosts(call: Call, options: Sequence[str], scratch: str, unit: Result) -> bytes:
+def same_for_hosts(call: Call, options: Sequence[str], scratch: str, unit: Result, shared: str) -> bytes:
     """Return NVVM code that is the same for all hosts, if there is such code. Otherwise return the code of this host.
 
-    The function compiles the unit again with an unsigned char, as on aarch64. If only the extension of bool arguments differs,
-    it uses the new code. If units can call functions of other units, the unit keeps the code of this host, because the
-    extension of arguments must be equal in all units.
+    `shared` is a key that is equal for all hosts. Under this key, the store keeps the code with an unsigned char, as on
+    aarch64. In a cell for x86_64, the function compares the code of this host with the kept code. If only the extension of
+    bool arguments differs, it uses the kept code. Otherwise it compiles the unit again with an unsigned char, and compares
+    again. So a wrong entry costs time, but does not change what the device code computes. If units can call functions of other
+    units, the unit keeps the code of this host, because the extension of arguments must be equal in all units.
     """
     code = read(f"{scratch}/unit.bc")
-    if UNSIGNED[0] in options or any(option in call.options for option in LINKED):
+    if any(option in call.options for option in LINKED):
         return code
-    os.mkdir(f"{scratch}/again")
-    arguments = ["-lgenfe", f"{scratch}/unit.ii", "-o", f"{scratch}/again/unit.bc", *options, *UNSIGNED]
-    again = front_end(call, arguments, f"{scratch}/again")
-    unit.cost = added(unit.cost, again.cost)
-    other = read(f"{scratch}/again/unit.bc")
-    if not differ_only_in_extension(code, other):
+    if UNSIGNED[0] in options:
+        put(shared, Result(files={"bc": code}))
         return code
+    kept = get(shared)
+    if kept is not None and differ_only_in_extension(code, kept.files["bc"]):
+        other = kept.files["bc"]
+    else:
+        os.mkdir(f"{scratch}/again")
+        arguments = ["-lgenfe", f"{scratch}/unit.ii", "-o", f"{scratch}/again/unit.bc", *options, *UNSIGNED]
+        again = front_end(call, arguments, f"{scratch}/again")
+        unit.cost = added(unit.cost, again.cost)
+        other = read(f"{scratch}/again/unit.bc")
+        if not differ_only_in_extension(code, other):
+            return code
+        put(shared, Result(files={"bc": other}))
     write(f"{scratch}/unit.bc", other)
     return other
 
