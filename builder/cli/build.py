@@ -37,8 +37,8 @@ from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageErr
 @click.option(
     "--changed",
     is_flag=True,
-    help="Build each recipe that has no successful build with its current sources, options and compilers. With --matrix: "
-    "build each cell that has no such build.",
+    help="Build each recipe that was not built successfully yet with its current sources, options and compilers. With "
+    "--matrix: build each cell to which this applies.",
 )
 @click.option(
     "--matrix",
@@ -74,9 +74,9 @@ from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageErr
 @click.option(
     "--until",
     type=click.Choice(["root", "compile"]),
-    help="End the build after this step. A later build continues. root: everything before the compile is done; the command "
-    "prints the folders and files that the compile reads, one a line. compile: the package is compiled, but not audited and "
-    "not tested; the command prints the folder of the build.",
+    help="Stop the build before or after the compile. The same command without --until continues it. root: stop before the "
+    "compile, and print the folders and files that the compile reads, one on each line. compile: stop after the compile, "
+    "before the audit and the tests, and print the folder of the build.",
 )
 @click.option(
     "--no-device-store",

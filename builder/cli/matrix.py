@@ -72,9 +72,9 @@ def parted(function: Callable[..., None]) -> Callable[..., None]:
     "--prune",
     "prunes",
     is_flag=True,
-    help="Instead of cells, list the builds on this machine for old releases of torch, with recipe, stack, torch, Python, "
-    "target and build id. matrix.toml says how many of the newest releases are kept (keep_torch). NAMES select recipes. The "
-    "command removes nothing.",
+    help="List the builds on this machine that use an old release of torch, instead of the cells. keep_torch in matrix.toml "
+    "is the number of newest releases that are not old. Each line shows recipe, stack, torch, Python, target and build id. "
+    "NAMES select recipes. The command removes nothing.",
 )
 @json_option
 def matrix_command(names: tuple[str, ...], selector: str, part: Part, url: str | None, name: str | None, prunes: bool) -> None:
@@ -87,15 +87,15 @@ def matrix_command(names: tuple[str, ...], selector: str, part: Part, url: str |
     A selector names the cells as a list of AXIS=VALUES. The axes are recipe, stack, torch, cuda, python, target and sm. A
     comma separates values, and 3.11..3.14 is a range. A + joins GPU architectures that one wheel contains.
 
-    Each line shows the state of a cell, and the CPU seconds and the disk space of its build. If the cell is not built, these
-    are estimated from another build of the recipe. The states are:
+    Each line shows the state of a cell, and the CPU seconds and the disk space of its build. For a cell that is
+    not built, both values are estimated from another build of the recipe. The states are:
 
     \b
     built      the wheel exists on this machine
     served     the wheel of another Python can also be used for this cell (abi3)
     running    a build of the cell is running on this machine
     failed     the last build failed or was interrupted
-    blocked    the cell cannot be built; the line ends with the reason
+    blocked    the cell cannot be built now; the line ends with the reason
     not tried  no build was started yet; the line names the hosts to fetch from
 
     \b

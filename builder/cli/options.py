@@ -77,8 +77,8 @@ _TOOLS = (
         "--python",
         metavar="NAME",
         help=f"Python of the wheel: a folder in interpreters/, such as 3.13, or {matrix.ROOT} for the Python of the stack. "
-        f"Default: {matrix.ROOT}. With --toolchain host: path of a Python on this machine. Default with host: the Python on "
-        "PATH that has the version of the stack's Python.",
+        f"Default: {matrix.ROOT}. With --toolchain host: path of a Python on this machine instead. The default is then the "
+        "Python on PATH with the same version as the Python of the stack.",
     ),
     click.option(
         "--cuda",
@@ -145,8 +145,8 @@ _COMPARED_TOOLS = (
         "--python",
         metavar="NAME",
         help=f"Python to compare with: a folder in interpreters/, such as 3.13, or {matrix.ROOT} for the Python of the stack. "
-        "Default: the Python of the build. For builds with --toolchain host: path of a Python on this machine. Default with "
-        "host: the Python on PATH that has the version of the stack's Python.",
+        "Default: the Python of the build. For builds with --toolchain host: path of a Python on this machine instead. The "
+        "default is then the Python on PATH with the same version as the Python of the stack.",
     ),
     click.option(
         "--cuda",

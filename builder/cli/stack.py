@@ -53,8 +53,8 @@ def new_command(name: str, version: str, like: str | None) -> None:
     """Create the stack NAME for a version of torch, with its lock files.
 
     A stack (a folder in stacks/) pins the versions of torch, CUDA, Python and the compilers that wheels are built with. The
-    new stack uses the CUDA version that this torch requires, and the compiler nvcc of the same version. For each Python in
-    interpreters/ for which torch has a wheel, the command writes a lock file (a list of packages with their digests).
+    new stack uses the CUDA version that this torch requires, and the compiler nvcc of the same version. The command
+    writes a lock file (a list of packages with their digests) for each Python in interpreters/ that this torch supports.
 
     \b
     # Create the stack cu132 for torch 2.15.0.

@@ -77,12 +77,12 @@ def clean_command(everything: bool, keep: str | None) -> None:
 
     These are the working folders of builds, such as /build in `builder shell`. Wheels, records, logs and caches stay, unless
     --all is given. If a build is running, the command waits until the build ends. With --keep, the command does not wait: it
-    does not remove what a running build uses. A later build makes removed files again.
+    does not remove what a running build uses. A later build creates removed files again.
 
     \b
     # Remove the temporary files.
     builder clean
-    # Remove what was not used for the longest time, until 20 GiB are left.
+    # Remove the least recently used files, until at most 20 GiB are in use.
     builder clean --keep 20GiB
     """
     from builder.upkeep import clean

@@ -38,7 +38,8 @@ from gracefarm.errors import ConfigError, UsageError, VerifyError
     "--provenance",
     "envelope",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="File with the signed statement, or the record of the build. Default: FILE.whl.intoto.jsonl beside the wheel.",
+    help="File with the signed statement, or record.json of the build, which contains the statement. Default: "
+    "FILE.whl.intoto.jsonl beside the wheel.",
 )
 @click.option(
     "--rebuild",
@@ -56,11 +57,11 @@ def verify_command(what: str, key_file: Path | None, envelope: Path | None, agai
 
     \b
     record      each file in the wheel has the digest in the wheel's file RECORD
-    build-id    the build id in the wheel is the hash of the build's inputs (such
-                as sources, options and compilers), which the wheel lists
-    sbom        the list of components in the wheel matches these inputs
-    provenance  the statement about the origin is about this wheel, and is
-                signed with the key of the machine that built the wheel
+    build-id    the wheel lists the inputs of its build (such as sources, options
+                and compilers), and its build id is the hash of this list
+    sbom        the list of components in the wheel matches the inputs
+    provenance  the signed statement about the origin names this wheel, and the
+                signature is from the machine that built the wheel
 
     With --rebuild, the result is `identical`, `device code only` (only the GPU code differs), or `differs` with the files
     that differ. The exit code is 32 if a check fails or is not possible, or if the result is `differs`.

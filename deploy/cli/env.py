@@ -126,7 +126,8 @@ def env_rollback(context: DeployContext) -> None:
     default=2,
     show_default=True,
     type=click.IntRange(1),
-    help="For the engine and for downloads, keep this number of environments: those that were activated last.",
+    help="Number of environments with the engine to keep, and the same number for downloads. The most recently activated "
+    "ones are kept.",
 )
 @reporting
 def env_gc(context: DeployContext, keep: int) -> None:

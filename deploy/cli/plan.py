@@ -32,7 +32,7 @@ from gracefarm.errors import ConfigError, UsageError
     "--accuracy",
     "accurate",
     is_flag=True,
-    help="Show instead how exact earlier predictions were: predicted and measured speeds.",
+    help="Do not make a plan. Show predicted and measured speeds of earlier runs, to see how exact predictions are.",
 )
 @click.option(
     "--objective",

@@ -165,9 +165,10 @@ def purge(context: DeployContext, share: bool, weights: bool, yes: bool, no_wait
     The command removes logs, keys, files of Ray, and the program uv. Without --weights, the model stays. Without
     --share, the Python environments stay. The folder .deploy on this machine stays. The command asks for confirmation.
 
-    If the step cache has cached the shared folder on the nodes' disks, this cache stays, because other deployments may use
-    it: the option fsc in /etc/fstab, the copy of the old /etc/fstab, and the package cachefilesd. The end of the output names
-    these nodes. docs/howto/deploy-operation.md has the commands that remove the cache.
+    The step cache of `deploy up` can cache the shared folder on the disks of nodes. This cache stays, because other
+    deployments may use it. It consists of the option fsc in /etc/fstab, the copy of the old /etc/fstab, and the package
+    cachefilesd. The end of the output names the nodes with a cache. docs/howto/deploy-operation.md has the commands that
+    remove it.
 
     \b
     # Remove the files, including the Python environments.

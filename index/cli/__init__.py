@@ -27,7 +27,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "delete": ("index.cli.projects:delete", "Delete all files of a release permanently."),
         "stage": ("index.cli.sets:stage", "Create, fill and publish sets of wheels."),
         "mirror": ("index.cli.mirror:mirror", "Add the packages of a lock file to a set."),
-        "withdraw": ("index.cli.mirror:withdraw", "Remove a file of `index mirror` from all sets."),
+        "withdraw": ("index.cli.mirror:withdraw", "Remove a mirrored file (see `index mirror`) from all sets."),
         "export": ("index.cli.folders:export", "Write the index as static files."),
         "import": ("index.cli.folders:import_", "Import the wheels and source archives (sdists) in a folder."),
         "fsck": ("index.cli.upkeep:fsck", "Check the sha256 of every stored file."),

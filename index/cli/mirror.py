@@ -84,7 +84,7 @@ def mirror(
 @click.option("--reason", default="", help="Reason to write into the audit log.")
 @click.option("--undo", is_flag=True, help="Add the file to its sets again.")
 def withdraw(context: IndexContext, filename: str, reason: str, undo: bool) -> None:
-    """Remove a file of `index mirror` from all sets.
+    """Remove a mirrored file (see `index mirror`) from all sets.
 
     A set is a group of wheels that become visible together. FILENAME is the name of the file. The index then answers
     requests for this file with the HTTP status 410 (Gone).

@@ -47,8 +47,8 @@ def add(
 
     PROJECT is the name of the project on the index. REPOSITORY is OWNER/NAME on GitHub, or GROUP/NAME on GitLab. WORKFLOW is
     the file name of the workflow in .github/workflows on GitHub, or the path of the CI file on GitLab. Attestations are
-    signatures of the uploaded files. The command prints the name of the audience, for which the workflow must request its
-    identity token.
+    signatures of the uploaded files. The workflow must request its identity token for a certain audience. The
+    command prints this audience.
 
     \b
     # Allow the workflow nightly.yml on GitHub to upload to flash-attn.

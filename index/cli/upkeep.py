@@ -67,7 +67,7 @@ def gc(context: IndexContext) -> None:
     default=14,
     show_default=True,
     type=click.IntRange(1),
-    help="For each project, CUDA version, Python and platform, keep this number of newest versions.",
+    help="Number of newest versions to keep, for each combination of project, CUDA version, Python and platform.",
 )
 @click.option("--dry-run", is_flag=True, help="List the files that would be deleted. Do not delete them.")
 def prune(context: IndexContext, keep: int, dry_run: bool) -> None:
