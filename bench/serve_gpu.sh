@@ -1,6 +1,6 @@
 #!/bin/sh
 # Real vLLM and Ray through `deploy` on a machine with GPUs and no network: each GPU is a node with its own sshd and address.
-# docs/howto/gpu.md says how.
+# docs/howto/gpu-serve.md says how.
 # usage: bench/serve_gpu.sh prepare | take | model | setup | start SCENE... | stop | wait SECONDS | results FOLDER
 #
 #   CARRIED  what `prepare` fetched where there is a network, in pieces that travel one by one    default: .gpu-serve
