@@ -67,9 +67,9 @@ from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageErr
     type=click.Choice(MODES),
     default="read",
     show_default=True,
-    help="How to use a compiler cache that several machines share. off: do not use this cache. read: only read. write: "
-    "read and write. The setting shared_cache in settings.toml is the address of the cache. `builder doctor` prints the "
-    "path of settings.toml.",
+    help="How to use the compiled code that several machines share: objects, and device code for the GPU. off: do not use it. "
+    "read: only read. write: read and write. The setting shared_cache in settings.toml is the address of the cache. `builder "
+    "doctor` prints the path of settings.toml.",
 )
 @click.option(
     "--until",

@@ -1,4 +1,5 @@
-"""A Unix socket in a build's folder, through which ccache requests remote entries, since a build has no network.
+"""A Unix socket in a build's folder, through which ccache and device_store.py request remote entries, since a build has no
+network.
 
 The protocol is that of ccache's storage helpers, version 1 (doc/remote_storage_helper_spec.md in ccache's source).
 ccache's keys are binary. Other users of the socket begin their keys with their kind and a slash.
@@ -42,21 +43,24 @@ def serving(folder: Path, entries: Entries) -> Iterator[None]:
 
     class CcacheConnection(socketserver.StreamRequestHandler):
         def handle(self) -> None:
-            """Serve one ccache until it closes the connection."""
+            """Serve one client until it closes the connection."""
             with _closed_connections():
                 self.wfile.write(GREETING)
                 while answer(self, entries):
                     self.wfile.flush()
+
+    class Server(socketserver.ThreadingUnixStreamServer):
+        daemon_threads = True
+        request_queue_size = 1024  # with a full queue, the connection of a compiler fails; a large machine starts hundreds
 
     place = folder / SOCKET
     place.unlink(missing_ok=True)
     # The path of a socket may have at most 107 bytes, and a build's folder has a longer path.
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        server = socketserver.ThreadingUnixStreamServer(f"/proc/self/fd/{descriptor}/{SOCKET}", CcacheConnection)
+        server = Server(f"/proc/self/fd/{descriptor}/{SOCKET}", CcacheConnection)
     finally:
         os.close(descriptor)
-    server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
     with server:
         thread.start()

@@ -1,20 +1,21 @@
-"""Use the shared compiler cache during a compile, through a socket in the build's folder, and report its results."""
+"""Use the shared cache during a compile, through a socket in the build's folder, and report its results."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from builder.compiling import ccache_socket
 from builder.flow.attempt import Attempt
 from builder.proof import shared_cache
-from builder.toolchains import ccache
+from builder.toolchains import ccache, device_store
 
 
 @contextmanager
 def shared(attempt: Attempt) -> Iterator[None]:
-    """Share the recipe's compiler cache during the `with` block, if settings and options allow both caches."""
-    if not attempt.options.caches.compiler or not ccache.enabled(attempt.settings):
+    """Share the recipe's compiler cache and device store during the `with` block, if settings and options allow it."""
+    if not _uses(attempt):
         yield
         return
     cache = shared_cache.opened(attempt.settings, attempt.plan.recipe.key, attempt.options.shared_cache)
@@ -26,8 +27,18 @@ def shared(attempt: Attempt) -> Iterator[None]:
             yield
     finally:
         use = cache.close()
-        if use.hits or use.misses or use.written:
+        if os.path.lexists(attempt.work / f"{ccache.SOCKET}.off"):  # device_store.py creates this file
+            use = use.stopped("device code: the socket in the build's folder did not answer in time")
+        if use.used:
             attempt.shared_cache = use
             attempt.console.step("compile", use.title)
             with attempt.log.open("a") as stream:
                 stream.write(f"# {use.title}\n")
+
+
+def _uses(attempt: Attempt) -> bool:
+    """Whether the compile uses a cache that can be shared."""
+    caches, settings = attempt.options.caches, attempt.settings
+    compiler = caches.compiler and ccache.enabled(settings)
+    device = caches.device and device_store.enabled(settings) and attempt.plan.recipe.data.build.cuda
+    return compiler or device

@@ -192,7 +192,7 @@ class Record(Table):
         "because the build compiled no device code"
     )
     shared_cache: SharedCacheUse | None = None
-    "Use of the compiler cache on an index, which several machines share. null: this cache was off, or nothing was compiled"
+    "Use of the shared cache on an index, which several machines share. null: this cache was off, or nothing was compiled"
     verdicts: tuple[Verdict, ...] = ()
     "Results of the gates. Empty: the build produced no wheel to check"
     judged_by: str = ""

@@ -1,4 +1,4 @@
-"""Entries of a compiler cache that several machines share: signed when written, checked before use.
+"""Entries of a compiler cache and of a device store that several machines share: signed when written, checked before use.
 
 The key of an entry is a hash of its inputs, not of its bytes, so a writer could store a wrong object under a correct key.
 Therefore a machine uses only entries that a trusted key has signed. The signature covers kind, recipe, key and the sha256 of
@@ -50,22 +50,38 @@ NAMED = 10
 
 
 class SharedCacheUse(Table):
-    """Use of the compiler cache on an index. The numbers count entries. A source file has one or two entries."""
+    """Use of the shared cache on an index. The numbers count entries. A source file has one or two entries of the compiler
+    cache. In the device store, a run of cicc has two or three entries, and a run of ptxas has one."""
 
     url: str
     "URL of the index"
     mode: Mode
     "Value of the option `--shared-cache`"
     hits: int = 0
-    "Entries of the index that the build used"
+    "Entries of the compiler cache that the build used"
     misses: int = 0
-    "Entries that the index did not have, or that were refused"
+    "Entries of the compiler cache that the index did not have, or that were refused"
     written: int = 0
-    "Entries that the build uploaded"
+    "Entries of the compiler cache that the build uploaded"
+    device_hits: int = 0
+    "Entries of the device store that the build used"
+    device_misses: int = 0
+    "Entries of the device store that the index did not have, or that were refused"
+    device_written: int = 0
+    "Entries of the device store that the build uploaded"
     refused: tuple[str, ...] = ()
     "Names of refused entries, each with the reason. At most 10 are listed"
     off: str = ""
     "Error after which the build stopped reading or writing entries. Empty: no such error"
+
+    def stopped(self, what: str) -> SharedCacheUse:
+        """The use, with an error after which the build did not use the cache."""
+        return self.model_copy(update={"off": "; ".join(filter(None, (self.off, what)))})
+
+    @property
+    def used(self) -> bool:
+        """Whether the compile requested or sent an entry."""
+        return self._compiler or self._device or bool(self.off)
 
     @property
     def title(self) -> str:
@@ -73,7 +89,18 @@ class SharedCacheUse(Table):
         refused = f", {len(self.refused)} refused: {self.refused[0]}" if self.refused else ""
         off = f"; stopped {self.off}" if self.off else ""
         counts = f"{self.hits} entries used, {self.misses} missing, {self.written} written"
-        return f"shared cache {self.url}: {counts}{refused}{off}"
+        device = f"{self.device_hits} entries used, {self.device_misses} missing, {self.device_written} written"
+        parts = [counts] if self._compiler or not self._device else []
+        parts += [f"device code: {device}"] if self._device else []
+        return f"shared cache {self.url}: {'; '.join(parts)}{refused}{off}"
+
+    @property
+    def _compiler(self) -> bool:
+        return bool(self.hits or self.misses or self.written)
+
+    @property
+    def _device(self) -> bool:
+        return bool(self.device_hits or self.device_misses or self.device_written)
 
 
 @dataclass(kw_only=True)
@@ -110,13 +137,13 @@ class SharedCache:
         """The bytes of an entry; None if there is no trusted entry."""
         answer = self._ask("GET", kind, key)
         if answer is None or answer.status_code == 404:
-            self._count(misses=1)
+            self._count(kind, "misses")
             return None
         content, reason = self._checked(kind, key, answer.content)
         if content is None:
-            self._count(misses=1, refused=f"{kind}/{self.recipe}/{key[:16]}: {reason}")
+            self._count(kind, "misses", f"{kind}/{self.recipe}/{key[:16]}: {reason}")
         else:
-            self._count(hits=1)
+            self._count(kind, "hits")
         return content
 
     def put(self, kind: str, key: str, content: bytes) -> bool:
@@ -141,7 +168,7 @@ class SharedCache:
     def _write(self, kind: str, key: str, entry: bytes) -> None:
         answer = self._ask("PUT", kind, key, entry)
         if answer is not None:
-            self._count(written=1)
+            self._count(kind, "written")
 
     def _ask(self, method: str, kind: str, key: str, content: bytes | None = None) -> httpx.Response | None:
         """The answer, if it is a success or 404; None: there was no answer, or requests are stopped."""
@@ -164,14 +191,15 @@ class SharedCache:
             self._failures[method] += 1
             if self._failures[method] == FAILURES:
                 what = f"{'reading' if method == 'GET' else 'writing'}: {reason}"
-                self._use = self._use.model_copy(update={"off": "; ".join(filter(None, (self._use.off, what)))})
+                self._use = self._use.stopped(what)
 
-    def _count(self, *, hits: int = 0, misses: int = 0, written: int = 0, refused: str = "") -> None:
+    def _count(self, kind: str, what: str, refused: str = "") -> None:
+        """Add one to `what`, which is hits, misses or written."""
+        name = f"device_{what}" if kind == "device" else what
         with self._lock:
             use = self._use
             named = (*use.refused, refused) if refused and len(use.refused) < NAMED else use.refused
-            counts = {"hits": use.hits + hits, "misses": use.misses + misses, "written": use.written + written}
-            self._use = use.model_copy(update={**counts, "refused": named})
+            self._use = use.model_copy(update={name: getattr(use, name) + 1, "refused": named})
 
     def _signed(self, kind: str, key: str, sha256: str) -> bytes:
         return signing.encoding(KIND, f"{kind}/{self.recipe}/{key} {sha256}".encode())

@@ -17,7 +17,7 @@ from builder.planning.ground import Ground
 from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from builder.planning.stack import host_arch
-from builder.toolchains.ccache import OFF
+from builder.toolchains.ccache import OFF, SOCKET
 from builder.toolchains.wrappers import DEVICE_MODULES
 from gracefarm.errors import ConfigError
 from gracefarm.files import sha256_file
@@ -52,9 +52,10 @@ def mounts(plan: Plan, settings: Settings) -> tuple[BindMount, ...]:
     return (BindMount(source=store, target=STORE, writable=True),)
 
 
-def variables(ground: Ground) -> dict[str, str]:
-    """Variables for device.py; they do not enter the build id."""
-    return {"GRACEFARM_DEVICE_STORE": STORE, "GRACEFARM_DEVICE_COMPILERS": compilers_digest(ground)}
+def variables(ground: Ground, *, shared: bool = False) -> dict[str, str]:
+    """Variables for device.py; they do not enter the build id. `shared`: ccache.SOCKET is in the build's folder."""
+    values = {"GRACEFARM_DEVICE_STORE": STORE, "GRACEFARM_DEVICE_COMPILERS": compilers_digest(ground)}
+    return values | ({"GRACEFARM_DEVICE_SOCKET": f"/build/{SOCKET}"} if shared else {})
 
 
 def compilers_digest(ground: Ground, scripts: Traversable | None = None) -> str:

@@ -140,12 +140,13 @@ class SandboxToolchain(Toolchain):
         if rust.needed(plan):
             rust.lay(plan, folder)
             variables = rust.variables(plan) | {"CARGO_BUILD_JOBS": str(jobs)} | variables
+        shared = (folder / ccache.SOCKET).is_socket()
         if caches.compiler and ccache.enabled(settings):
             mounts += ccache.mounts(plan, settings)
-            variables |= ccache.variables(plan, settings, shared=(folder / ccache.SOCKET).is_socket())
+            variables |= ccache.variables(plan, settings, shared=shared)
         if caches.device and ground.compiler is not None and device_store.enabled(settings):
             mounts += device_store.mounts(plan, settings)
-            variables |= device_store.variables(ground)
+            variables |= device_store.variables(ground, shared=shared)
         return Sandbox(root=ground.root, mounts=tuple(mounts), environment=variables, workdir="/build", memory=memory)
 
     def trial_environment(self, ground: Ground, *, emulated: bool) -> TrialEnvironment:

@@ -1,4 +1,4 @@
-"""The shared compiler cache over HTTP: GET without a token, PUT with one."""
+"""The shared cache over HTTP: GET without a token, PUT with one."""
 
 from __future__ import annotations
 

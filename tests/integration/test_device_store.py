@@ -367,15 +367,20 @@ def test_the_store_keeps_to_its_size_and_drops_what_was_not_used(bed: Bed) -> No
     assert sum(entry.stat().st_size for entry in bed.entries) <= device_store.limit(settings)
 
 
+def tiny_cuda(farm: Farm) -> None:
+    """The recipe of the smallest project with a kernel."""
+    tables: dict[str, Any] = {"build": {"cuda": True, "memory_per_job": "1GiB"}, "stack": "cuda"}
+    smoke = {"imports": ["tiny_cuda", "tiny_cuda._core"]}
+    # As many_cuda loads libcudart: without torch, which this stack lacks.
+    files = projects.tree("tiny_cuda") | {"tiny_cuda/__init__.py": projects.tree("many_cuda")["many_cuda/__init__.py"]}
+    farm.recipe("tiny_cuda", files, name="tiny-cuda", smoke=smoke, **tables)
+
+
 @pytest.fixture(scope="module")
 def cells(shared_home: Path) -> Iterator[Farm]:
     """A farm with tiny_cuda built for the root's Python."""
     with new_farm(shared_home) as farm:
-        tables: dict[str, Any] = {"build": {"cuda": True, "memory_per_job": "1GiB"}, "stack": "cuda"}
-        smoke = {"imports": ["tiny_cuda", "tiny_cuda._core"]}
-        # As many_cuda loads libcudart: without torch, which this stack lacks.
-        files = projects.tree("tiny_cuda") | {"tiny_cuda/__init__.py": projects.tree("many_cuda")["many_cuda/__init__.py"]}
-        farm.recipe("tiny_cuda", files, name="tiny-cuda", smoke=smoke, **tables)
+        tiny_cuda(farm)
         yield farm
 
 

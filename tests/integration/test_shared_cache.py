@@ -112,10 +112,10 @@ def test_units_of_nvcc_are_shared_too(writer: Builder, reader: Farm, server: Ser
     assert second["wheel"] == first["wheel"]
 
 
-def signed_by(key: Ed25519PrivateKey, name: str, content: bytes) -> bytes:
+def signed_by(key: Ed25519PrivateKey, name: str, content: bytes, folder: str = "ccache/tiny") -> bytes:
     """An entry as `builder` writes it."""
     sha256 = hashlib.sha256(content).hexdigest()
-    signature = key.sign(signing.encoding(KIND, f"ccache/tiny/{name} {sha256}".encode()))
+    signature = key.sign(signing.encoding(KIND, f"{folder}/{name} {sha256}".encode()))
     header = {"sha256": sha256, "keyid": signing.key_id(key.public_key()), "sig": base64.b64encode(signature).decode()}
     return json.dumps(header).encode() + b"\n" + content
 
