@@ -99,6 +99,12 @@ def test_the_log_names_what_is_dropped_and_nothing_that_is_compiled(
     assert said == (f"gracefarm: nvcc a.cu: dropped {dropped}, compiles for sm_90\n" if dropped else "")
 
 
+def test_all_pythons_get_the_same_text_of_file_macros(tmp_path: Path) -> None:
+    passed, _ = nvcc(tmp_path, "-c", "a.cu", GRACEFARM_PYTHON_INCLUDE="/usr/include/python3.13t")
+    assert passed[passed.index("-Xcompiler") + 1] == "-fmacro-prefix-map=/env/lib/python3.13t/=/env/lib/python3/"
+    assert "-Xcompiler" not in nvcc(tmp_path, "-c", "a.cu", GRACEFARM_PYTHON_INCLUDE="")[0]
+
+
 def test_ptx_is_included_for_the_architecture_that_was_chosen(tmp_path: Path) -> None:
     asked = ["-gencode=arch=compute_80,code=compute_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
     passed, said = nvcc(tmp_path, "-c", "a.cu", *asked, GRACEFARM_SM="90 100", GRACEFARM_PTX="90")
