@@ -25,7 +25,13 @@ from deploy.steps.setlock import require_engine
 from gracefarm.errors import ConfigError
 from tests.conftest import REPOSITORY
 
-SETS = (("aphrodite", "gh200-cu124"), ("vllm", "gh200-cu130"), ("vllm", "gh200-cu130-torch2.14"), ("vllm", "x86_64-cu130"))
+SETS = (
+    ("aphrodite", "gh200-cu124"),
+    ("vllm", "gh200-cu130"),
+    ("vllm", "gh200-cu130-torch2.14"),
+    ("vllm", "x86_64-cu130"),
+    ("vllm", "x86_64-cu130-torch2.14"),
+)
 "Engine and set."
 DISTRIBUTION = {"aphrodite": "aphrodite-engine", "vllm": "vllm"}
 DASHBOARD = {

@@ -41,7 +41,9 @@ def planned(project: Settings, name: str) -> plan.SetPlan:
     return plan.plan_set(definition.load(name, project), Arch.X86_64)
 
 
-@pytest.mark.parametrize("name", ["gh200-cu124", "gh200-cu130", "gh200-cu130-torch2.14", "x86_64-cu130"])
+@pytest.mark.parametrize(
+    "name", ["gh200-cu124", "gh200-cu130", "gh200-cu130-torch2.14", "x86_64-cu130", "x86_64-cu130-torch2.14"]
+)
 def test_every_digest_of_the_committed_sets_is_there_or_named_as_a_gap(project: Settings, name: str) -> None:
     made = planned(project, name)
     missing = [wheel for wheel in made.wheels if not re.fullmatch(r"[0-9a-f]{64}", wheel.sha256)]
@@ -61,6 +63,7 @@ def test_every_digest_of_the_committed_sets_is_there_or_named_as_a_gap(project: 
         ("gh200-cu130", ("2.11.0", "3.6.0", "0.26.0")),
         ("gh200-cu130-torch2.14", ("2.14.0", "3.8.0", "0.33.0")),
         ("x86_64-cu130", ("2.11.0", "3.6.0", "0.26.0")),
+        ("x86_64-cu130-torch2.14", ("2.14.0", "3.8.0", "0.33.0")),
     ],
 )
 def test_a_lock_has_the_versions_that_were_asked_for_and_no_address(
@@ -72,8 +75,9 @@ def test_a_lock_has_the_versions_that_were_asked_for_and_no_address(
     assert "://" not in (REPOSITORY / "sets" / name / "requirements.lock").read_text()
 
 
-def test_the_set_for_x86_64_has_the_versions_of_that_for_gh200_and_builds_nothing(project: Settings) -> None:
-    ours, theirs = (planned(project, name) for name in ("x86_64-cu130", "gh200-cu130"))
+@pytest.mark.parametrize("release", ["cu130", "cu130-torch2.14"])
+def test_a_set_for_x86_64_has_the_versions_of_that_for_gh200_and_builds_nothing(project: Settings, release: str) -> None:
+    ours, theirs = (planned(project, f"{nodes}-{release}") for nodes in ("x86_64", "gh200"))
     assert [(wheel.name, wheel.version) for wheel in ours.wheels] == [(wheel.name, wheel.version) for wheel in theirs.wheels]
     assert (ours.set.data.target, ours.builds) == (Arch.X86_64, ())
     assert {wheel.filename.rpartition("_")[2] for wheel in ours.wheels if wheel.filename} >= {"64.whl"}
