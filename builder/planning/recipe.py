@@ -129,8 +129,8 @@ class Bundled(Table):
     "sha256 of the file"
     origin: str | None = None
     (
-        "Where the file comes from. `source`: the source tree. Otherwise: the URL of an entry of `[[files]]`, or its package "
-        "URL in the form `pkg:pypi/NAME@VERSION`"
+        "Where the file comes from. `source`: the source tree. Otherwise: an entry of `[[files]]`, named by its URL, or by "
+        "`pkg:pypi/NAME@VERSION` or `pkg:deb/debian/NAME@VERSION?arch=ARCH`"
     )
     license: SpdxExpression
     "SPDX expression of the file's licence"
@@ -156,8 +156,8 @@ class Wheel(Table):
     "sm values that the source supports. Other sm values are refused. Default: all that CUDA supports"
     allow_sm_fallback: bool = False
     (
-        "`true`: a source that requests 90a may be compiled for 90, and a source that requests 100f for 100. `false`: such a "
-        "build fails"
+        "`true`: a source file that requests 90a may be compiled for 90, and a file that requests 100f for 100. `false`: "
+        "such a build fails"
     )
     ptx: Ptx | None = None
     "sm value of the PTX in the wheel. It replaces the key `ptx` of the stack. `none`: the wheel has no PTX"
