@@ -50,7 +50,7 @@ class Submodule(Table):
     commit: Commit
     "Full commit id"
     tree: Commit | None = None
-    "Git's tree id of the commit (`git rev-parse COMMIT^{tree}`). If the key is present, the builder also compares this id"
+    "Git's tree id of the commit (`git rev-parse COMMIT^{tree}`). If the key is present, the builder checks this id too"
     license: SpdxExpression | None = None
     "SPDX expression of the licence. Without this key, the gate `licence` refuses the wheel"
 
@@ -63,7 +63,7 @@ class Repository(Table):
     commit: Commit
     "Full commit id. Branches and tags are refused"
     tree: Commit | None = None
-    "Git's tree id of the commit (`git rev-parse COMMIT^{tree}`). If the key is present, the builder also compares this id"
+    "Git's tree id of the commit (`git rev-parse COMMIT^{tree}`). If the key is present, the builder checks this id too"
     path: InsidePath
     "Destination in the source tree"
     license: SpdxExpression | None = None
@@ -80,7 +80,7 @@ class GitSource(Table):
     commit: Commit
     "Full commit id. Branches and tags are refused"
     tree: Commit | None = None
-    "Git's tree id of the commit (`git rev-parse COMMIT^{tree}`). If the key is present, the builder also compares this id"
+    "Git's tree id of the commit (`git rev-parse COMMIT^{tree}`). If the key is present, the builder checks this id too"
     submodules: dict[str, Submodule] = Field(default_factory=dict)
     "Submodules to fetch. The key is the path of the submodule. Other submodules are not fetched"
 

@@ -129,7 +129,7 @@ class Compilers(Table):
     """The compilers. The CUDA compiler comes from wheels or Debian packages. All other compilers come from the root."""
 
     requirements: tuple[RequirementText, ...] = ()
-    "Requirements of the CUDA compiler and of other build tools. requirements.lock pins them"
+    "Packages that contain the CUDA compiler and other build tools. requirements.lock pins them"
     debian: DebianToolkit | None = None
     "Debian packages of the CUDA compiler"
     path: tuple[InsidePath, ...] = ()
@@ -146,7 +146,7 @@ class Image(PinnedDownload):
     tag: str
     "Tag of the image. `builder lock` reads the digest of this tag. Builds use the digest and not the tag"
     cuda: str | None = None
-    "Folder of CUDA in the image. Without this key, the image has no CUDA"
+    "Folder of CUDA in the image, for example /usr/local/cuda-12.4. Without this key, the image has no CUDA"
 
     @property
     def reference(self) -> str:
