@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import click
@@ -28,7 +28,7 @@ from builder.proof.shared_cache import MODES, Mode
 from gracefarm import extras
 from gracefarm.cli import json_option
 from gracefarm.console import Console
-from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageError
+from gracefarm.errors import ConfigError, DiskFullError, GracefarmError, SeveralError, UsageError
 
 
 @click.command("build")
@@ -143,11 +143,11 @@ def build_command(
     options = BuildOptions(jobs=jobs, publish=url, keep=keep, caches=caches, shared_cache=shared_cache, until=until)
     with _farm(address, aim, console) as cluster:
         aim = aim if cluster is None else replace(aim, on=replace(aim.on, hosts=cluster.hosts))
-        failures = _build(asked, aim, changed, options, cluster, settings, console)
+        failures = build_all(asked, aim, changed, options, cluster, settings, console)
     _conclude(asked, failures, aim, settings, console)
 
 
-def _build(
+def build_all(
     asked: Sequence[str | Cell],
     aim: Aim,
     changed: bool,
@@ -156,10 +156,10 @@ def _build(
     settings: Settings,
     console: Console,
 ) -> list[GracefarmError]:
-    """Plan and build what was asked for; what failed.
+    """Plan and build what was asked for; what failed. If this machine has too little space, all cells of a matrix fail.
 
     Raises:
-        DiskFullError: this machine has too little space for the builds.
+        DiskFullError: this machine has too little space for the builds of recipes.
     """
     failures: list[GracefarmError] = []
     plans, by_id = _all_planned(asked, failures, aim, changed, options.publish, settings, console)
@@ -173,8 +173,8 @@ def _build(
             except GracefarmError as error:
                 _survive(error, failures, asked, console)
         return failures
-    if cluster is None:
-        room.require(plans, settings, keep=options.keep)
+    if cluster is None and (full := _too_full(plans, by_id, options, settings, console)):
+        return failures + full
 
     def served(plan: Plan) -> Plan:
         return _server(plan, by_id.get(plan.build_id), aim, settings, console) or plan
@@ -187,6 +187,24 @@ def _build(
             product = record.folder(settings, built.build_id) if product is None and options.until else product
             console.result(built.model_dump(mode="json") | {"path": str(product)}, str(product))
     return failures
+
+
+def _too_full(
+    plans: Sequence[Plan], cells: Mapping[str, Cell], options: BuildOptions, settings: Settings, console: Console
+) -> list[GracefarmError]:
+    """The failure of each cell that is not built, if this machine has too little space; `cells`: by build id.
+
+    Raises:
+        DiskFullError: this machine has too little space for the builds of recipes.
+    """
+    try:
+        room.require(plans, settings, keep=options.keep)
+    except DiskFullError as error:
+        if not cells:
+            raise
+        console.error(error)
+        return [error for plan in plans if record.settled(plan, settings) is None]
+    return []
 
 
 def _ready(plan: Plan, options: BuildOptions, settings: Settings, console: Console) -> None:
@@ -392,28 +410,29 @@ def _all_planned(
     cells: dict[str, Cell] = {}
     for entry in asked:
         try:
-            planned = _planned(entry, aim, changed, url, settings, console)
-            cells |= {plan.build_id: entry for plan in planned if isinstance(entry, Cell)}
+            found = planned(entry, aim, changed, url, settings, console)
+            cells |= {plan.build_id: entry for plan in found if isinstance(entry, Cell)}
         except GracefarmError as error:
             _survive(error, failures, asked, console)
         else:
-            plans += planned
+            plans += found
     return plans, cells
 
 
-def _planned(name: str | Cell, aim: Aim, changed: bool, url: str | None, settings: Settings, console: Console) -> list[Plan]:
+def planned(name: str | Cell, aim: Aim, changed: bool, url: str | None, settings: Settings, console: Console) -> list[Plan]:
     """The plan; with `changed`, none if there is nothing to build: a run for x86_64 skips stacks that support only aarch64."""
     if isinstance(name, Cell):
         try:
             plan = plan_cell(name, settings, aim.on)
-        except ConfigError as error:
+            if changed and (served := _server(plan, name, aim, settings, console)) is not None:
+                plan = served
+            wanted = not changed or (not _settled(plan, url, settings) and _complete(plan, console))
+        except ConfigError as error:  # the build id reads the locks, so a missing lock is found after `plan_cell`
             if not changed:
                 raise
             console.warn(f"skipped: {name.recipe} on {name.stack}: {error.cause}")
             return []
-        if changed and (served := _server(plan, name, aim, settings, console)) is not None:
-            plan = served
-        return [plan] if not changed or (not _settled(plan, url, settings) and _complete(plan, console)) else []
+        return [plan] if wanted else []
     if changed:
         loaded = recipe.load(settings.project / "recipes", name)
         base = stack.load(settings.project / "stacks", aim.stack or loaded.data.stack)

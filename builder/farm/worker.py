@@ -12,7 +12,7 @@ from pathlib import Path
 
 from builder.farm import code
 from builder.farm.job import CellAnswer, Job
-from builder.flow import build
+from builder.flow import build, room
 from builder.flow.attempt import BuildOptions
 from builder.ground.interpreters import catalogue
 from builder.planning import recipe, stack
@@ -35,13 +35,14 @@ def main() -> None:
     archive = sys.stdin.buffer.read()
     console = Console(as_json=True)
     try:
-        answer = _answer(job, archive, console)
+        answer = answer_to(job, archive, console)
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
     console.event("answer", "", **answer.model_dump(mode="json"))
 
 
-def _answer(job: Job, archive: bytes, console: Console) -> CellAnswer:
+def answer_to(job: Job, archive: bytes, console: Console) -> CellAnswer:
+    """Build the cell of a job; return the files, or the failure."""
     if code.digest() != job.code:
         failure = HostError(
             f"this worker has gracefarm {code.title()}, but the client has gracefarm {job.gracefarm}",
@@ -57,6 +58,7 @@ def _answer(job: Job, archive: bytes, console: Console) -> CellAnswer:
             jobs = min(job.cpus, here.jobs or job.cpus)
             caches = Caches(compiler=job.compiler_cache, device=job.device_store)
             options = BuildOptions(jobs=jobs, keep=job.keep, caches=caches, shared_cache=job.shared_cache)
+            room.require([plan], here, keep=job.keep)
             build.build(plan, options, here, console)
     except GracefarmError as error:
         return CellAnswer(failure=record.failure(error), repeat=error.repeat, files=_files(folder, failed=True))
