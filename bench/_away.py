@@ -75,14 +75,14 @@ def prepare(carried: Path, reads: Path, site: Path, request: Path) -> int:
         if piece.name not in known:
             piece.unlink()
     with _programs(carried) as programs:
-        known |= _pack(carried, UNCOMPRESSED, {UNCOMPRESSED: programs}, compressed=False)
-    known |= _pack(carried, "site", {"site": site})
+        known |= pack(carried, UNCOMPRESSED, {UNCOMPRESSED: programs}, compressed=False)
+    known |= pack(carried, "site", {"site": site})
     for part, wanted in large.items():
         if not any(_part(piece) == part for piece in known):
             print(f"packing {part}", flush=True)
-            known |= _pack(carried, part, wanted, lean if part.startswith(ENVIRONMENTS) else _whole)
+            known |= pack(carried, part, wanted, lean if part.startswith(ENVIRONMENTS) else _whole)
             _list(carried, known)
-    known |= _pack(carried, "sources", rest | {"request": request})
+    known |= pack(carried, "sources", rest | {"request": request})
     _list(carried, known)
     size = sum((carried / piece).stat().st_size for piece in known)
     print(f"{len(known)} pieces, {size / 1e6:.0f} MB, and the file `pieces` in {carried}")
@@ -102,7 +102,7 @@ def take(carried: Path, work: Path) -> int:
         if absent:
             missing += absent
             continue
-        _unpack([carried / piece for piece in parts[part]], work)
+        unpack([carried / piece for piece in parts[part]], work)
         taken.parent.mkdir(exist_ok=True)
         taken.write_text(digests)
         print(f"unpacked {part}")
@@ -125,7 +125,7 @@ def results(folder: Path, work: Path) -> int:
                 wanted = {f"home/builds/{build_id}/{path.name}": path for path in build.iterdir() if path.name != "work"}
                 tree = work / "home" / "trees" / build_id
                 wanted |= {f"home/trees/{build_id}": tree} if tree.is_dir() else {}
-                known |= _pack(folder, part, wanted)
+                known |= pack(folder, part, wanted)
                 _list(folder, known)
             print(f"{name}: compiled")
         else:
@@ -153,7 +153,7 @@ def carry_on(folder: Path) -> int:
         built = kind == "built"
         with lock(record.lock_path(settings, build_id)) if built else nullcontext():
             if not built or not (home / "builds" / build_id / "dist").is_dir():
-                _unpack([folder / piece for piece in digests], home, "--strip-components=1")
+                unpack([folder / piece for piece in digests], home, "--strip-components=1")
         print(name if built else f"{name}: unpacked a part of its caches", file=sys.stdout if built else sys.stderr)
     if missing:
         print(f"missing: {' '.join(missing)}", file=sys.stderr)
@@ -174,7 +174,7 @@ def _pack_caches(folder: Path, work: Path, name: str, known: Mapping[str, str]) 
     if not fresh:
         return {}
     number = len({_part(piece) for piece in known if _part(piece).startswith(f"partial-{name}-")})
-    pieces = _pack(folder, f"partial-{name}-{number:03}", fresh)
+    pieces = pack(folder, f"partial-{name}-{number:03}", fresh)
     _list(folder, {**known, **pieces})
     listed.write_text("\n".join(sorted(packed | set(fresh))))
     return pieces
@@ -213,7 +213,7 @@ def lean(name: str, content: bytes) -> bytes | bytearray | None:
     return changed
 
 
-def _pack(
+def pack(
     folder: Path, part: str, wanted: Mapping[str, Path], change: Change = _whole, *, compressed: bool = True
 ) -> dict[str, str]:
     """Write one part; returns its pieces with their sha256."""
@@ -270,7 +270,7 @@ def _below(path: Path) -> Iterator[Path]:
             yield from _below(entry)
 
 
-def _unpack(pieces: Iterable[Path], into: Path, *options: str) -> None:
+def unpack(pieces: Iterable[Path], into: Path, *options: str) -> None:
     """Unpack the pieces of one part. A part that was unpacked halfway is unpacked again."""
     pieces = list(pieces)
     command = ["tar", "--extract", "--no-same-owner", "--preserve-permissions", f"--directory={into}", *options]

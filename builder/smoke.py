@@ -44,8 +44,8 @@ class ComparedResult(Table):
     "Name of the result, for example `forward float16`"
     error: float = Field(ge=0, allow_inf_nan=False)
     "Largest difference from the reference"
-    tolerance: float = Field(gt=0, allow_inf_nan=False)
-    "Largest difference that is accepted"
+    tolerance: float = Field(ge=0, allow_inf_nan=False)
+    "Largest difference that is accepted. 0: both results must be equal"
 
 
 class GpuResult(Table):

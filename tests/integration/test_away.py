@@ -95,11 +95,11 @@ def test_a_file_of_two_environments_travels_once(tmp_path: Path, monkeypatch: py
         (first / name).write_bytes(content)
         (second / name).hardlink_to(first / name)
     wanted = {f"home/environments/{folder.name}": folder for folder in (first, second)}
-    pieces = _away._pack(tmp_path, "environments-x", wanted, _away.lean)
+    pieces = _away.pack(tmp_path, "environments-x", wanted, _away.lean)
     assert sum((tmp_path / piece).stat().st_size for piece in pieces) < 400_000
     into = tmp_path / "work"
     into.mkdir()
-    _away._unpack([tmp_path / piece for piece in pieces], into)
+    _away.unpack([tmp_path / piece for piece in pieces], into)
     taken = [into / "home/environments" / name for name in "ab"]
     assert [(folder / "lib.so").read_bytes() for folder in taken] == [content, content]
     assert [(folder / "own").read_text() for folder in taken] == ["a", "b"]
