@@ -253,7 +253,7 @@ class Config(Table):
     "Name of the deployment."
     # The defaults of engine and set are those of the first versions, so that a deploy.toml keeps its meaning.
     engine: Literal["aphrodite", "vllm"] = "aphrodite"
-    "Engine of the deployment. `deploy init` writes `engine = 'vllm'`, but a deploy.toml without this key means Aphrodite."
+    "Engine of the deployment. Without this key, the engine is Aphrodite. `deploy init` writes `engine = 'vllm'`."
     set: Name = "gh200-cu124"
     (
         "Name of the set of wheels that is installed on the nodes. `deploy init` writes `gh200-cu130`, or `x86_64-cu130` if "
@@ -267,8 +267,8 @@ class Config(Table):
     lock: str | None = None
     (
         "Path of the lock, relative to deploy.toml. The lock lists each wheel of the set with version and sha256. Default: "
-        "SET.lock beside deploy.toml. If SET.lock is missing, `deploy` creates it. With `index`, it downloads the lock from "
-        "the index. Without `index`, it copies the lock that belongs to gracefarm."
+        "SET.lock beside deploy.toml, where SET is the value of `set`. If SET.lock is missing, `deploy` creates it. With "
+        "`index`, it downloads the lock from the index. Without `index`, it copies the lock that belongs to gracefarm."
     )
     python: Literal["managed", "system", "conda"] = "managed"
     (
