@@ -156,26 +156,33 @@ def down(context: DeployContext, keep_ray: bool, no_wait: bool) -> None:
     is_flag=True,
     help="Also remove the files of the model. Other deployments on these nodes may use the same files.",
 )
+@click.option(
+    "--cache",
+    is_flag=True,
+    help="Also remove the cache of the shared folder from the nodes' disks. Other deployments on these nodes may use it.",
+)
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @no_wait_option
 @reporting
-def purge(context: DeployContext, share: bool, weights: bool, yes: bool, no_wait: bool) -> None:
+def purge(context: DeployContext, share: bool, weights: bool, cache: bool, yes: bool, no_wait: bool) -> None:
     """Stop the engine and Ray as `deploy down` does, and remove files from the nodes.
 
     The command removes logs, keys, files of Ray, and the program uv. Without --weights, the model stays. Without
     --share, the Python environments stay. The folder .deploy on this machine stays. The command asks for confirmation.
 
-    The step cache of `deploy up` can cache the shared folder on the disks of nodes. This cache stays, because other
-    deployments may use it. It consists of the option fsc in /etc/fstab, the copy of the old /etc/fstab, and the package
-    cachefilesd. The end of the output names the nodes with a cache. docs/howto/deploy-operation.md has the commands that
-    remove it.
+    The step cache of `deploy up` can cache the shared folder on the disks of nodes. Without --cache, this cache stays, and
+    the end of the output names the nodes with a cache. With --cache, the command removes what the step has added: the option
+    fsc in /etc/fstab, the copy of the old /etc/fstab, and the package cachefilesd with its files.
 
     \b
     # Remove the files, including the Python environments.
     deploy purge --share
+    # Remove everything that deploy has put on the nodes.
+    deploy purge --share --weights --cache
     """
     console, deployment = context.console, context.deployment
     what = ["jobs, logs, secrets and uv"] + (["environments"] if share else []) + (["the model's files"] if weights else [])
+    what += ["the cache of the shared folder"] if cache else []
     question = f"Remove {', '.join(what)} from {len(deployment.nodes)} nodes?"
     if not yes and not (console.interactive and click.confirm(question, err=True)):
         raise UsageError(
@@ -184,20 +191,22 @@ def purge(context: DeployContext, share: bool, weights: bool, yes: bool, no_wait
 
     async def go(work: Work) -> Removed:
         await order.down(work)
-        return await remains.purge(work, share=share, weights=weights)
+        return await remains.purge(work, share=share, weights=weights, cache=cache)
 
     with held(context, no_wait=no_wait) as keeper:
         try:
             removed = at_work(context, keeper, go)
         finally:
             tunnels.end_all(deployment.folder)
-        cached = [node for node, on in keeper.state.data("cache").get("fsc", {}).items() if on]
+        undone = cache and not removed.failed
+        cached = [] if undone else [node for node, on in keeper.state.data("cache").get("fsc", {}).items() if on]
         # Without these records, a later `purge` would not find the model's files, or not name the nodes with a cache.
         kept = {"cache"} if cached else set()
         kept |= set() if weights and not removed.failed else {"weights"}
         keeper.forget(*(name for name in keeper.state.steps if name not in kept))
     lines = [*removed.places, f"{removed.bytes / 1e9:.2f} GB removed"]
-    lines += [f"kept the cache of the shared folder on {', '.join(cached)}: see `deploy purge --help`"] if cached else []
+    if cached and not cache:
+        lines.append(f"kept the cache of the shared folder on {', '.join(cached)}; `deploy purge --cache` removes it")
     console.result({"removed": removed.places, "bytes": removed.bytes, "cached": cached}, "\n".join(lines))
     if removed.failed:
         raise combined_error(removed.failed, len(deployment.nodes))

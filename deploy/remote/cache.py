@@ -1,8 +1,9 @@
-"""The NFS cache on a node: inspect, edit fstab, install cachefilesd, remount, verify, measure. Requires `sudo -n`."""
+"""The NFS cache on a node: inspect, edit fstab, install cachefilesd, remount, verify, measure, undo. Requires `sudo -n`."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import stat
@@ -18,6 +19,10 @@ from gracefarm.process import last_line
 
 FSTAB = Path("/etc/fstab")
 DEFAULTS = Path("/etc/default/cachefilesd")
+RECORD = Path("/etc/cachefilesd.gracefarm")
+"What `install` changes on this node, as JSON, for `undo`. Written before the first change."
+CACHED = Path("/var/cache/fscache")
+"The files that cachefilesd keeps; its package does not remove them."
 
 
 def inspect(request: Json) -> Json:
@@ -51,24 +56,43 @@ def fsc(target: str) -> bool | None:
 def install(request: Json) -> Json:
     """Install cachefilesd from the distribution and switch it on, unless it already runs."""
     del request
-    changed = False
-    if not shutil.which("cachefilesd", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin"):
-        if not shutil.which("apt-get"):
-            raise WorkerError(
-                "node", "cachefilesd is not installed, and this node has no apt-get", "install cachefilesd on this node"
-            )
+    absent = not shutil.which("cachefilesd", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if absent and not shutil.which("apt-get"):
+        raise WorkerError(
+            "node", "cachefilesd is not installed, and this node has no apt-get", "install cachefilesd on this node"
+        )
+    _record(absent)
+    if absent:
         sudo("apt-get", "install", "-y", "--no-install-recommends", "cachefilesd")
-        changed = True
-    if DEFAULTS.exists():  # switched off by default on Debian and Ubuntu
-        old = DEFAULTS.read_text()
-        new = "\n".join("RUN=yes" if line.strip() == "#RUN=yes" else line for line in old.split("\n"))
-        if new != old:
-            _replace(DEFAULTS, new.encode(), digest(old.encode()))
-            changed = True
+    changed = _change_defaults("#RUN=yes", "RUN=yes") or absent  # switched off by default on Debian and Ubuntu
     if not _running():
         sudo("systemctl", "enable", "--now", "cachefilesd")
         changed = True
     return {"changed": changed}
+
+
+def _record(absent: bool) -> None:
+    """Write RECORD, unless an earlier call has written it: its own changes are not the state before."""
+    if RECORD.exists():
+        return
+    enabled = sudo("systemctl", "is-enabled", "--quiet", "cachefilesd", check=False).returncode == 0
+    service = [] if _running() else ["stop"] if enabled else ["disable", "--now"]
+    off = DEFAULTS.exists() and "#RUN=yes" in map(str.strip, DEFAULTS.read_text().split("\n"))
+    if not (absent or off or service):
+        return
+    with tempfile.NamedTemporaryFile("w") as stream:
+        json.dump({"package": absent, "off": off, "service": service}, stream)
+        stream.flush()
+        sudo("cp", "--no-preserve=mode", stream.name, str(RECORD))
+
+
+def _change_defaults(old: str, new: str) -> bool:
+    """Replace a line of DEFAULTS. Return whether it was there."""
+    text = DEFAULTS.read_text() if DEFAULTS.exists() else ""
+    changed = "\n".join(new if line.strip() == old else line for line in text.split("\n"))
+    if changed != text:
+        _replace(DEFAULTS, changed.encode(), digest(text.encode()))
+    return changed != text
 
 
 def write_fstab(request: Json) -> Json:
@@ -109,6 +133,65 @@ def remount(request: Json) -> Json:
             return {"fsc": fsc(target), "busy": process.stderr.strip() or f"{target} is in use"}
         sudo("mount", target)
     return {"fsc": fsc(target), "busy": None}
+
+
+def undo(request: Json) -> Json:
+    """Undo what `install`, `write_fstab` and `remount` changed on this node. It can be repeated.
+
+    Lines of /etc/fstab that were changed again since then stay, and also cachefilesd if it was installed before.
+
+    Returns:
+        What was changed back or removed.
+    """
+    del request
+    backups = sorted(FSTAB.parent.glob(f"{FSTAB.name}.gracefarm-*"))
+    undone: list[str] = []
+    try:
+        if backups:
+            undone += _undo_fstab(backups)
+        if RECORD.exists():
+            undone += _undo_cachefilesd(json.loads(RECORD.read_text()))
+        for path in (*backups, *([RECORD] if RECORD.exists() else [])):
+            sudo("rm", str(path))
+            undone.append(str(path))
+    except WorkerError as error:
+        raise WorkerError(
+            error.kind, error.cause, "fix this error on the node, then repeat the command; or repeat it without --cache"
+        ) from error
+    return {"undone": undone}
+
+
+def _undo_fstab(backups: list[Path]) -> list[str]:
+    """Put the lines of the copies back into /etc/fstab, and mount their folders again."""
+    before: dict[str, str] = {}
+    for backup in backups:
+        before |= mounts.lines_before(backup.read_bytes().decode(errors="surrogateescape"))
+    content = FSTAB.read_bytes()
+    lines = content.decode(errors="surrogateescape").splitlines(keepends=True)
+    restored = [before.get(line, line) for line in lines]
+    if restored != lines:
+        _replace(FSTAB, "".join(restored).encode(errors="surrogateescape"), digest(content))
+    for target in (mounts.target_of(line) for line in restored if line in before.values()):
+        if fsc(target) is not True:
+            continue
+        process = sudo("umount", target, check=False)
+        if process.returncode:
+            raise WorkerError("busy", f"{target} still has its cache: {last_line(process.stderr)}", "")
+        sudo("mount", target)
+    return [f"the option fsc in {FSTAB}"] if restored != lines else []
+
+
+def _undo_cachefilesd(record: Json) -> list[str]:
+    """Change back what RECORD says."""
+    if record["package"]:
+        sudo("apt-get", "purge", "-y", "cachefilesd")
+        sudo("rm", "-rf", str(CACHED))
+        return ["the package cachefilesd", str(CACHED)]
+    if record["service"]:
+        sudo("systemctl", *record["service"], "cachefilesd")
+    if record["off"]:
+        _change_defaults("RUN=yes", "#RUN=yes")
+    return [f"cachefilesd is switched off in {DEFAULTS}"] if record["off"] else ["cachefilesd is stopped"]
 
 
 def measure(request: Json) -> Json:

@@ -77,6 +77,18 @@ def _with_fsc(line: str, entry: re.Match[str] | None) -> str:
     return f"{entry['before']}{','.join([*kept, 'fsc'])}{line[entry.end() :]}"
 
 
+def lines_before(before: str) -> dict[str, str]:
+    """Lines with `fsc` that `with_cache` writes for the fstab `before`, to the lines of `before` that they replace."""
+    lines = before.splitlines(keepends=True)
+    entries = [match if (match := _ENTRY.match(line)) and match["kind"] in NFS else None for line in lines]
+    return {new: line for line, entry in zip(lines, entries, strict=True) if (new := _with_fsc(line, entry)) != line}
+
+
+def target_of(line: str) -> str:
+    """The mount point of an entry of fstab."""
+    return unescape(line.split()[1])
+
+
 def space(path: str | Path) -> Json | None:
     """Total bytes of the file system of `path`, and those that are free for this user."""
     try:

@@ -15,7 +15,8 @@ from deploy.remote.wire import Json, WorkerError
 def remove(request: Json) -> Json:
     """Remove `paths`, and what matches `patterns`; then the folders in `empty` if they are empty.
 
-    `cache`: remove uv in this user's cache too. `owned`: the deployment that must own each folder (deploy.remote.environment).
+    `cache`: remove uv in this user's cache too, and the cache's folder if it is empty then. `owned`: the deployment that must
+    own each folder (deploy.remote.environment).
 
     Returns:
         The removed paths, and their size in bytes.
@@ -38,7 +39,8 @@ def remove(request: Json) -> Json:
         size += size_of(path)
         remove_all(path)
         removed.append(str(path))
-    for folder in request["empty"]:
+    own = [Path.home() / ".cache" / "gracefarm"] if request.get("cache") else []
+    for folder in (*request["empty"], *own):
         with suppress(OSError):
             Path(folder).rmdir()
     return {"removed": removed, "bytes": size}

@@ -19,11 +19,11 @@ SECRETS = ("ray-token", "api-key")
 
 @dataclass(frozen=True, kw_only=True)
 class Removed:
-    """The files that `purge` removed."""
+    """What `purge` removed."""
 
     bytes: int
     places: tuple[str, ...]
-    "`NODE: PATH`."
+    "`NODE: PATH`; for the cache of the shared folder also `NODE: DESCRIPTION`."
     failed: dict[str, GracefarmError]
 
 
@@ -38,11 +38,11 @@ async def remove_secrets(work: Work, targets: Sequence[RemoteNode]) -> dict[str,
     return bad
 
 
-async def purge(work: Work, *, share: bool, weights: bool) -> Removed:
+async def purge(work: Work, *, share: bool, weights: bool, cache: bool) -> Removed:
     """Remove this deployment's files from every node: jobs, logs, secrets, Ray's folder, uv. Nothing of it may be running.
 
     `share`: remove its environments on the shared folder too. `weights`: remove the model's files, which other deployments
-    may use.
+    may use. `cache`: undo what the step `cache` changed on the nodes, which other deployments may use too.
     """
     deployment = work.deployment
 
@@ -55,14 +55,16 @@ async def purge(work: Work, *, share: bool, weights: bool) -> Removed:
             request["paths"] = [*own, *_shared(work, share=share, weights=weights)]
             request["owned"] = {paths.environment_root(deployment): work.fleet.mark} if share else {}
             request["patterns"] = [_partial(work)] if weights else []
+            request["empty"] = [*_parents(work), base]
         return await call(node, "remains.remove", request)
 
     good, bad = await try_all(work.nodes, remove)
-    return Removed(
-        bytes=sum(int(answer["bytes"]) for answer in good.values()),
-        places=tuple(f"{node}: {path}" for node, answer in good.items() for path in answer["removed"]),
-        failed=bad,
-    )
+    places = [f"{node}: {path}" for node, answer in good.items() for path in answer["removed"]]
+    if cache:
+        undone, failed = await try_all(work.nodes, lambda node: call(node, "cache.undo", {}))
+        places += [f"{node}: {what}" for node, answer in undone.items() for what in answer["undone"]]
+        bad = failed | bad
+    return Removed(bytes=sum(int(answer["bytes"]) for answer in good.values()), places=tuple(places), failed=bad)
 
 
 def _shared(work: Work, *, share: bool, weights: bool) -> list[str]:
@@ -70,6 +72,13 @@ def _shared(work: Work, *, share: bool, weights: bool) -> list[str]:
     folder = work.keeper.state.data("weights").get("folder")
     model = [folder, f"{folder}.manifest.json"] if weights and folder else []
     return [*([paths.environment_root(work.deployment)] if share else []), *model]
+
+
+def _parents(work: Work) -> list[str]:
+    """Folders on the shared folder that all deployments have in common, the innermost first."""
+    root = paths.root(work.deployment)
+    model = posixpath.dirname(paths.weights(root, work.deployment.data.model.repo, "*"))
+    return [model, posixpath.dirname(model), root]
 
 
 def _partial(work: Work) -> str:

@@ -14,7 +14,9 @@ import pytest
 
 from deploy.fleet.calls import Exit, RemoteNode
 from deploy.nodes import state
-from deploy.remote.cache import inspect, measure, write_fstab
+from deploy.remote import cache as cache_on_node
+from deploy.remote import mounts
+from deploy.remote.cache import inspect, install, measure, undo, write_fstab
 from deploy.remote.wire import WorkerError
 from deploy.steps import cache, step
 from deploy.steps.cache import CacheStep
@@ -252,3 +254,104 @@ def test_it_is_measured_once_when_the_weights_are_there(tmp_path: Path, monkeypa
 
     inputs = state.digest("cache", "/srv/share", [(target.name, target.address, target.gpus) for target in nodes])
     with_work(tmp_path, go, share="/srv/share")
+
+
+@pytest.fixture
+def commands(etc: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What the node's part runs as root. Only commands for files are run; the share is NFS with a cache."""
+    ran: list[list[str]] = []
+
+    def sudo(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        ran.append(list(command))
+        if command[0] in ("cp", "dd", "mv", "rm"):
+            return subprocess.run(command, capture_output=True, text=True, check=check)
+        return subprocess.CompletedProcess(command, 1 if "is-enabled" in command else 0, "", "")
+
+    for name in ("DEFAULTS", "RECORD", "CACHED"):
+        monkeypatch.setattr(f"deploy.remote.cache.{name}", etc / name)
+    monkeypatch.setattr("deploy.remote.cache.sudo", sudo)
+    monkeypatch.setattr("deploy.remote.cache.fsc", lambda target: target == NFS["target"])
+    monkeypatch.setattr("deploy.remote.cache._running", lambda: False)
+    monkeypatch.setattr("shutil.which", lambda name, **_: None if name == "cachefilesd" else f"/usr/bin/{name}")
+    return ran
+
+
+def others(ran: list[list[str]]) -> list[list[str]]:
+    """The commands that are not for files."""
+    return [command for command in ran if command[0] not in ("cp", "dd", "mv", "rm")]
+
+
+def set_up() -> None:
+    """As `switch_on` does it, but twice, as after a first try that failed."""
+    for _ in range(2):
+        install({})
+    write_fstab({"text": mounts.with_cache(FSTAB, NFS["target"]), "before": hashlib.sha256(FSTAB.encode()).hexdigest()})
+
+
+def test_undo_removes_all_that_was_put_on_the_node(etc: Path, commands: list[list[str]]) -> None:
+    set_up()
+    (etc / "CACHED").mkdir()
+    commands.clear()
+    (backup,) = etc.glob("fstab.gracefarm-*")
+    done = undo({})["undone"]
+    assert done == [
+        f"the option fsc in {etc / 'fstab'}",
+        "the package cachefilesd",
+        *(str(path) for path in (etc / "CACHED", backup, etc / "RECORD")),
+    ]
+    assert (etc / "fstab").read_text() == FSTAB
+    assert [path.name for path in etc.iterdir()] == ["fstab"]
+    share = NFS["target"]
+    assert others(commands) == [["umount", share], ["mount", share], ["apt-get", "purge", "-y", "cachefilesd"]]
+    assert undo({}) == {"undone": []}
+
+
+def test_undo_switches_a_cachefilesd_off_that_was_there_and_was_off(
+    etc: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name, **_: f"/usr/bin/{name}")
+    (etc / "DEFAULTS").write_text("# see the manual\n#RUN=yes\n")
+    set_up()
+    assert (etc / "DEFAULTS").read_text() == "# see the manual\nRUN=yes\n"
+    commands.clear()
+    undo({})
+    assert (etc / "DEFAULTS").read_text() == "# see the manual\n#RUN=yes\n"
+    assert others(commands)[2:] == [["systemctl", "disable", "--now", "cachefilesd"]]
+    assert sorted(path.name for path in etc.iterdir()) == ["DEFAULTS", "fstab"]
+
+
+def test_undo_keeps_what_others_changed_in_fstab_since(etc: Path, commands: list[list[str]]) -> None:
+    set_up()
+    more = "tmpfs /scratch tmpfs rw 0 0\n"
+    (etc / "fstab").write_text((etc / "fstab").read_text() + more)
+    undo({})
+    assert (etc / "fstab").read_text() == FSTAB + more
+    set_up_text = mounts.with_cache(FSTAB, NFS["target"]).replace("_netdev,fsc", "_netdev,fsc,ro")
+    (etc / "fstab").write_text(FSTAB)
+    set_up()
+    (etc / "fstab").write_text(set_up_text)
+    commands.clear()
+    undo({})
+    assert (etc / "fstab").read_text() == set_up_text
+    assert ["umount", NFS["target"]] not in commands
+
+
+def test_undo_can_be_repeated_when_the_folder_was_in_use(
+    etc: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_up()
+    free = cache_on_node.sudo
+
+    def busy(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        if command[0] == "umount":
+            return subprocess.CompletedProcess(command, 32, "", "umount: target is busy.\n")
+        return free(*command, check=check)
+
+    monkeypatch.setattr("deploy.remote.cache.sudo", busy)
+    with pytest.raises(WorkerError, match=r"still has its cache: umount: target is busy") as error:
+        undo({})
+    assert "without --cache" in error.value.remedy
+    monkeypatch.setattr("deploy.remote.cache.sudo", free)
+    assert "the package cachefilesd" in undo({})["undone"]
+    assert ["mount", NFS["target"]] in commands
+    assert [path.name for path in etc.iterdir()] == ["fstab"]
