@@ -2,7 +2,8 @@
 
 triton: empty folders stand for LLVM and json. The programs and libraries of CUDA 12.4 for aarch64 are the recipe's own.
 aphrodite: compiled by CUDA 12.4.131 through torch's own CMake files, against the headers of torch's CPU wheel, so nothing is
-loaded (test_aphrodite_smoke.py does that).
+loaded (test_aphrodite_smoke.py does that). The part of the CMake files that the CPU wheel switches off is that of
+tests/recipes/aphrodite_objects, with which five units of the real engine were compiled (docs/howto/pinned.md).
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import pytest
 import tomlkit
 
 from builder.fetch import download
+from builder.planning import recipe
 from tests.conftest import REPOSITORY, Farm
 from tests.integration.fetch_kit import Repository, sha256
-from tests.integration.pinned_kit import CORE, CORE_CUDA, PYPROJECT, TORCH_CMAKE
+from tests.integration.pinned_kit import CORE, CORE_CUDA, PYPROJECT
 from tests.integration.test_audit_real import published
 from tests.integration.test_build import record_of
 
@@ -227,15 +229,18 @@ def test_the_recipes_smoke_test_compiles_kernels_by_a_triton_that_others_publish
 
 
 # The files that upstream compiles for sm_90a as well have its flag here too; the instruction is one of those that want it.
-ENGINE_CMAKE = (
-    TORCH_CMAKE.partition("Python_add_library")[0].replace(
-        "set(USE_CUDA ON)",
-        """include(FetchContent)
+ENGINE_CMAKE = """
+cmake_minimum_required(VERSION 3.26)
+project(engine LANGUAGES CXX)
+list(APPEND CMAKE_PREFIX_PATH /env/lib/python3.11/site-packages/torch/share/cmake)
+list(APPEND CMAKE_MODULE_PATH ${CMAKE_SOURCE_DIR}/cmake/torch)
+find_package(Torch REQUIRED)
+find_package(CUDA REQUIRED)
+find_package(CUDAToolkit REQUIRED)
+include(FetchContent)
 FetchContent_Declare(cutlass GIT_REPOSITORY https://github.com/nvidia/cutlass.git GIT_TAG v3.5.1)
 FetchContent_MakeAvailable(cutlass)
-set(USE_CUDA ON)""",
-    )
-    + """
+find_package(Python REQUIRED COMPONENTS Interpreter Development.Module Development.SABIModule)
 set(special machete_mm_impl_part0.cu machete_prepack_part0.cu scaled_mm_c2x.cu scaled_mm_c3x.cu)
 set_source_files_properties(${special} PROPERTIES COMPILE_FLAGS "-gencode arch=compute_90a,code=sm_90a")
 set(_moe_C_parts softmax.cu)
@@ -246,9 +251,8 @@ foreach(name _core_C _moe_C _C)
     set_target_properties(${name} PROPERTIES PREFIX "" SUFFIX .abi3.so)
 endforeach()
 target_link_libraries(_moe_C PRIVATE CUDA::cudart)
-target_link_libraries(_C PRIVATE CUDA::cudart CUDA::cublas CUDA::cuda_driver)
+target_link_libraries(_C PRIVATE torch CUDA::cudart CUDA::cublas CUDA::cuda_driver)
 """
-)
 ENGINE_SETUP = """
 import os, shutil, subprocess
 from pathlib import Path
@@ -301,12 +305,14 @@ def test_aphrodite_as_its_recipe_says_compiles_by_cuda_12_4_for_the_architecture
     kernels = ("softmax", "gptq_marlin", *machete, "scaled_mm_c2x", "scaled_mm_c3x")
     bindings = {name: CORE.replace("NAME", name).replace("#include <Python", LIMITED) for name in ("_core_C", "_moe_C")}
     bindings["_C"] = CORE_CUDA.replace("__global__ void kernel() {}", "").replace("kernel<<<1, 1>>>();", "")
+    for_headers = recipe.load(REPOSITORY / "tests/recipes", "aphrodite_objects").data
     repository = Repository(hub / "PygmalionAI/aphrodite-engine")
     commit = repository.commit(
         {
             "setup.py": ENGINE_SETUP,
             "pyproject.toml": PYPROJECT.replace('"setuptools"', '"setuptools", "cmake>=3.26", "torch==2.4.0"'),
             "CMakeLists.txt": ENGINE_CMAKE,
+            **{file.path: file.text for file in for_headers.files if file.text},
             "aphrodite/__init__.py": "",
             document["substitutions"][0]["path"]: document["substitutions"][0]["find"],
             **{f"{name}.cpp": text for name, text in bindings.items()},
@@ -337,7 +343,7 @@ def test_aphrodite_as_its_recipe_says_compiles_by_cuda_12_4_for_the_architecture
         "Requires-Dist: triton==3.2.0+git755d4164",
     ]
     with tarfile.open(next(wheel.parent.glob("*.tar.gz"))) as tar:
-        assert "aphrodite_engine-0.6.4.post1+cu124/.deps/cutlass/include/cute.h" in tar.getnames()
+        assert "aphrodite_engine-0.6.4.post1+cu124.torch2.4/.deps/cutlass/include/cute.h" in tar.getnames()
 
 
 LIMITED = "#define Py_LIMITED_API 0x03080000\n#include <Python"

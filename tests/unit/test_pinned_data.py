@@ -288,6 +288,18 @@ def test_the_engines_long_pole_is_declared() -> None:
     assert max(build.unit_seconds, key=build.unit_seconds.__getitem__) == "gptq_marlin.cu"
 
 
+def test_the_engine_against_headers_alone_has_the_pins_and_settings_of_the_engine() -> None:
+    own, objects = (
+        recipe.load(REPOSITORY / folder, name).data
+        for folder, name in (("recipes", "aphrodite"), ("tests/recipes", "aphrodite_objects"))
+    )
+    for name in ("name", "version", "license", "source", "repositories"):
+        assert getattr(objects, name) == getattr(own, name)
+    assert objects.build.environment == own.build.environment
+    assert objects.build.cmake == {**own.build.cmake, "CMAKE_MODULE_PATH": objects.build.cmake["CMAKE_MODULE_PATH"]}
+    assert objects.wheel.sm_extra.items() <= own.wheel.sm_extra.items()
+
+
 def test_the_pinned_recipes_name_commits_and_digests_alone() -> None:
     commits = {"triton": "755d4164", "flash_attn": "49b45ed4", "aphrodite": "8b8d2ce7"}
     for name, commit in commits.items():
