@@ -258,7 +258,7 @@ def test_replicas_on_whole_nodes_and_on_several() -> None:
     assert across.serve_env["VLLM_RAY_DP_PACK_STRATEGY"] == "span"
     assert inside.memory
     assert inside.memory.cache_tokens == 8 * inside.memory.request_tokens
-    with pytest.raises(LayoutError, match="a replica of 3 GPUs must fill whole nodes or a part of one, but the nodes have 8"):
+    with pytest.raises(LayoutError, match="a replica has 3 GPUs, and each node has 8 GPUs"):
         planned(2, "h200", layout={"tensor_parallel": 1, "pipeline_parallel": 3, "data_parallel": 2})
     with pytest.raises(LayoutError, match="tp4 pp1 dp3 requires 12 GPUs, but there are 8"):
         planned(1, "h200", layout={"tensor_parallel": 4, "pipeline_parallel": 1, "data_parallel": 3})
@@ -407,7 +407,7 @@ def test_trust_serves_a_model_that_nobody_knows_here(tmp_path: Path) -> None:
     uneven = ServePlan.model_validate_json(done.stdout.splitlines()[-1])
     assert ([node.gpus for node in uneven.nodes], uneven.serve_env["VLLM_RAY_DP_PACK_STRATEGY"]) == ([8, 4], "fill")
     (tmp_path / "deploy.toml").write_text(trusting + replicas.format(3, 2))
-    told(tmp_path, 64, "a replica of 3 GPUs must fill whole nodes", "plan", "--nodes", "2", "--gpu", "h200")
+    told(tmp_path, 64, "a replica has 3 GPUs", "plan", "--nodes", "2", "--gpu", "h200")
     (tmp_path / "deploy.toml").write_text(trusting + "tensor_parallel = 2\npipeline_parallel = 2\n")
     shown = deploy(tmp_path, "plan", "--nodes", "4")
     assert (shown.returncode, "not predicted" in shown.stdout) == (0, True), shown.stderr
