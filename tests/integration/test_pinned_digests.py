@@ -51,7 +51,7 @@ def test_the_plan_shows_every_digest_or_the_named_gap(name: str) -> None:
 
 
 def test_the_digests_that_are_not_known_are_exactly_these(unread: Path) -> None:
-    """With the digests that were filled in since put back: in these nine places, and in no other."""
+    """With the digests that were filled in since put back: in these three places, and in no other."""
     found: dict[str, list[str]] = {}
     for name in recipe.names(unread / "recipes"):
         for gap in gaps.of_recipe(recipe.load(unread / "recipes", name)):
