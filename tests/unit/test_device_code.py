@@ -132,10 +132,11 @@ def test_the_choice_of_a_command_line_reaches_the_plan() -> None:
 @pytest.mark.parametrize(
     ("source", "hopper", "memory"),
     [
-        ("build/temp/kernels/quantization/machete/generated/machete_mm_impl_part3.cu", True, "9GiB"),
+        ("build/temp/kernels/quantization/machete/generated/machete_mm_impl_part3.cu", True, "9.5GiB"),
         ("build/temp/kernels/quantization/machete/generated/machete_prepack_part1.cu", True, None),
         ("kernels/quantization/machete/machete_pytorch.cu", False, None),
         ("kernels/quantization/cutlass_w8a8/scaled_mm_c3x.cu", True, "8GiB"),
+        ("kernels/quantization/gptq_marlin/gptq_marlin.cu", False, "4.5GiB"),
         ("kernels/attention/attention_kernels.cu", False, None),
     ],
 )
