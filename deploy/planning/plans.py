@@ -404,8 +404,8 @@ def _notes(question: Question, best: Candidate, facts: Facts) -> list[str]:
         )
     if model.experts and best.layout.dp > 1:
         notes.append(
-            "the predicted speed of replicas that share experts is not calibrated: the only measurement, of a small model on "
-            "a busy machine, reached 22 to 35 % of its prediction"
+            "the predicted speed of replicas that share experts is not calibrated: two measurements, of a small model on "
+            "busy machines, reached 7 to 35 % of their predictions"
         )
     names = {slot.gpu.name for slot in best.slots if hardware.kind_of(slot.gpu.name) is hardware.UNKNOWN}
     notes += [f"the speed model does not know {name}: the predicted speed is a guess" for name in sorted(names)]
