@@ -70,8 +70,8 @@ def check_replicas(engine: Engine, world: int, dp: int, slots: Sequence[Slot]) -
         )
     if have[0] % world and world % have[0]:
         raise LayoutError(
-            f"data_parallel = {dp}: a replica has {world} GPUs, and each node has {have[0]} GPUs; one of these numbers must be "
-            "a multiple of the other",
+            f"data_parallel = {dp}: a replica has {world} GPUs, and each node has {have[0]} GPUs; one of these numbers must "
+            "be a multiple of the other",
             remedy="set tensor_parallel and pipeline_parallel so that their product divides the number of GPUs of a "
             "node, or is a multiple of that number",
         )
