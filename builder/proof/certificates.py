@@ -3,6 +3,9 @@
 A machine with a GPU writes an unsigned report. The machine that built the wheels compares the report with these wheels, and
 signs a certificate for each device digest. A wheel with the same digest has the same device code, so the certificate is valid
 for it too, even if it is for another host architecture or Python. Host code is not covered.
+
+A wheel can have code of several sm that one GPU can run, as 90 and 90a. Nothing reports which of them ran, so each certificate
+names the others.
 """
 
 from __future__ import annotations
@@ -60,6 +63,8 @@ class Certificate(Table):
 
     device_digest: Sha256
     sm: str
+    other_sm: tuple[str, ...] = ()
+    "Other sm values of device code in the tested wheel that the GPU can run: the comparisons need not have run code for `sm`"
     gpu: str
     driver: str
     certified: str
@@ -129,8 +134,15 @@ def accept(
     Raises:
         VerifyError: no wheel of this machine has the device code of the report; names both digests.
     """
+    loaded = _loaded(given.device_digests, given.sm)
     certificates = [
-        Certificate(device_digest=digest, sm=sm, certified=given.finished, **given.model_dump(include=_REPORTED))
+        Certificate(
+            device_digest=digest,
+            sm=sm,
+            other_sm=tuple(sorted(loaded.keys() - {sm})),
+            certified=given.finished,
+            **given.model_dump(include=_REPORTED),
+        )
         for sm, digest in _confirmed(given, wheels).items()
     ]
     for certificate in certificates:
@@ -142,18 +154,18 @@ def accept(
 
 
 def _confirmed(given: GpuReport, wheels: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """The report's digests, by sm, that the GPU ran and that a wheel of this machine has."""
+    """The report's digests, by sm, that the GPU can run and that a wheel of this machine has."""
     own = wheels.get(given.wheel.sha256)
-    ran = _loaded(given.device_digests, given.sm)
-    if own is not None and any(own.get(sm) != digest for sm, digest in ran.items()):
+    loaded = _loaded(given.device_digests, given.sm)
+    if own is not None and any(own.get(sm) != digest for sm, digest in loaded.items()):
         raise VerifyError(
             f"the report about {given.wheel.filename} has different device digests than the wheel",
             remedy="do not use this report: test the wheel again with `builder certify` on the machine with the GPU",
         )
     measured = {digest for digests in wheels.values() for digest in digests.values()}
-    confirmed = {sm: digest for sm, digest in ran.items() if digest in measured}
+    confirmed = {sm: digest for sm, digest in loaded.items() if digest in measured}
     if not confirmed:
-        theirs = ", ".join(f"sm_{sm} {digest[:16]}" for sm, digest in ran.items()) or f"none for sm_{given.sm}"
+        theirs = ", ".join(f"sm_{sm} {digest[:16]}" for sm, digest in loaded.items()) or f"none for sm_{given.sm}"
         here = sorted({f"sm_{sm} {digest[:16]}" for digests in wheels.values() for sm, digest in digests.items()})
         raise VerifyError(
             f"{given.wheel.filename} in the report has different device code ({theirs}) than the wheels of this machine "
@@ -165,7 +177,7 @@ def _confirmed(given: GpuReport, wheels: Mapping[str, Mapping[str, str]]) -> dic
 
 
 def _loaded(digests: Mapping[str, str], sm: str) -> dict[str, str]:
-    """The digests of the code that a GPU of that architecture loads: its own, else the newest of its generation.
+    """The digests of the code that such a GPU can run: that of its sm (90 and 90a), else the newest of its generation.
 
     https://docs.nvidia.com/cuda/cuda-c-programming-guide/#binary-compatibility
     """
@@ -205,7 +217,12 @@ def sentence(certificate: Certificate, build: Record) -> str:
     """The certificate in words, for `builder show` and the provenance."""
     own = build.wheel is not None and certificate.wheel.sha256 == build.wheel.sha256
     by = "this wheel" if own else f"its twin {certificate.wheel.filename}, which has the same device code"
+    others = " and ".join(f"sm_{sm}" for sm in certificate.other_sm)
+    doubt = (
+        f"; this GPU can also run the code for {others} in the tested wheel, so it is not known whether the comparisons ran "
+        f"code for sm_{certificate.sm}"
+    )
     return (
         f"device code for sm_{certificate.sm} certified on {certificate.gpu} by {by}: "
-        f"{counted(len(certificate.comparisons), 'comparison')}; host code is not covered"
+        f"{counted(len(certificate.comparisons), 'comparison')}; host code is not covered" + (doubt if others else "")
     )

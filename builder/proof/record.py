@@ -202,7 +202,8 @@ class Record(Table):
     device_digests: dict[str, str] = Field(default_factory=dict)
     (
         "Digest of the wheel's device code for each sm value. The key is the sm value. A certificate names one of these "
-        "digests, and is valid for each wheel that has it"
+        "digests, and is valid for each wheel that has it. If the GPU of the test can run code of several sm values, such as "
+        "90 and 90a, it is not known which of them ran"
     )
     gpu: GpuResult | None = None
     "Result of the recipe's GPU test, the script smoke_gpu.py. null: the recipe has no such script, or the build failed"

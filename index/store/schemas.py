@@ -126,6 +126,11 @@ class DeviceCertificate(SentDocument):
     "Digest of the wheel's device code for one sm value. It must be equal to DIGEST in the address."
     sm: SmName
     "sm value of the device code, for example `90`."
+    other_sm: tuple[SmName, ...] = Field(default=(), max_length=100)
+    (
+        "Other sm values of device code in the tested wheel that the GPU can run. If the list is not empty, it is not known "
+        "whether the comparisons ran code for `sm`."
+    )
     gpu: ShortText
     "Name of the GPU, for example `NVIDIA H100 80GB HBM3`."
     driver: ShortText = ""

@@ -246,6 +246,10 @@ def test_a_wheel_shows_its_certificates_and_those_of_its_twin(site: Server) -> N
     own = site.page("board-pkg").json()["files"][0]["hashes"]["sha256"]
     put(site, f"/certificates/{DIGEST}", certificate(own))
     assert "this wheel ran" in site.client.get(page).text
+    doubt = "it is not known whether the comparisons ran code for sm 90a"
+    assert doubt not in site.client.get(page).text
+    put(site, f"/certificates/{DIGEST}", certificate(own, other_sm=["90"]))
+    assert f"This GPU can also run the code for sm 90 in that wheel, so {doubt}." in site.client.get(page).text
     link = re.search(r'href="\.\./\.\./(certificates/[0-9a-f]+)"', site.client.get(page).text)
     assert link
     assert site.client.get("/" + link[1]).json()["sm"] == "90a"
