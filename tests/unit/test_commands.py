@@ -75,10 +75,10 @@ def test_each_step_of_a_workflow_is_a_command_that_exists(path: Path) -> None:
             assert (REPOSITORY / first).exists() or first.startswith(".venv/"), first
 
 
-def test_the_pinned_workflow_locks_plans_builds_and_publishes_the_three() -> None:
+def test_the_pinned_workflow_plans_builds_and_publishes_the_three() -> None:
     path = REPOSITORY / ".github" / "workflows" / "pinned.yml"
     said = [" ".join([program, *words[:1]]) for program, words in commands(steps(path))]
-    assert [line for line in said if line.startswith("builder ")][:3] == ["builder lock", "builder plan", "builder build"]
+    assert [line for line in said if line.startswith("builder ")][:2] == ["builder plan", "builder build"]
     matrix = yaml.safe_load(path.read_text())["jobs"]["build"]["strategy"]["matrix"]
     assert matrix["recipe"] == ["triton", "flash_attn", "aphrodite"]
     # Singly, a wheel would be seen before the set that it is part of.

@@ -167,10 +167,26 @@ def test_the_stages_name_says_what_is_in_it(tmp_path: Path) -> None:
     assert re.fullmatch(r"[0-9a-f]{12}\n", done.stdout)
 
 
-def test_an_image_is_locked_where_a_container_builds_and_nowhere_else() -> None:
-    for name, job in PINNED.items():
-        asked = [line for line in runs(job).splitlines() if "builder lock" in line]
-        assert all(("--toolchain container" in line) == (name == "container") for line in asked)
+def test_a_published_wheel_says_that_its_digests_were_read_at_first_use() -> None:
+    """`builder lock` leaves no mark in the file, so the plan, the record and the SBOM would show the digest as a known one."""
+    publishing = {name for (name, _), job in JOBS.items() if {"--stage", "--publish"} & set(runs(job).split())}
+    assert publishing >= {"pinned", "nightly"}
+    for (name, key), job in JOBS.items():
+        builds = [line.split() for line in runs(job).splitlines() if "builder build" in line]
+        assert name not in publishing or "builder lock" not in runs(job), (name, key)
+        assert name != "pinned" or all({"--accept-new", "--yes"} <= set(words) for words in builds), (name, key)
+    # The day is part of the build id, so a later night takes it from the cache.
+    lines = runs(PINNED["build"]).splitlines()
+    (applied,) = [at for at, line in enumerate(lines) if "git apply accepted.patch" in line]
+    (built,) = [at for at, line in enumerate(lines) if "builder build" in line]
+    (kept,) = [at for at, line in enumerate(lines) if line.endswith("| tee accepted.patch")]
+    assert applied < built < kept
+    assert [step["if"] for step in PINNED["build"]["steps"] if "tee accepted.patch" in step.get("run", "")] == ["always()"]
+    ((_, restore),) = uses(PINNED["build"], "actions/cache/restore")
+    assert "accepted.patch" in restore["with"]["path"].split()
+
+
+def test_the_pinned_jobs_use_toolchains_that_the_recipes_do_not_refuse() -> None:
     for name, toolchain in (("build", "sandbox"), ("container", "container")):
         for key in PINNED[name]["strategy"]["matrix"]["recipe"]:
             assert toolchain not in recipe.load(REPOSITORY / "recipes", key).data.refuses
@@ -182,30 +198,48 @@ def test_each_step_is_a_script_that_a_shell_reads(key: tuple[str, str]) -> None:
     subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=30)
 
 
-def test_gather_puts_what_the_jobs_made_into_one_checkout(tmp_path: Path) -> None:
-    """Three jobs that filled the same gap of the stack, and triton's one of its recipe too."""
-    names = ("recipes/triton/recipe.toml", "recipes/flash_attn/recipe.toml", "stacks/cu124/stack.toml")
-    for name in names:
+def gathered(tmp_path: Path, day_of: dict[str, int]) -> subprocess.CompletedProcess[str]:
+    """.ci/gather on three jobs that filled the gaps of triton and of the stack; `day_of`: when each accepted the stack's."""
+    files = {key: f"recipes/{key}/recipe.toml" for key in ("triton", "flash_attn", "aphrodite")}
+    stack = "stacks/cu124/stack.toml"
+    tmp_path.mkdir()
+    for name in (*files.values(), stack):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(f"name = '{name}'\nsha256_unknown = 'why'\n")
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "gaps"]):
         subprocess.run([*git, *words], cwd=tmp_path, check=True)
-    filled = {"triton": (names[0], names[2]), "flash_attn": (names[2],), "aphrodite": ()}
-    for key, changed in filled.items():
-        for name in changed:
-            (tmp_path / name).write_text(f"name = '{name}'\nsha256 = '{'ab' * 32}'\n")
+    for key, name in files.items():
+        digest = f"sha256 = '{'ab' * 32}'\naccepted = 2026-01-0"
+        if key == "triton":
+            (tmp_path / name).write_text(f"name = '{name}'\n{digest}1\n")
+        else:
+            (tmp_path / stack).write_text(f"name = '{stack}'\n{digest}{day_of[key]}\n")
         patch = subprocess.run(["git", "diff"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
         subprocess.run(["git", "checkout", "-q", "."], cwd=tmp_path, check=True)
         artifact = tmp_path / "built" / key
         (artifact / ".farm/builds" / key).mkdir(parents=True)
         (artifact / ".farm/builds" / key / "record.json").write_text(key)
-        (artifact / "locked.patch").write_text(patch)
+        (artifact / "accepted.patch").write_text(patch)
     (tmp_path / "built/gh200-cu124/5e7").mkdir(parents=True)
     (tmp_path / "built/gh200-cu124/5e7/set.json").write_text("tested")
     (tmp_path / ".ci").mkdir()
     shutil.copy(REPOSITORY / ".ci/gather", tmp_path / ".ci")
-    subprocess.run([".ci/gather", "built"], cwd=tmp_path, check=True, timeout=60)
-    assert sorted(path.read_text() for path in tmp_path.glob(".farm/builds/*/record.json")) == sorted(filled)
-    assert (tmp_path / ".farm/sets/5e7/set.json").read_text() == "tested"
-    assert ["sha256 =" in (tmp_path / name).read_text() for name in names] == [True, False, True]
+    return subprocess.run([".ci/gather", "built"], cwd=tmp_path, check=False, capture_output=True, text=True, timeout=60)
+
+
+def test_gather_puts_what_the_jobs_made_into_one_checkout(tmp_path: Path) -> None:
+    """Two jobs that filled the same gap of the stack, and triton's one of its recipe."""
+    place = tmp_path / "same"
+    done = gathered(place, {"flash_attn": 1, "aphrodite": 1})
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.read_text() for path in place.glob(".farm/builds/*/record.json"))
+    assert names == ["aphrodite", "flash_attn", "triton"]
+    assert (place / ".farm/sets/5e7/set.json").read_text() == "tested"
+    found = {path.parent.name: "sha256 =" in path.read_text() for path in place.glob("*/*/*.toml")}
+    assert found == {"triton": True, "flash_attn": False, "aphrodite": False, "cu124": True}
+
+
+def test_gather_refuses_digests_of_the_stack_that_two_jobs_accepted_on_different_days(tmp_path: Path) -> None:
+    done = gathered(tmp_path / "days", {"flash_attn": 1, "aphrodite": 2})
+    assert (done.returncode, "commit accepted.patch of the job of flash_attn" in done.stderr) == (1, True), done.stderr
