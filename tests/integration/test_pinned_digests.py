@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -31,9 +32,25 @@ def unread(tmp_path: Path) -> Path:
     return tmp_path / "unread"
 
 
-@pytest.mark.parametrize("name", ["triton", "flash_attn", "aphrodite"])
-def test_the_plan_shows_every_digest_or_the_named_gap(name: str) -> None:
-    done = projects.run_builder(["plan", name], {"GRACEFARM_PROJECT": str(REPOSITORY)})
+ENGINE = {"aphrodite-flash-attn": "aphrodite-flash-attn==2.6.1.post2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "stack_name", "requires", "substitutions"),
+    [
+        ("triton", "cu124", {}, 0),
+        ("triton", "cu130", {}, 0),
+        ("flash_attn", "cu124", {}, 1),
+        ("flash_attn", "cu130", {"torch": "torch==2.11.0"}, 1),
+        ("aphrodite", "cu124", {**ENGINE, "triton": "triton==3.2.0+git755d4164"}, 1),
+        # torch 2.11.0 requires another triton, so there is no pin of it.
+        ("aphrodite", "cu130", {**ENGINE, "torch": "torch==2.11.0", "torchvision": "torchvision"}, 10),
+    ],
+)
+def test_the_plan_shows_every_digest_or_the_named_gap(
+    name: str, stack_name: str, requires: dict[str, str], substitutions: int
+) -> None:
+    done = projects.run_builder(["plan", name, "--stack", stack_name], {"GRACEFARM_PROJECT": str(REPOSITORY)})
     assert done.code == 0, done.said
     data = recipe.load(REPOSITORY / "recipes", name).data
     assert data.source.kind == "git"
@@ -46,8 +63,12 @@ def test_the_plan_shows_every_digest_or_the_named_gap(name: str) -> None:
             gap = [line for line in done.out.splitlines() if line.startswith("no digest ") and file.origin in line]
             assert bool(gap) == (file.sha256 is None), file.origin
     torch = [line for line in done.out.splitlines() if line.startswith("no digest torch")]
-    known = {wheel.name: wheel for wheel in pins.wheels(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64)}
+    known = {wheel.name: wheel for wheel in pins.wheels(stack.load(REPOSITORY / "stacks", stack_name), Arch.AARCH64)}
     assert bool(torch) == (not known["torch"].sha256 and name != "triton")
+    start = done.out.index("{")
+    inputs = json.JSONDecoder().raw_decode(done.out, start)[0]
+    assert inputs["recipe"]["requires"] == requires
+    assert len(inputs["recipe"]["substitutions"]) == substitutions
 
 
 def test_the_digests_that_are_not_known_are_exactly_these(unread: Path) -> None:
