@@ -342,3 +342,14 @@ def test_triton_executes_programs_of_the_target_out_of_llvms_archive_alone() -> 
     assert [tree.recipe for tree in from_source.trees] == ["llvm"]
     assert not [file for file in from_source.files if file.url and "llvm-builds" in file.url]
     assert gaps.of_recipe(loaded.with_trees(("llvm",)).for_host(Arch.X86_64)) == []
+
+
+def test_the_tree_of_llvm_is_checked_for_what_triton_links_for_aarch64() -> None:
+    """From CMakeLists.txt and bin/CMakeLists.txt at 755d4164: translations, code of the targets, and the programs in bin."""
+    translations = ("MLIRNVVMToLLVMIRTranslation", "MLIRROCDLToLLVMIRTranslation")
+    targets = ("AArch64AsmParser", "AArch64CodeGen", "AMDGPUAsmParser", "AMDGPUCodeGen", "NVPTXCodeGen")
+    programs = ("MLIROptLib", "MLIRReduceLib", "MLIRLspServerLib", "LLVMOption")
+    tree = recipe.load(REPOSITORY / "recipes", "llvm").data.tree
+    assert tree is not None
+    wanted = {f"lib/lib{name}.a" for name in (*translations, *(f"LLVM{name}" for name in targets), *programs)}
+    assert {path for path in tree.holds if path.endswith(".a")} == wanted
