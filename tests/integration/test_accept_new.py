@@ -15,7 +15,7 @@ from builder.planning.stack import host_arch
 from tests import projects
 from tests.conftest import Farm
 from tests.integration.fetch_kit import sha256
-from tests.integration.pinned_kit import URL, mirrors, own_wheel, trinity
+from tests.integration.pinned_kit import URL, mirrors, own_stack, own_wheel, trinity
 from tests.integration.test_build import record_of
 from tests.integration.test_sets import write_set
 
@@ -131,6 +131,27 @@ def test_an_index_that_says_another_digest_than_its_file_has_is_refused(farm: Fa
     done = farm.run("build", "tiny", "--target", NATIVE, "--accept-new", "--yes", **mirror)
     assert (done.code, place.read_text()) == (11, before), done.said
     assert f"has sha256 {sha256(data)}, but the index https://torch.example/whl lists {'0' * 64}" in done.said
+
+
+def test_a_wheel_of_the_stack_whose_index_lists_its_digest_is_accepted_and_shown(farm: Farm, tmp_path: Path) -> None:
+    """As torch for CUDA 12.4: an index that is reached says the same digest as its file has."""
+    known, index = sha256(own_wheel(tmp_path / "index")), "https://torch.example/whl/cu124"
+    page = tmp_path / "index/own-thing/index.html"
+    page.write_text(page.read_text().replace('.whl"', f'.whl#sha256={known}"', 1))
+    place = own_stack(farm, NATIVE)
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), stack="own")
+    mirror = {"GRACEFARM_MIRRORS": f"{index}={(tmp_path / 'index').as_uri()}"}
+    done = farm.run("build", "tiny", "--target", NATIVE, "--accept-new", "--yes", **mirror)
+    assert done.code == 0, done.said
+    today = datetime.now(tz=UTC).date()
+    assert f'sha256 = "{known}"\naccepted = {{date = {today}, url = "{index}"}}\n' in place.read_text()
+    what, sentence = f"own-thing 1.0 for {NATIVE}", f"first use on {today} from {index}, not confirmed"
+    assert f"{what} {known[:16]}: {sentence}" in farm.run("plan", "tiny", "--target", NATIVE).out
+    assert record_of(farm, "tiny")["unconfirmed"] == [f"{what} {known}: {sentence}"]
+    with zipfile.ZipFile(done.out.strip()) as opened:
+        document = json.loads(opened.read(next(name for name in opened.namelist() if name.endswith(".spdx.json"))))
+    (said,) = [package for package in document["packages"] if package["name"] == "own-thing"]
+    assert said["comment"] == f"digest read at first use on {today}, not confirmed"
 
 
 def test_accept_new_is_about_named_recipes_of_a_project_of_ones_own(farm: Farm, tmp_path: Path) -> None:
