@@ -210,16 +210,25 @@ def aimed(function: Function) -> Function:
         target: str,
         sm: tuple[str, ...] | None,
         ptx: str | None,
-        llvm: str,
+        from_source: tuple[str, ...],
         variant: bool,
         on: ToolchainChoice,
         **options: Any,
     ) -> Any:
-        from_source = (LLVM,) if llvm == SOURCE else ()
         on = replace(on, sm=sm, ptx=ptx, variant=variant, from_source=from_source)
         return function(*arguments, aim=Aim(stack=stack_name, target=_target_here(target, on), on=on), **options)
 
-    return _with(toolchained(device_coded(with_aim)), *_STACK_AND_TARGET, _VARIANT, _LLVM)
+    return _with(with_trees(toolchained(device_coded(with_aim))), *_STACK_AND_TARGET, _VARIANT)
+
+
+def with_trees(function: Function) -> Function:
+    """Add --llvm; the command receives `from_source`, the recipes whose trees replace downloads."""
+
+    @functools.wraps(function)
+    def with_source(*arguments: Any, llvm: str, **options: Any) -> Any:
+        return function(*arguments, from_source=(LLVM,) if llvm == SOURCE else (), **options)
+
+    return _with(with_source, _LLVM)
 
 
 def device_coded(function: Function, *, audits: bool = False) -> Function:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from builder.cli.accept import accept_new, accept_option, yes_option
-from builder.cli.options import jobs_option, start
+from builder.cli.options import jobs_option, start, with_trees
 from builder.planning import stack
 from builder.planning.settings import Settings
 from builder.proof import materials, record
@@ -58,8 +58,9 @@ def list_command() -> None:
 
 @set_command.command("plan")
 @click.argument("name")
+@with_trees
 @json_option
-def plan_command(name: str) -> None:
+def plan_command(name: str, from_source: tuple[str, ...]) -> None:
     """Show what the build of a set would do, without starting it.
 
     NAME is a set: a folder in sets/, which lists wheels that are built, tested and published together. The output shows the
@@ -70,11 +71,17 @@ def plan_command(name: str) -> None:
     \b
     # Show what the build of the set gh200-cu124 would do.
     builder set plan gh200-cu124
+    # The same, if triton uses an LLVM that is built from source instead of an archive.
+    builder set plan gh200-cu124 --llvm source
     """
     settings, console = start()
-    planned = plan.plan_set(definition.load(name, settings), stack.host_arch())
+    planned = _planned(name, from_source, settings)
     value = _described(planned, settings)
     console.result(value, _lines(planned, value))
+
+
+def _planned(name: str, from_source: tuple[str, ...], settings: Settings) -> SetPlan:
+    return plan.plan_set(definition.load(name, settings).with_trees(from_source), stack.host_arch())
 
 
 def _described(planned: SetPlan, settings: Settings) -> dict[str, Any]:
@@ -86,6 +93,14 @@ def _described(planned: SetPlan, settings: Settings) -> dict[str, Any]:
             "build_id": build.build_id,
             "sources": [material.__dict__ for material in materials.of(build.inputs)],
             "built": record.existing(build, settings) is not None,
+            "trees": [
+                {
+                    "recipe": tree.recipe.key,
+                    "build_id": tree.build_id,
+                    "built": record.tree_path(settings, tree.build_id).is_dir(),
+                }
+                for tree in build.trees
+            ],
         }
         for build in planned.builds
     ]
@@ -111,6 +126,9 @@ def _lines(planned: SetPlan, value: dict[str, Any]) -> str:
             f"          {source['algorithm']}:{source['digest'] or 'no digest'}  {source['what']}"
             for source in build["sources"]
         ]
+        for tree in build["trees"]:
+            state = "built" if tree["built"] else "not built; it is built first"
+            lines.append(f"          tree {tree['recipe']}, build id {tree['build_id']}: {state}")
     lines += ["", f"runs with {len(planned.wheels)} wheels"]
     lines += [
         f"          {f'sha256:{wheel.sha256}' if wheel.sha256 else 'no digest'}  {wheel.name} {wheel.version}"
@@ -124,6 +142,7 @@ def _lines(planned: SetPlan, value: dict[str, Any]) -> str:
 
 @set_command.command("build")
 @click.argument("name")
+@with_trees
 @jobs_option
 @click.option(
     "--index",
@@ -144,6 +163,7 @@ def _lines(planned: SetPlan, value: dict[str, Any]) -> str:
 @json_option
 def build_command(
     name: str,
+    from_source: tuple[str, ...],
     jobs: int | None,
     index_url: str | None,
     stage_url: str | None,
@@ -163,6 +183,8 @@ def build_command(
     builder set build gh200-cu130
     # Ask whether to accept the files whose digest is unknown, then build.
     builder set build gh200-cu124 --accept-new
+    # First build LLVM for triton, instead of downloading an archive of it.
+    builder set build gh200-cu124 --llvm source
     # Also write pylock.toml with the addresses of the files on this index.
     builder set build gh200-cu130 --index http://10.0.0.1:8080
     # Also upload the set to this index, and publish it.
@@ -175,10 +197,10 @@ def build_command(
     for url in (index_url, stage_url):
         if url is not None:
             publish.refuse_credentials(url, "--stage")
-    planned = plan.plan_set(definition.load(name, settings), stack.host_arch())
+    planned = _planned(name, from_source, settings)
     if accepts:
         accept_new([(planned.set.stack, planned.gaps())], settings, console, yes=yes)
-        planned = plan.plan_set(definition.load(name, settings), stack.host_arch())
+        planned = _planned(name, from_source, settings)
     built = build.build_set(planned, jobs, settings, console)
     places = {"record": built.folder / "set.json", "lock": built.lock}
     if (url := index_url or stage_url) is not None:
@@ -191,9 +213,10 @@ def build_command(
 
 @set_command.command("run")
 @click.argument("name")
+@with_trees
 @jobs_option
 @json_option
-def run_command(name: str, jobs: int | None) -> None:
+def run_command(name: str, from_source: tuple[str, ...], jobs: int | None) -> None:
     """Run all steps of a set on this machine: build, test, publish, install and import.
 
     NAME is a set: a folder in sets/, which lists wheels that are built, tested and published together. The command starts an
@@ -208,6 +231,6 @@ def run_command(name: str, jobs: int | None) -> None:
 
     extras.require("index")
     settings, console = start()
-    result = run_set(plan.plan_set(definition.load(name, settings), stack.host_arch()), jobs, settings, console)
+    result = run_set(_planned(name, from_source, settings), jobs, settings, console)
     value = result.__dict__ | {"tested": result.tested.model_dump(mode="json")}
     console.result(value, f"lock    {result.lock}\npylock  {result.pylock}")

@@ -391,13 +391,18 @@ class LoadedRecipe:
         update = {"substitutions": substitutions, "wheel": wheel, "differences": ()}
         return replace(self, data=data.model_copy(update=update))
 
+    @property
+    def replaceable(self) -> list[str]:
+        """Recipes whose trees can replace downloads."""
+        return [tree.recipe for tree in self.data.trees if tree.replaces is not None]
+
     def with_trees(self, names: tuple[str, ...]) -> LoadedRecipe:
         """The recipe with trees of these recipes instead of downloads.
 
         Raises:
             UsageError: it has no tree of one of them that replaces a download.
         """
-        known = [tree.recipe for tree in self.data.trees if tree.replaces is not None]
+        known = self.replaceable
         for name in names:
             if name not in known:
                 raise UsageError(

@@ -96,7 +96,7 @@ def _build_all(plan: SetPlan, jobs: int | None, settings: Settings, console: Con
         raise SeveralError(
             f"{failed} of {len(plan.builds)} wheels of set {plan.set.data.name} could not be built; each is described above",
             remedy="fix these errors, then repeat the command; finished builds are kept",
-            repeat=f"builder set build {plan.set.data.name}",
+            repeat=f"builder set build {plan.set.words}",
         )
     return records
 
@@ -217,7 +217,7 @@ def _require_same(built: BuiltSet, at: SetAddress, files: Mapping[str, str]) -> 
         raise PublishError(
             f"{at.name} at {at.base} has files that were not tested: {', '.join(wrong[:3])}{', …' if len(wrong) > 3 else ''}",
             remedy="stage the set under a different name (--as), because a published set cannot be changed",
-            repeat=f"builder set build {built.plan.set.data.name} --stage {at.base} --as NAME",
+            repeat=f"builder set build {built.plan.set.words} --stage {at.base} --as NAME",
         )
 
 
@@ -233,5 +233,5 @@ def _incomplete(built: BuiltSet, at: SetAddress, missing: Sequence[str]) -> Inco
     return IncompleteError(
         f"{at.name} is staged at {at.base}, but not published: it lacks {counted(len(missing), 'wheel')} ({shown})",
         remedy=f"run these commands on the machine of the index: {'; '.join(commands)}; then repeat the command to publish it",
-        repeat=f"builder set build {name} --stage {at.base}" + (f" --as {at.name}" if at.name != name else ""),
+        repeat=f"builder set build {built.plan.set.words} --stage {at.base}" + (f" --as {at.name}" if at.name != name else ""),
     )

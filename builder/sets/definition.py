@@ -17,7 +17,7 @@ from builder.planning.recipe import LoadedRecipe
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, Environment, LoadedStack, RequirementText
 from gracefarm import tables
-from gracefarm.errors import ConfigError
+from gracefarm.errors import ConfigError, UsageError
 from gracefarm.tables import Table
 
 
@@ -74,6 +74,28 @@ class LoadedSet:
     data: WheelSet
     stack: LoadedStack
     recipes: tuple[LoadedRecipe, ...]
+    from_source: tuple[str, ...] = ()
+    "Recipes whose trees replace downloads."
+
+    @property
+    def words(self) -> str:
+        """Its name and options on the command line."""
+        return self.data.name + "".join(f" --{name} source" for name in self.from_source)
+
+    def with_trees(self, names: tuple[str, ...]) -> Self:
+        """The set with trees of these recipes instead of downloads, in each of its recipes that has such a tree.
+
+        Raises:
+            UsageError: no recipe of the set has one of these trees.
+        """
+        for name in names:
+            if not any(name in recipe.replaceable for recipe in self.recipes):
+                raise UsageError(
+                    f"no recipe of the set {self.data.name} has a tree of {name} that can be built from source",
+                    remedy=f"remove --{name} source",
+                )
+        recipes = (recipe.with_trees(tuple(name for name in names if name in recipe.replaceable)) for recipe in self.recipes)
+        return replace(self, recipes=tuple(recipes), from_source=names)
 
     @cached_property
     def runtime(self) -> LoadedStack:

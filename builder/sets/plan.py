@@ -46,8 +46,9 @@ class SetPlan:
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def gaps(self) -> list[Gap]:
-        """Unknown digests of recipes and stack, without duplicates."""
-        return [*(gap for plan in self.builds for gap in gaps.of_recipe(plan.recipe)), *gaps.of_stack(self.set.stack)]
+        """Unknown digests of recipes, their trees and the stack, without duplicates."""
+        recipes = [part.recipe for plan in self.builds for part in (plan, *plan.trees)]
+        return [*(gap for recipe in recipes for gap in gaps.of_recipe(recipe)), *gaps.of_stack(self.set.stack)]
 
 
 def plan_set(loaded: LoadedSet, host: Arch) -> SetPlan:

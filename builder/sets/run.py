@@ -100,7 +100,7 @@ def _published(built: BuiltSet, at: SetAddress, settings: Settings, console: Con
             raise PublishError(
                 f"the index cannot mirror the lock {own}: {words}",
                 remedy="fix this error, then repeat the command",
-                repeat=f"builder set run {built.plan.set.data.name}",
+                repeat=f"builder set run {built.plan.set.words}",
             )
     took = time.monotonic() - start
     return build.stage(built, at, settings, console), took
@@ -163,7 +163,7 @@ def _dry_run(plan: SetPlan, pylock: Path, home: Path, console: Console) -> None:
     if process.returncode:
         raise InstallError(
             f"uv cannot install from {pylock}: {explain(process.stderr)[1]}",
-            remedy=f"lock the set again with `builder lock {of.data.name}`, then repeat `builder set run {of.data.name}`",
+            remedy=f"lock the set again with `builder lock {of.data.name}`, then repeat `builder set run {of.words}`",
             repeat=" ".join(command),
         )
     lines = process.stderr.splitlines()

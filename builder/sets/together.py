@@ -70,22 +70,23 @@ def tried(of: LoadedSet, clean: Path, root: Path, folder: Path, memory: int) -> 
         raise SmokeError(
             f"the wheels of {name} do not work together: {first_error(log)}",
             remedy=f"see the complete output in {log}",
-            repeat=f"builder set build {name}",
+            repeat=f"builder set build {of.words}",
         )
     result = SmokeResult.model_validate_json(answers[-1].removeprefix(smoke.MARK).strip())
-    commands = tuple(_run(box, command, log, name) for command in of.data.together.commands)
+    commands = tuple(_run(box, command, log, of) for command in of.data.together.commands)
     return Tested(smoke=result, wall_s=round(outcome.wall_s, 1), commands=commands)
 
 
-def _run(box: Sandbox, command: tuple[str, ...], log: Path, name: str) -> Command:
+def _run(box: Sandbox, command: tuple[str, ...], log: Path, of: LoadedSet) -> Command:
     start = log.stat().st_size
     # Scripts are started with the environment's Python, so that the kernel does not have to run programs of the target.
     outcome = sandbox.run(box, ("/env/bin/python3", f"/env/bin/{command[0]}", *command[1:]), log=log)
     if outcome.returncode != 0:
         raise SmokeError(
-            f"`{' '.join(command)}` failed in the environment of {name} ({outcome.returncode}): {first_error(log, start)}",
+            f"`{' '.join(command)}` failed in the environment of {of.data.name} ({outcome.returncode}): "
+            + first_error(log, start),
             remedy=f"see the complete output in {log}",
-            repeat=f"builder set build {name}",
+            repeat=f"builder set build {of.words}",
         )
     with log.open("rb") as stream:
         stream.seek(start)

@@ -18,6 +18,7 @@ from builder.toolchains.choice import make_plan
 from gracefarm.errors import ConfigError
 from tests.conftest import Farm
 from tests.integration.test_build import record_of
+from tests.integration.test_sets import write_set
 
 NATIVE = host_arch().value
 URL = "https://blobs.example/llvm.tar.gz"
@@ -111,6 +112,25 @@ def test_a_tree_is_built_first_kept_by_its_build_id_and_linked_into_the_wheel(fa
     farm.recipe("other", TAKER, trees=[{"recipe": "llvm", "path": PLACE}], smoke={"imports": ["taker"]}, name="taker")
     other = farm.run("build", "other", "--target", target.value)
     assert (other.code, "stack cxx: already built, build id" in other.said) == (0, True), other.said
+
+
+def test_a_set_builds_the_trees_of_its_recipes_too(farm: Farm) -> None:
+    write(farm)
+    write_set(farm, "duo", ["taker"], ["taker"])
+    source = ("--llvm", "source")
+    before, planned = (json.loads(farm.run("set", "plan", "duo", *words, "--json").out) for words in ((), source))
+    assert [gap["url"] for gap in before["gaps"]] == [URL]
+    assert planned["gaps"] == []
+    ((tree,),) = [build["trees"] for build in planned["builds"]]
+    assert (tree["recipe"], tree["built"]) == ("llvm", False)
+    done = farm.run("set", "build", "duo", *source)
+    assert done.code == 0, f"{done.said}\n{farm.run('log', 'llvm').out[-3000:]}"
+    assert record_of(farm, "taker")["from_source"] == ["llvm"]
+    assert f"tree llvm, build id {tree['build_id']}: built" in farm.run("set", "plan", "duo", *source).out
+
+    write_set(farm, "none", ["llvm"], ["llvm"])
+    refused = farm.run("set", "build", "none", *source)
+    assert (refused.code, "no recipe of the set none has a tree of llvm" in refused.said) == (2, True), refused.said
 
 
 def test_what_changes_a_tree_changes_the_build_id_of_its_taker_alone_where_it_takes_it(farm: Farm) -> None:

@@ -15,7 +15,7 @@ from builder.planning.settings import Settings, load
 from builder.planning.stack import Arch
 from builder.sets import definition, locks, plan, staging
 from builder.sets.set_record import Locked
-from gracefarm.errors import ConfigError, PublishError
+from gracefarm.errors import ConfigError, PublishError, UsageError
 from tests.gaps_kit import put_back
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -97,6 +97,19 @@ def test_what_another_wheel_requires_is_built_first(project: Settings) -> None:
         project, "sets/gh200-cu124/set.toml", '["triton", "flash_attn", "aphrodite"]', '["aphrodite", "flash_attn", "triton"]'
     )
     assert [loaded.key for loaded in definition.load("gh200-cu124", project).recipes] == ["flash_attn", "triton", "aphrodite"]
+
+
+def test_the_tutorials_set_needs_no_archive_of_llvm_if_it_is_built_from_source(project: Settings) -> None:
+    loaded = definition.load("gh200-cu124", project)
+    archive = "https://oaitriton.blob.core.windows.net/"
+    for names, words, needed in (((), "gh200-cu124", True), (("llvm",), "gh200-cu124 --llvm source", False)):
+        chosen = loaded.with_trees(names)
+        made = plan.plan_set(chosen, Arch.X86_64)
+        assert any(gap.url.startswith(archive) for gap in made.gaps()) == needed
+        assert [tree.recipe.key for build in made.builds for tree in build.trees] == list(names)
+        assert chosen.words == words
+    with pytest.raises(UsageError, match="no recipe of the set gh200-cu130 has a tree of llvm"):
+        definition.load("gh200-cu130", project).with_trees(("llvm",))
 
 
 def test_recipes_that_require_each_other_are_refused(project: Settings) -> None:
