@@ -48,7 +48,7 @@ def inputs(dtype, is_complex, groups, length, gated):
 
 
 torch.manual_seed(0)
-count = 0
+count, backward = 0, 0
 cases = itertools.product(TOLERANCES, (False, True), (0, 1, 2), (1, 128, 511, 2049), (False, True))
 for dtype, is_complex, groups, length, gated in cases:
     own = inputs(dtype, is_complex, groups, length, gated)
@@ -62,6 +62,7 @@ for dtype, is_complex, groups, length, gated in cases:
     count += 1
     if is_complex:  # upstream does not test gradients of complex states
         continue
+    backward += 1
     gradient = torch.randn_like(expected)
     wanted = [name for name, tensor in own.items() if tensor is not None]
     results = torch.autograd.grad(found, [own[part] for part in wanted], gradient)
@@ -79,6 +80,6 @@ try:
 except AssertionError:
     NEGATIVE_CONTROL = "a scan from the end to the start is refused"
     COMPARISONS = [{"name": name, "error": error, "tolerance": bound} for name, (error, bound) in worst.items()]
-    print(f"{count} cases on {torch.cuda.get_device_name()} agree with torch, forward and backward")
+    print(f"{count} cases on {torch.cuda.get_device_name()} agree with torch forward, and {backward} of them also backward")
 else:
     raise AssertionError("the comparison accepts a scan in the other direction")
