@@ -136,7 +136,7 @@ def build_command(
     """
     settings, console = start()
     asked = _asked(names, selector, part, aim, settings, changed=changed)
-    _refuse_together(url, address, until, accepts=accepts, changed=changed)
+    _refuse_together(url, address, until, accepts=accepts, changed=changed, twin=aim.on.twin)
     if accepts:
         accept_new(_lacking(asked, aim, settings), settings, console, yes=yes)
     caches = Caches(compiler=not no_compiler_cache, device=not no_device_store)
@@ -294,7 +294,9 @@ def _lacking(asked: Sequence[str | Cell], aim: Aim, settings: Settings) -> Itera
             yield plan.stack, plan.gaps
 
 
-def _refuse_together(url: str | None, address: str | None, until: Until | None, *, accepts: bool, changed: bool) -> None:
+def _refuse_together(
+    url: str | None, address: str | None, until: Until | None, *, accepts: bool, changed: bool, twin: bool
+) -> None:
     """Refuse options that cannot be used together, and check the URL before anything prints it.
 
     Raises:
@@ -304,6 +306,8 @@ def _refuse_together(url: str | None, address: str | None, until: Until | None, 
         from builder.proof import publish
 
         publish.refuse_credentials(url)
+    if twin and url:
+        raise UsageError("--twin and --publish cannot be used together", remedy="omit one of the two options")
     if until is not None and (url or address):
         raise UsageError(
             f"--until and --{'publish' if url else 'farm'} cannot be used together", remedy="omit one of the two options"

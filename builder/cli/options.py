@@ -111,6 +111,12 @@ _VARIANT = click.option(
     help="Add a variant label (PEP 825, a draft) to the wheel's file name. The label names the GPU architectures of the "
     "wheel.",
 )
+_TWIN = click.option(
+    "--twin",
+    is_flag=True,
+    help="Build the x86_64 twin of an aarch64 wheel: a test of the twin on a GPU certifies the aarch64 wheel (see `builder "
+    "certify`). GPU code is compiled with unsigned char, as on aarch64. A twin is not published.",
+)
 _TOOLCHAIN = (
     toolchain_option(
         help="Compilers to use. sandbox: the compilers that the stack pins, in a sandbox without network. host: gcc and CUDA "
@@ -212,13 +218,14 @@ def aimed(function: Function) -> Function:
         ptx: str | None,
         from_source: tuple[str, ...],
         variant: bool,
+        twin: bool,
         on: ToolchainChoice,
         **options: Any,
     ) -> Any:
-        on = replace(on, sm=sm, ptx=ptx, variant=variant, from_source=from_source)
+        on = replace(on, sm=sm, ptx=ptx, variant=variant, twin=twin, from_source=from_source)
         return function(*arguments, aim=Aim(stack=stack_name, target=_target_here(target, on), on=on), **options)
 
-    return _with(with_trees(toolchained(device_coded(with_aim))), *_STACK_AND_TARGET, _VARIANT)
+    return _with(with_trees(toolchained(device_coded(with_aim))), *_STACK_AND_TARGET, _VARIANT, _TWIN)
 
 
 def with_trees(function: Function) -> Function:
@@ -333,7 +340,7 @@ def as_built(built: Record, own: Path | None, python: str | None, cuda: Path | N
             remedy="add --environment PATH, with the path that the earlier build used",
         )
     on = wanted(toolchain.kind, own, python or built.interpreter, cuda)
-    asked = replace(on, sm=built.asked_sm, ptx=built.asked_ptx, variant=built.asked_variant)
+    asked = replace(on, sm=built.asked_sm, ptx=built.asked_ptx, variant=built.asked_variant, twin=built.asked_twin)
     return replace(asked, from_source=built.from_source)
 
 

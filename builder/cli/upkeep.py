@@ -151,6 +151,7 @@ def shell_command(name: str) -> None:
         ptx=last.asked_ptx,
         from_source=last.from_source,
         variant=last.asked_variant,
+        twin=last.asked_twin,
     )
     if where := on.type.closed:
         raise ConfigError(

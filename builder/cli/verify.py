@@ -134,8 +134,8 @@ def _plan_of(inside: Inside, wheel: Path, settings: Settings) -> Plan:
     loaded = recipe.load(settings.project / "recipes", inside.inputs["recipe"]["name"])
     target, python = Arch(inside.inputs["target"]), inside.inputs["stack"]["python"]
     sm, ptx = tuple(inside.inputs["stack"]["sm"]), inside.inputs["stack"].get("ptx")
-    variant = bool(inside.inputs.get("variant"))
-    on = ToolchainChoice(kind=kind.kind, sm=sm or None, ptx=ptx or "none", variant=variant)
+    variant, twin = bool(inside.inputs.get("variant")), bool(inside.inputs.get("twin"))
+    on = ToolchainChoice(kind=kind.kind, sm=sm or None, ptx=ptx or "none", variant=variant, twin=twin)
     known = [None, *catalogue.names(settings.project / "interpreters")]
     for name, interpreter in itertools.product(stack.names(settings.project / "stacks"), known):
         base = stack_of(name, interpreter, settings)

@@ -32,6 +32,7 @@ class Job(Table):
     sm: tuple[str, ...] | None
     ptx: str | None
     variant: bool = False
+    twin: bool = False
     cpus: int
     memory: int
     "Bytes"
@@ -75,6 +76,7 @@ def of_plan(plan: Plan, options: BuildOptions, share: Share, *, code: str, grace
         sm=plan.stack.asked_sm,
         ptx=plan.stack.asked_ptx,
         variant=plan.stack.asked_variant,
+        twin=plan.stack.asked_twin,
         cpus=share.cpus,
         memory=share.memory,
         keep=options.keep,

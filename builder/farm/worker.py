@@ -78,7 +78,7 @@ def _plan(job: Job, settings: Settings) -> Plan:
         ConfigError: it is not the one that was asked for.
     """
     base = stack.load(settings.project / "stacks", job.stack)
-    choice = ToolchainChoice(interpreter=job.interpreter, sm=job.sm, ptx=job.ptx, variant=job.variant)
+    choice = ToolchainChoice(interpreter=job.interpreter, sm=job.sm, ptx=job.ptx, variant=job.variant, twin=job.twin)
     on = catalogue.into(base, settings.project / "interpreters", job.interpreter)
     plan = choice.plan(recipe.load(settings.project / "recipes", job.recipe), on, job.target)
     if plan.build_id != job.build_id:

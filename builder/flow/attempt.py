@@ -104,6 +104,7 @@ class Attempt:
             asked_ptx=self.plan.stack.asked_ptx,
             from_source=self.plan.recipe.from_source,
             asked_variant=self.plan.stack.asked_variant,
+            asked_twin=self.plan.stack.asked_twin,
             inputs=self.plan.inputs,
             toolchain=self.plan.toolchain.kind,
             unconfirmed=tuple(

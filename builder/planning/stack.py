@@ -315,6 +315,8 @@ class LoadedStack:
     "Architecture of a cell's PTX, instead of the stack's."
     asked_variant: bool = False
     "The cell's wheel is a variant wheel (PEP 825, a draft)."
+    asked_twin: bool = False
+    "The x86_64 wheel is a twin: its device code is compiled as for aarch64, to certify the aarch64 wheel."
     build_requirements: BuildRequirements | None = None
     "Those of the recipe, if it has any."
     uses_torch: bool = True
@@ -338,10 +340,10 @@ class LoadedStack:
 
     @property
     def device_options(self) -> str:
-        """Options of `builder build` for the cell's architectures and label, each with a leading space."""
+        """Options of `builder build` for the cell's device code and label, each with a leading space."""
         sm = f" --sm {'+'.join(self.asked_sm)}" if self.asked_sm is not None else ""
         ptx = f" --ptx {self.asked_ptx}" if self.asked_ptx is not None else ""
-        return sm + ptx + (" --variant" if self.asked_variant else "")
+        return sm + ptx + (" --variant" if self.asked_variant else "") + (" --twin" if self.asked_twin else "")
 
     @property
     def python(self) -> str:

@@ -171,7 +171,7 @@ def _confirmed(given: GpuReport, wheels: Mapping[str, Mapping[str, str]]) -> dic
             f"{given.wheel.filename} in the report has different device code ({theirs}) than the wheels of this machine "
             f"({', '.join(here) or 'none'})",
             remedy="on this machine, build the wheel from the same recipe and stack and with the same --sm as the tested "
-            "wheel",
+            "wheel; build an x86_64 wheel that is tested instead of an aarch64 wheel with --twin",
         )
     return confirmed
 

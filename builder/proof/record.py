@@ -138,6 +138,11 @@ class Record(Table):
     )
     asked_variant: bool = False
     "`true`: the option `--variant` was given. The wheel's file name then has a variant label"
+    asked_twin: bool = False
+    (
+        "`true`: the option `--twin` was given. The wheel for x86_64 then has the device code of the aarch64 wheel, which it "
+        "certifies. It is not published"
+    )
     inputs: dict[str, object]
     (
         "All inputs of the build id, for example sources, options and compilers. The wheel contains the same object in "

@@ -58,7 +58,7 @@ def cells(records: Sequence[Record]) -> list[Record]:
     for build in records:
         cell = (build.recipe, build.stack, build.toolchain, build.interpreter, build.inputs.get("target"))
         if build.outcome == "built":
-            newest.setdefault((*cell, build.asked_sm, build.asked_ptx), build)
+            newest.setdefault((*cell, build.asked_sm, build.asked_ptx, build.asked_twin), build)
     return sorted(newest.values(), key=lambda build: (build.recipe, build.stack, build.interpreter or ""))
 
 

@@ -11,7 +11,7 @@ from builder.planning.recipe import LoadedRecipe, TakenTree, ToolchainKind
 from builder.planning.stack import Arch, LoadedStack, host_arch
 from builder.toolchains.kinds import KINDS
 from builder.toolchains.sandbox import SandboxToolchain
-from gracefarm.errors import ConfigError
+from gracefarm.errors import ConfigError, UsageError
 
 
 def make_plan(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch, toolchain: Toolchain | None = None) -> Plan:
@@ -72,6 +72,21 @@ def _tree_plan(
     return make_plan(source, stack.load(base.folder.parent, source.data.stack), host, target)
 
 
+def _refuse_twin(recipe: LoadedRecipe, target: Arch) -> None:
+    """Refuse the twin of a wheel without device code, and a twin for aarch64.
+
+    Raises:
+        UsageError: one of the two.
+    """
+    if not recipe.data.build.cuda:
+        raise UsageError(f"--twin requires device code, but recipe {recipe.key} has no CUDA", remedy="omit --twin")
+    if target is Arch.AARCH64:
+        raise UsageError(
+            "--twin builds the x86_64 twin of an aarch64 wheel, but the target of this build is aarch64",
+            remedy="add --target x86_64 on an x86_64 machine, or omit --twin",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ToolchainChoice:
     """The user's choice of toolchain and cell."""
@@ -88,6 +103,8 @@ class ToolchainChoice:
     "Recipes whose trees are built instead of downloads."
     variant: bool = False
     "The wheel gets the label of a variant (PEP 825, a draft)."
+    twin: bool = False
+    "The x86_64 wheel is built as the twin of the aarch64 wheel, which it certifies."
     hosts: Mapping[Arch, Arch] = field(default_factory=dict)
     "By target: the architecture of the build machine, if it is not this machine."
 
@@ -100,10 +117,14 @@ class ToolchainChoice:
         """The plan of a build with this toolchain on this machine.
 
         Raises:
+            UsageError: a twin of this wheel is not possible.
             HostError: a part of the toolchain is missing on this machine.
             ConfigError: see `make_plan`.
         """
         host, recipe = self.hosts.get(target, host_arch()), recipe.with_trees(self.from_source)
-        stack = recipe.on(replace(stack, asked_sm=self.sm, asked_ptx=self.ptx, asked_variant=self.variant))
+        if self.twin:
+            _refuse_twin(recipe, host if self.type.native else target)
+        asked = replace(stack, asked_sm=self.sm, asked_ptx=self.ptx, asked_variant=self.variant, asked_twin=self.twin)
+        stack = recipe.on(asked)
         toolchain = self.type.find(stack, self.wanted, cuda=recipe.data.build.cuda)
         return make_plan(recipe, stack, host, host if toolchain.native else target, toolchain)
