@@ -7,10 +7,11 @@
 #   WORK     everything that is made on the machine with the GPU    default: /tmp/gracefarm-gpu
 #   PYTHON   the machine's Python that has torch                    default: python3
 #   STACK    whose torch and CUDA that machine has                  default: cu130
+#   OPTIONS  further options of `builder build`                     default: --twin
 #   SET      whose lock has the engine's other packages             default: gh200-cu130-aphrodite
 set -eu
 top=$(cd "$(dirname "$0")/.." && pwd)
-carried=${CARRIED:-$top/.gpu} work=${WORK:-/tmp/gracefarm-gpu} python=${PYTHON:-python3} stack=${STACK:-cu130}
+carried=${CARRIED:-$top/.gpu} work=${WORK:-/tmp/gracefarm-gpu} python=${PYTHON:-python3} stack=${STACK:-cu130} further=${OPTIONS---twin}
 lock=$top/sets/${SET:-gh200-cu130-aphrodite}/requirements.lock
 export UV_CACHE_DIR="$work/uv-cache" UV_PYTHON_DOWNLOADS=never
 export GRACEFARM_PROJECT="${GRACEFARM_PROJECT:-$top}" PYTHONPATH="$top" PYTHONDONTWRITEBYTECODE=1
@@ -30,6 +31,13 @@ own="build setuptools<82 wheel ninja packaging einops cmake>=3.26,<4 jinja2 nvid
 
 builder() {
     GRACEFARM_HOME="$work/home" PATH="$work/builder/bin:$PATH" "$work/builder/bin/python" -m builder "$@"
+}
+
+# Path of the wheel of a recipe's last build. Other builds have wheels of the same name.
+last() {
+    builder show "$1" --json | "$python" -c 'import json, sys
+last = json.load(sys.stdin)
+print(sys.argv[1], last["build_id"], "dist", last["wheel"]["filename"], sep="/")' "$work/home/builds"
 }
 
 case "${1-}" in
@@ -79,7 +87,8 @@ start) # detached: each recipe's log is WORK/RECIPE.log, its end WORK/RECIPE.rc;
     ;;
 one)
     date -u +%FT%TZ
-    builder build "$2" --stack "$stack" --toolchain host --environment "$work/own/bin/python"
+    # shellcheck disable=SC2086 # a list on purpose
+    builder build "$2" --stack "$stack" --toolchain host --environment "$work/own/bin/python" $further
     ;;
 wait) # until all that was started has ended, or for so many seconds: then 75
     left=$2
@@ -98,16 +107,16 @@ wait) # until all that was started has ended, or for so many seconds: then 75
 smoke) # once more on the GPU, apart from the builds
     shift
     for recipe in "$@"; do
-        wheel=$(builder show "$recipe" --json | "$python" -c 'import json, sys; print(json.load(sys.stdin)["wheel"]["filename"])')
-        builder smoke "$work"/home/builds/*/dist/"$wheel" --stack "$stack" --recipe "$recipe" --gpu \
+        wheel=$(last "$recipe")
+        builder smoke "$wheel" --stack "$stack" --recipe "$recipe" --gpu \
             --toolchain host --environment "$work/own/bin/python"
     done
     ;;
 certify) # the reports for builder certify --accept REPORT, on the machine that signs
     shift
     for recipe in "$@"; do
-        wheel=$(builder show "$recipe" --json | "$python" -c 'import json, sys; print(json.load(sys.stdin)["wheel"]["filename"])')
-        builder certify "$work"/home/builds/*/dist/"$wheel" --stack "$stack" --recipe "$recipe" --report "$work/$wheel.gpu.json" \
+        wheel=$(last "$recipe")
+        builder certify "$wheel" --stack "$stack" --recipe "$recipe" --report "$work/$(basename "$wheel").gpu.json" \
             --toolchain host --environment "$work/own/bin/python"
     done
     ;;
