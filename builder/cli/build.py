@@ -414,7 +414,7 @@ def _all_planned(
     cells: dict[str, Cell] = {}
     for entry in asked:
         try:
-            found = planned(entry, aim, changed, url, settings, console)
+            cell_plans = planned(entry, aim, changed, url, settings, console)
             cells |= {plan.build_id: entry for plan in found if isinstance(entry, Cell)}
         except GracefarmError as error:
             _survive(error, failures, asked, console)
