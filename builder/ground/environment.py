@@ -183,7 +183,10 @@ def add(into: Path, wheel: Path, glibc: str) -> None:
     site = into / "lib" / f"python{python}" / "site-packages"
     wheels.install_file(
         wheel,
-        ["--python", sys.executable, f"--target={site}", f"--python-version={python}", f"--python-platform={platform}"],
+        [
+            *("--python", sys.executable, f"--target={site}"),
+            *(f"--python-version={python.rstrip('t')}", f"--python-platform={platform}"),
+        ],
         lambda message: InstallError(
             f"{wheel.name} cannot be installed: {message}", remedy="check the wheel with `builder audit WHEEL --stack NAME`"
         ),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import unquote, urlsplit
 
+from packaging.tags import Tag
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from builder.ground import debian, uv
+from builder.ground import debian, index_wheels, uv
 from builder.planning import packages
 from builder.planning.pins import requirements
 from builder.planning.recipe import LoadedRecipe
@@ -22,6 +23,8 @@ from gracefarm.errors import ConfigError
 
 LockedRow = tuple[str, str, str, str]
 "Name, version, file name and sha256 of a wheel."
+Choice = tuple[str, str, dict[str, str]]
+"Name and version of a distribution, and the sha256 of each of its wheels by file name."
 
 
 def requirements_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_tick) -> str:
@@ -76,10 +79,73 @@ def build_lock(recipe: LoadedRecipe, stacks: Sequence[LoadedStack], settings: Se
 
 
 def resolution(texts: Sequence[str], stack: LoadedStack, arch: Arch, settings: Settings) -> Iterator[LockedRow]:
-    """Name, version, file name and sha256 of each wheel: uv chooses the versions, the tags choose the files."""
+    """Name, version, file name and sha256 of each wheel: uv chooses the versions, the tags choose the files.
+
+    Raises:
+        ConfigError: the requirements are in conflict, or a distribution has no wheel that fits.
+        FetchError: the index cannot be reached.
+    """
     supported = {tag: rank for rank, tag in enumerate(tags(stack, arch))}
-    with TemporaryDirectory(prefix="gracefarm-lock-") as name:
-        wanted, answer = Path(name, "requirements.in"), Path(name, "pylock.toml")
+    if stack.python.endswith("t"):
+        choices = _of_free_threaded(texts, stack, arch, settings)
+    else:
+        choices = _choices(texts, stack, arch, settings)
+    for name, version, wheels in choices:
+        filename = _best(wheels, supported)
+        if filename is None:
+            raise ConfigError(
+                f"{name} {version} has no wheel for {arch} with glibc {glibc(stack, arch)}",
+                remedy="require a version that has such a wheel, in stack.toml, recipe.toml or set.toml",
+            )
+        yield name, version, filename, wheels[filename]
+
+
+def _best(wheels: Collection[str], supported: Mapping[Tag, int]) -> str | None:
+    """The file name of the best wheel; None if none fits."""
+    fitting = []
+    for filename in wheels:
+        _, _, build, wheel_tags = parse_wheel_filename(filename)
+        ranks = [supported[tag] for tag in wheel_tags if tag in supported]
+        if ranks:
+            # The order of pip: the best tag, then the highest build number.
+            fitting.append((min(ranks), tuple(-part if isinstance(part, int) else 0 for part in build), filename))
+    return min(fitting)[2] if fitting else None
+
+
+def _of_free_threaded(texts: Sequence[str], stack: LoadedStack, arch: Arch, settings: Settings) -> list[Choice]:
+    """The choices for a free-threaded Python.
+
+    uv 0.13.9 accepts no version such as 3.14t. So it chooses versions for the Python with a GIL, such as 3.14, and the index
+    lists the wheels. If a version has no wheel that fits, such versions are excluded, and uv chooses again.
+    """
+    supported = {tag: rank for rank, tag in enumerate(tags(stack, arch))}
+    known: dict[str, dict[str, dict[str, str]]] = {}
+    excluded: dict[str, str] = {}
+    while True:
+        choices = []
+        for name, version, wheels in _choices(texts, stack, arch, settings, excluded):
+            if name not in known and _has_abi(wheels):
+                known[name] = index_wheels.by_version(name, stack, settings)
+            choices.append((name, version, known[name].get(version, {}) if name in known else wheels))
+        unfit = next((choice for choice in choices if choice[0] in known and _best(choice[2], supported) is None), None)
+        if unfit is None:
+            return choices
+        name, version, _ = unfit
+        others = {other for other, wheels in known[name].items() if _best(wheels, supported) is None}
+        excluded[f"{name} {version}"] = ",".join(f"!={other}" for other in sorted({version, *others}))
+
+
+def _has_abi(wheels: Collection[str]) -> bool:
+    """Whether the project compiles wheels for each Python. uv lists all other wheels for free-threaded Pythons too."""
+    return any(tag.abi != "none" for filename in wheels for tag in parse_wheel_filename(filename)[3])
+
+
+def _choices(
+    texts: Sequence[str], stack: LoadedStack, arch: Arch, settings: Settings, excluded: Mapping[str, str] | None = None
+) -> list[Choice]:
+    """What uv chooses. `excluded`: a distribution and its version without a wheel, and the specifier that excludes it."""
+    with TemporaryDirectory(prefix="gracefarm-lock-") as folder:
+        wanted, answer = Path(folder, "requirements.in"), Path(folder, "pylock.toml")
         wanted.write_text("\n".join(texts) + "\n")
         command = ["pip", "compile", "--quiet", "--format=pylock.toml", "--only-binary=:all:", "--no-header", "--no-annotate"]
         command += [*uv.platform(stack, arch), f"--output-file={answer}", str(wanted)]
@@ -87,43 +153,40 @@ def resolution(texts: Sequence[str], stack: LoadedStack, arch: Arch, settings: S
             command.append(f"--exclude-newer={stack.data.environment.resolved_before}")
         if stack.data.environment.left_out:
             # An override replaces the requirements of all distributions; this one never applies.
-            overrides = Path(name, "overrides.txt")
+            overrides = Path(folder, "overrides.txt")
             overrides.write_text(
                 "".join(f"{left_out} ; python_version < '3'\n" for left_out in stack.data.environment.left_out)
             )
             command.append(f"--override={overrides}")
-        uv.run(
-            command,
-            settings,
-            lambda message: ConfigError(
-                f"the requirements cannot be resolved for {arch}: {message}",
-                remedy="correct the requirements in the file that is locked: stack.toml, recipe.toml or set.toml",
-            ),
-        )
+        if excluded:
+            constraints = Path(folder, "constraints.txt")
+            constraints.write_text("".join(f"{what.split()[0]}{versions}\n" for what, versions in excluded.items()))
+            command.append(f"--constraint={constraints}")
+        uv.run(command, settings, lambda message: _unresolved(message, stack, arch, excluded))
         resolved = tomllib.loads(answer.read_text())["packages"]
+    choices: list[Choice] = []
     for package in resolved:
-        fitting = []
+        wheels: dict[str, str] = {}
         for wheel in package.get("wheels", []):
             filename = unquote(Path(urlsplit(wheel.get("url") or wheel.get("path") or wheel["name"]).path).name)
-            _, _, build, wheel_tags = parse_wheel_filename(filename)
-            ranks = [supported[tag] for tag in wheel_tags if tag in supported]
-            if ranks:
-                # The order of pip: the best tag, then the highest build number.
-                fitting.append((min(ranks), tuple(-part if isinstance(part, int) else 0 for part in build), filename, wheel))
-        if not fitting and stack.python.endswith("t"):
-            # uv 0.13.9 accepts no version such as 3.14t here, and omits the wheels for free-threaded builds from its answer.
-            raise ConfigError(
-                f"uv does not list wheels for free-threaded Pythons, and no wheel that it lists of {package['name']} "
-                f"{package['version']} works with Python {stack.python}",
-                remedy=f"lock a Python with a GIL, such as {stack.python.rstrip('t')}",
-            )
-        if not fitting:
-            raise ConfigError(
-                f"{package['name']} {package['version']} has no wheel for {arch} with glibc {glibc(stack, arch)}",
-                remedy="require a version that has such a wheel, in stack.toml, recipe.toml or set.toml",
-            )
-        _, _, filename, wheel = min(fitting, key=lambda fit: fit[:3])
-        yield canonicalize_name(package["name"]), str(package["version"]), filename, wheel["hashes"]["sha256"]
+            wheels[filename] = wheel["hashes"]["sha256"]
+        choices.append((canonicalize_name(package["name"]), str(package["version"]), wheels))
+    return choices
+
+
+def _unresolved(message: str, stack: LoadedStack, arch: Arch, excluded: Mapping[str, str] | None) -> ConfigError:
+    if excluded:
+        # The other exclusions did not prevent a solution.
+        return ConfigError(
+            f"{list(excluded)[-1]} has no wheel for Python {stack.python} on {arch}, and no version with such a wheel meets "
+            "the requirements",
+            remedy="require a version that has such a wheel, in stack.toml, recipe.toml or set.toml; or lock a Python with a "
+            f"GIL, such as {stack.python.rstrip('t')}",
+        )
+    return ConfigError(
+        f"the requirements cannot be resolved for {arch}: {message}",
+        remedy="correct the requirements in the file that is locked: stack.toml, recipe.toml or set.toml",
+    )
 
 
 def _head(what: str, stack: LoadedStack, suite: str) -> list[str]:

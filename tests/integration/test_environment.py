@@ -17,12 +17,14 @@ import threading
 import uuid
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from builder.box.sandbox import BindMount, Sandbox
-from builder.ground import environment, resolve, root
+from builder.ground import environment, resolve, root, wheels
+from builder.ground.interpreters import catalogue
 from builder.planning import pins, stack
 from builder.planning.settings import Settings, load
 from builder.planning.stack import Arch, LoadedStack
@@ -169,6 +171,45 @@ def test_a_distribution_without_a_fitting_wheel_is_named(own: Settings, index: I
     with pytest.raises(ConfigError, match="tiny") as caught:
         locked(tmp_path / "stack", own, "tiny")
     assert "aarch64" in str(caught.value)
+
+
+def free_threaded(loaded: LoadedStack) -> LoadedStack:
+    """The stack for Python 3.13t, whose lock contains all requirements."""
+    return replace(loaded, interpreter=catalogue.load(STACKS.parent / "interpreters", "3.13t"))
+
+
+def test_the_lock_of_a_free_threaded_python_has_its_wheels(own: Settings, index: Index, tmp_path: Path) -> None:
+    """The newest version has no such wheel, so an older version is locked; uv lists neither wheel of `tiny` 1.0."""
+    for arch in Arch:
+        for version, abis in (("0.9", ("cp313", "cp313t")), ("1.0", ("cp313", "cp313t")), ("2.0", ("cp313",))):
+            for abi in abis:
+                index.add(make_wheel(tmp_path, "tiny", version, {"tiny.py": abi}, tag=f"cp313-{abi}-manylinux_2_28_{arch}"))
+    index.add(make_wheel(tmp_path, "pure", "1.0", {"pure.py": ""}))
+    loaded = free_threaded(tiny_stack(tmp_path / "stack", "tiny", "pure"))
+    text = resolve.requirements_lock(loaded, own)
+    names = [line.removeprefix("# ") for line in text.splitlines() if line.endswith(".whl")]
+    assert names == ["pure-1.0-py3-none-any.whl", *(f"tiny-1.0-cp313-cp313t-manylinux_2_28_{arch}.whl" for arch in Arch)]
+
+    loaded.requirements_lock.write_text(text)
+    wheels.install(pins.wheels(loaded, TARGET), environment._where(loaded, TARGET, tmp_path / "site"), "tiny", own)
+    assert (tmp_path / "site" / "tiny.py").read_text() == "cp313t"
+
+    built = make_wheel(tmp_path, "built", "1.0", {"built.py": ""}, tag=f"cp313-cp313t-manylinux_2_28_{TARGET}")
+    wheels.install_file(built, environment._where(loaded, TARGET, tmp_path / "site"), InstallError)
+    assert (tmp_path / "site" / "built.py").is_file()
+
+
+def test_a_distribution_without_a_wheel_for_a_free_threaded_python_is_named(
+    own: Settings, index: Index, tmp_path: Path
+) -> None:
+    for arch in Arch:
+        index.add(make_wheel(tmp_path, "other", "1.0", {}, tag=f"cp313-cp313t-manylinux_2_28_{arch}"))
+        for name in ("other", "tiny"):
+            index.add(make_wheel(tmp_path, name, "2.0", {}, tag=f"cp313-cp313-manylinux_2_28_{arch}"))
+            index.add(make_wheel(tmp_path, name, "1.0", {}, tag=f"cp313-cp313-manylinux_2_28_{arch}"))
+    loaded = free_threaded(tiny_stack(tmp_path / "stack", "other", "tiny==2.0"))
+    with pytest.raises(ConfigError, match=r"^tiny 2\.0 has no wheel for Python 3\.13t on aarch64, and no version"):
+        resolve.requirements_lock(loaded, own)
 
 
 def test_what_pip_and_uv_are_told_does_not_leak_in(

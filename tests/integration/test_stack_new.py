@@ -140,14 +140,26 @@ def test_a_stack_is_what_the_index_says_of_its_torch(farm: Farm, index: Server) 
     assert (code, "the stack next already exists" in said) == (2, True)
 
 
-def test_the_reason_names_uv_if_only_wheels_for_a_free_threaded_python_are_missing(farm: Farm, index: Server) -> None:
-    free_threaded = (f"cp314-cp314t-{platform}" for platform in CPYTHON)
-    publish(index, "torch", "9.2.0", (*of_pythons("311", "314"), *free_threaded), ("cuda-toolkit[cudart]==13.9.1",))
+FREE_THREADED = tuple(f"cp314-cp314t-{platform}" for platform in CPYTHON)
+
+
+def test_a_free_threaded_python_has_a_lock_if_all_its_wheels_exist(farm: Farm, index: Server) -> None:
+    publish(index, "torch", "9.2.0", (*of_pythons("311", "314"), *FREE_THREADED), ("cuda-toolkit[cudart]==13.9.1",))
+    code, said = new(farm, index, "next", "--torch", "9.2.0")
+    assert code == 0, said
+    assert "locked for Python 3.11, 3.14, 3.14t " in said
+    lock = (farm.settings.project / "stacks/next/requirements-3.14t.lock").read_text()
+    assert all(f"# torch-9.2.0-{tag}.whl\n" in lock for tag in FREE_THREADED)
+
+
+def test_the_reason_names_what_has_no_wheel_for_a_free_threaded_python(farm: Farm, index: Server) -> None:
+    requires = ("cuda-toolkit[cudart]==13.9.1", "brittle==2.0")
+    publish(index, "torch", "9.2.0", (*of_pythons("311", "314"), *FREE_THREADED), requires)
+    publish(index, "brittle", "2.0", of_pythons("311", "314"))
     code, said = new(farm, index, "next", "--torch", "9.2.0")
     assert code == 0, said
     assert "locked for Python 3.11, 3.14 " in said
-    assert "no lock for Python 3.14t: uv does not list wheels for free-threaded Pythons, " in said
-    assert "no wheel that it lists of torch 9.2.0 works" in said
+    assert "no lock for Python 3.14t: brittle 2.0 has no wheel for Python 3.14t on aarch64, and no version with such" in said
 
 
 def assert_whole(loaded: LoadedStack) -> None:
