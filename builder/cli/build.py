@@ -415,11 +415,11 @@ def _all_planned(
     for entry in asked:
         try:
             cell_plans = planned(entry, aim, changed, url, settings, console)
-            cells |= {plan.build_id: entry for plan in found if isinstance(entry, Cell)}
+            cells |= {plan.build_id: entry for plan in cell_plans if isinstance(entry, Cell)}
         except GracefarmError as error:
             _survive(error, failures, asked, console)
         else:
-            plans += found
+            plans += cell_plans
     return plans, cells
 
 
