@@ -86,6 +86,7 @@ def finish(packed: Path, wheel: Path, into: Path, moment: int) -> Path:
         tarfile.open(fileobj=stream, mode="w") as tar,
     ):
         for info in plain:
+            info.pax_headers = {}  # they contain long names, and the library prefers them to the new name
             info.name = f"{top}/{info.name}"
             info.linkname = f"{top}/{info.linkname}" if info.islnk() else info.linkname
             tar.addfile(info, plain.extractfile(info) if info.isreg() else None)

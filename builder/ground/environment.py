@@ -67,7 +67,7 @@ def ensure(
                     python = tree.native_python(stack.interpreter, host, native)
                     _copy_links(own, folder / "python")
                 site = folder / "lib" / f"python{stack.python}" / "site-packages"
-                wheels.install(locked, _where(stack, target, site), stack.data.name, settings, tick)
+                wheels.install(locked, place_of(stack, target, site), stack.data.name, settings, tick)
                 torch_facts.check(stack, site)
                 _lay_out(folder, stack, target)
                 _relocate_scripts(folder, site)
@@ -99,7 +99,7 @@ def ensure_toolchain(stack: LoadedStack, host: Arch, settings: Settings, tick: T
         if not final.is_dir():
             with atomic_directory(final) as folder:
                 if locked:
-                    wheels.install(locked, _where(stack, host, folder), stack.data.name, settings, tick)
+                    wheels.install(locked, place_of(stack, host, folder), stack.data.name, settings, tick)
                 toolkit.unpack(stack, host, folder, settings, tick)
                 if not any(os.access(nvcc, os.X_OK) for nvcc in folder.glob("nvidia/cu*/bin/nvcc")):
                     raise RootError(
@@ -124,7 +124,7 @@ def ensure_tools(stack: LoadedStack, host: Arch, settings: Settings, tick: Tick 
     with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process is assembling this")):
         if not final.is_dir():
             with atomic_directory(final) as folder:
-                wheels.install(locked, _where(stack, host, folder), stack.data.name, settings, tick)
+                wheels.install(locked, place_of(stack, host, folder), stack.data.name, settings, tick)
                 # Python scripts of a wheel would run with the interpreter of this program.
                 for script in sorted((folder / "bin").glob("*")):
                     if script.read_bytes()[:4] != ELF_MAGIC:
@@ -209,7 +209,7 @@ def _check_tags(wheel: Path, python: str, glibc: str, arch: Arch) -> None:
         )
 
 
-def _where(stack: LoadedStack, arch: Arch, site: Path) -> list[str]:
+def place_of(stack: LoadedStack, arch: Arch, site: Path) -> list[str]:
     return ["--python", sys.executable, f"--target={site}", *uv.platform(stack, arch)]
 
 

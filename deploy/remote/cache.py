@@ -65,7 +65,7 @@ def install(request: Json) -> Json:
     if absent:
         sudo("apt-get", "install", "-y", "--no-install-recommends", "cachefilesd")
     changed = _change_defaults("#RUN=yes", "RUN=yes") or absent  # switched off by default on Debian and Ubuntu
-    if not _running():
+    if not running():
         sudo("systemctl", "enable", "--now", "cachefilesd")
         changed = True
     return {"changed": changed}
@@ -76,7 +76,7 @@ def _record(absent: bool) -> None:
     if RECORD.exists():
         return
     enabled = sudo("systemctl", "is-enabled", "--quiet", "cachefilesd", check=False).returncode == 0
-    service = [] if _running() else ["stop"] if enabled else ["disable", "--now"]
+    service = [] if running() else ["stop"] if enabled else ["disable", "--now"]
     off = DEFAULTS.exists() and "#RUN=yes" in map(str.strip, DEFAULTS.read_text().split("\n"))
     if not (absent or off or service):
         return
@@ -235,7 +235,7 @@ def _read(path: Path, size: int) -> float:
     return size / max(time.monotonic() - started, 1e-6)
 
 
-def _running() -> bool:
+def running() -> bool:
     for name in Path("/proc").glob("[0-9]*/comm"):
         with suppress(OSError):
             if name.read_text().strip() == "cachefilesd":

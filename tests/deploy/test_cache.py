@@ -271,7 +271,7 @@ def commands(etc: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         monkeypatch.setattr(f"deploy.remote.cache.{name}", etc / name)
     monkeypatch.setattr("deploy.remote.cache.sudo", sudo)
     monkeypatch.setattr("deploy.remote.cache.fsc", lambda target: target == NFS["target"])
-    monkeypatch.setattr("deploy.remote.cache._running", lambda: False)
+    monkeypatch.setattr("deploy.remote.cache.running", lambda: False)
     monkeypatch.setattr("shutil.which", lambda name, **_: None if name == "cachefilesd" else f"/usr/bin/{name}")
     return ran
 

@@ -191,11 +191,11 @@ def test_the_lock_of_a_free_threaded_python_has_its_wheels(own: Settings, index:
     assert names == ["pure-1.0-py3-none-any.whl", *(f"tiny-1.0-cp313-cp313t-manylinux_2_28_{arch}.whl" for arch in Arch)]
 
     loaded.requirements_lock.write_text(text)
-    wheels.install(pins.wheels(loaded, TARGET), environment._where(loaded, TARGET, tmp_path / "site"), "tiny", own)
+    wheels.install(pins.wheels(loaded, TARGET), environment.place_of(loaded, TARGET, tmp_path / "site"), "tiny", own)
     assert (tmp_path / "site" / "tiny.py").read_text() == "cp313t"
 
     built = make_wheel(tmp_path, "built", "1.0", {"built.py": ""}, tag=f"cp313-cp313t-manylinux_2_28_{TARGET}")
-    wheels.install_file(built, environment._where(loaded, TARGET, tmp_path / "site"), InstallError)
+    wheels.install_file(built, environment.place_of(loaded, TARGET, tmp_path / "site"), InstallError)
     assert (tmp_path / "site" / "built.py").is_file()
 
 

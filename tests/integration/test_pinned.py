@@ -175,7 +175,9 @@ def test_cuda_12_4_from_debians_packages_compiles_for_aarch64(farm: Farm) -> Non
 
 
 def test_a_source_archive_is_published_before_its_wheel(farm: Farm) -> None:
-    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), wheel={"source_archive": True})
+    deep = f"{'folder/' * 15}{'name' * 20}.txt"  # longer than a tar header can hold
+    files = projects.backend("return wheel(wheel_directory)") | {deep: "text"}
+    farm.recipe("tiny", files, wheel={"source_archive": True})
     with run.local_index(farm.settings) as (url, token):
         credentials = {"TWINE_USERNAME": "__token__", "TWINE_PASSWORD": token}
         done = farm.run("build", "tiny", "--target", NATIVE, "--publish", f"{url}/legacy/", **credentials)
@@ -187,7 +189,8 @@ def test_a_source_archive_is_published_before_its_wheel(farm: Farm) -> None:
     assert sorted(file["filename"] for file in page["files"]) == ["tiny-1.0-py3-none-any.whl", "tiny-1.0.tar.gz"]
     assert done.said.index("tiny-1.0.tar.gz to") < done.said.index("tiny-1.0-py3-none-any.whl to")
     with tarfile.open(fileobj=io.BytesIO(archived)) as tar:
-        assert {"tiny-1.0/backend.py", "tiny-1.0/PKG-INFO"} <= set(tar.getnames())
+        assert {"tiny-1.0/backend.py", "tiny-1.0/PKG-INFO", f"tiny-1.0/{deep}"} <= set(tar.getnames())
+        assert {name.split("/")[0] for name in tar.getnames()} == {"tiny-1.0"}
     shown = json.loads(farm.run("show", "tiny", "--json").out)
     assert shown["source"]["sha256"] == sha256(archived)
 
