@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+import deploy.remote.cache
 from deploy.fleet.calls import Exit, RemoteNode
 from deploy.nodes import state
-from deploy.remote import cache as cache_on_node
 from deploy.remote import mounts
 from deploy.remote.cache import inspect, install, measure, undo, write_fstab
 from deploy.remote.wire import WorkerError
@@ -340,7 +340,7 @@ def test_undo_can_be_repeated_when_the_folder_was_in_use(
     etc: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_up()
-    free = cache_on_node.sudo
+    free = deploy.remote.cache.sudo
 
     def busy(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         if command[0] == "umount":
