@@ -71,7 +71,7 @@ def plan_command(name: str, from_source: tuple[str, ...]) -> None:
     \b
     # Show what the build of the set gh200-cu124 would do.
     builder set plan gh200-cu124
-    # The same, if triton uses an LLVM that is built from source instead of an archive.
+    # The same, if LLVM is built from source for triton.
     builder set plan gh200-cu124 --llvm source
     """
     settings, console = start()
