@@ -30,6 +30,7 @@ DO_NOT_JUDGE = {
     "box/sandbox.py": "runs what it is told to",
     "compiling/pep517.py": "the settings' bound on memory, and which line of an output is shown",
     "fetch/own_index.py": "brings what the lock names by sha256",
+    "fetch/simple.py": "reads an index; the lock names the wheels by sha256",
     "fetch/urls.py": "how an address is shown",
     "flow/attempt.py": "holds the verdicts",
     "ground/bytecode.py": "fills in what Python would write itself",
