@@ -361,7 +361,7 @@ def test_the_store_keeps_to_its_size_and_drops_what_was_not_used(bed: Bed) -> No
     settings = bed.farm.settings.model_copy(update={"device_store": f"{size >> 10 or 1}KiB"})
     device_store.trim(bed.farm.settings, "tiny")
     assert not partial.exists()
-    assert len(bed.entries) == 6
+    assert len(bed.entries) == 8
     device_store.trim(settings, "tiny")
     assert not set(old) & set(bed.entries)
     assert sum(entry.stat().st_size for entry in bed.entries) <= device_store.limit(settings)
