@@ -131,6 +131,7 @@ def test_bad_names(farm: Farm) -> None:
     assert done.code != 0
     assert "unknown interpreter '3.31'" in done.said
     assert "did you mean '3.14'?" in done.said
+    (farm.settings.project / "stacks" / "bare" / "requirements-3.14t.lock").unlink()
     done = farm.run("plan", "tiny_c", "--python", "3.14t")
     assert done.code != 0
     assert "has no lock for Python 3.14t" in done.said
