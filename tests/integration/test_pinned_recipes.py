@@ -3,8 +3,8 @@
 triton: empty folders stand for LLVM and json. The programs and libraries of CUDA 12.4 for aarch64 are the recipe's own.
 aphrodite: compiled by CUDA 12.4.131 through torch's own CMake files, against the headers of torch's CPU wheel, so nothing is
 loaded (test_aphrodite_smoke.py does that). The part of the CMake files that the CPU wheel switches off is that of
-tests/recipes/aphrodite_objects, a recipe for five CUDA units of the real engine. No test runs it; docs/howto/pinned.md ("Tests of
-these builds") reports a run.
+tests/recipes/aphrodite_objects, a recipe for five CUDA units of the real engine. No test runs it; docs/howto/pinned.md reports
+a run ("Tests of these builds").
 """
 
 from __future__ import annotations
