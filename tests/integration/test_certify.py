@@ -89,6 +89,35 @@ def test_a_digest_holds_what_a_gpu_computes_and_nothing_else(tmp_path: Path, too
         assert after["100f"] != before["100f"], what
 
 
+ASSERTS = """
+#include <cassert>
+__device__ int first = 7;
+__device__ char path[] = "PLACE";
+__global__ void checked(int *out) { assert(out[1] == first); assert(out[2]); out[0] = path[out[3]]; }
+"""
+
+
+def test_the_folder_of_a_source_in_an_assert_does_not_count(tmp_path: Path, toolkit: Path) -> None:
+    def of(folder: str, source: str) -> dict[str, str]:
+        return digests(wheel_of(tmp_path / folder, toolkit, source), toolkit)
+
+    before = of("a", ASSERTS)
+    assert of("another/place/with/a/longer/path", ASSERTS) == before
+    changes = {
+        "the line of an assert": ("__device__ int first", "\n__device__ int first"),
+        "the text of an assert": ("assert(out[2])", "assert((out[2]))"),
+        "a variable's initial value": ("first = 7", "first = 9"),
+        "a file name": ("#include <cassert>", '#include <cassert>\n#line 3 "/a/other.cu"'),
+    }
+    for number, (what, (old, new)) in enumerate(changes.items()):
+        assert old in ASSERTS
+        after = of(str(number), ASSERTS.replace(old, new))
+        assert after["90"] != before["90"], what
+        assert after["100f"] != before["100f"], what
+    # A variable of the source that holds a path is a value like any other.
+    assert of("b", ASSERTS.replace("PLACE", "/a/k.cu")) != of("c", ASSERTS.replace("PLACE", "/b/k.cu"))
+
+
 def test_the_order_of_objects_does_not_count(tmp_path: Path, toolkit: Path) -> None:
     other = "__global__ void other(int *out) { *out = 1; }"
     there, back = wheel_of(tmp_path / "1", toolkit, KERNELS, other), wheel_of(tmp_path / "2", toolkit, other, KERNELS)
