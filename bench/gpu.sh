@@ -1,14 +1,14 @@
 #!/bin/sh
-# Builds with --toolchain host on a machine that has a GPU, CUDA, torch and no network, and tries the wheels on that GPU.
-# docs/howto/gpu.md says how. usage: bench/gpu.sh prepare [RECIPE...] | setup | start RECIPE... | wait SECONDS | smoke RECIPE... | certify RECIPE... |
+# Builds recipes with --toolchain host on a machine that has a GPU, CUDA and torch, but no network, and tests the wheels on that GPU.
+# docs/howto/gpu.md describes it. usage: bench/gpu.sh prepare [RECIPE...] | setup | start RECIPE... | wait SECONDS | smoke RECIPE... | certify RECIPE... |
 # collect FOLDER; and for the engine: prepare-engine | engine-model | engine-setup | engine [RUN...]
 #
-#   CARRIED  what `prepare` fetched where there is a network        default: .gpu beside the recipes
-#   WORK     everything that is made on the machine with the GPU    default: /tmp/gracefarm-gpu
-#   PYTHON   the machine's Python that has torch                    default: python3
-#   STACK    whose torch and CUDA that machine has                  default: cu130
+#   CARRIED  the folder with the downloads of `prepare`             default: .gpu beside the recipes
+#   WORK     the folder for all output on the GPU machine           default: /tmp/gracefarm-gpu
+#   PYTHON   the Python of the GPU machine that has torch           default: python3
+#   STACK    the stack with the torch and CUDA of that machine      default: cu130
 #   OPTIONS  further options of `builder build`                     default: --twin
-#   SET      whose lock has the engine's other packages             default: gh200-cu130-aphrodite
+#   SET      the set whose lock lists the engine's other packages   default: gh200-cu130-aphrodite
 set -eu
 top=$(cd "$(dirname "$0")/.." && pwd)
 carried=${CARRIED:-$top/.gpu} work=${WORK:-/tmp/gracefarm-gpu} python=${PYTHON:-python3} stack=${STACK:-cu130} further=${OPTIONS---twin}
@@ -16,7 +16,7 @@ lock=$top/sets/${SET:-gh200-cu130-aphrodite}/requirements.lock
 export UV_CACHE_DIR="$work/uv-cache" UV_PYTHON_DOWNLOADS=never
 export GRACEFARM_PROJECT="${GRACEFARM_PROJECT:-$top}" PYTHONPATH="$top" PYTHONDONTWRITEBYTECODE=1
 
-# What the builder needs, as pyproject.toml says, and what the machine's own Python needs to build a wheel. One word each.
+# The requirements of the builder (pyproject.toml), and the packages that the machine's Python requires to build a wheel. Without spaces.
 reader=$top/.venv/bin/python
 [ -x "$reader" ] || reader=$python
 builder=$("$reader" - "$top/pyproject.toml" <<'END'
@@ -25,7 +25,7 @@ project = tomllib.load(open(sys.argv[1], "rb"))["project"]
 print(*(line.replace(" ", "") for line in project["dependencies"] + project["optional-dependencies"]["builder"]))
 END
 )
-# These belong to torch, which the machine has.
+# torch requires these packages. The machine has torch.
 torch='torch|triton|cuda-[a-z]+|nvidia-[cn][a-z0-9-]+'
 own="build setuptools<82 wheel ninja packaging einops cmake>=3.26,<4 jinja2 nvidia-cuda-cuobjdump>=13.2"
 
@@ -41,9 +41,9 @@ print(sys.argv[1], last["build_id"], "dist", last["wheel"]["filename"], sep="/")
 }
 
 case "${1-}" in
-prepare) # with a network: wheels for Python 3.12 on x86_64, and the recipes' sources; 45 MB
+prepare) # with a network: downloads wheels for Python 3.12 on x86_64, and the sources of the recipes; 75 MB
     mkdir -p "$carried/wheels"
-    # shellcheck disable=SC2086 # lists on purpose
+    # shellcheck disable=SC2086 # these are lists
     "$top/.venv/bin/python" -m pip download --quiet --disable-pip-version-check --only-binary=:all: --dest "$carried/wheels" \
         --python-version "${PYTHON_VERSION:-3.12}" --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
         --platform manylinux2014_x86_64 --platform manylinux_2_12_x86_64 --platform manylinux_2_5_x86_64 $builder $own
@@ -54,7 +54,7 @@ prepare) # with a network: wheels for Python 3.12 on x86_64, and the recipes' so
     done
     du -sh "$carried"
     ;;
-setup) # two environments: the builder's, and over the machine's torch the one that is built against
+setup) # creates two environments: one for the builder, and one for the builds, which uses the machine's torch
     mkdir -p "$work/home"
     for part in store git; do
         [ ! -d "$carried/home/$part" ] || cp -r "$carried/home/$part" "$work/home/"
@@ -70,7 +70,7 @@ setup) # two environments: the builder's, and over the machine's torch the one t
         "$uv" pip install --quiet --no-config --offline --no-index --find-links "$carried/wheels" \
             --python "$work/$name/bin/python" $names
     done
-    # Where the machine's Python is a virtual environment itself, the one over it sees no packages of it.
+    # If the machine's Python is in a virtual environment, a second environment does not see the packages of the first one.
     (cd / && "$python" -c '
 import sys
 print(*(f"import site; site.addsitedir({path!r})" for path in sys.path if path.endswith("-packages")), sep="\n")') \
@@ -78,7 +78,7 @@ print(*(f"import site; site.addsitedir({path!r})" for path in sys.path if path.e
     "$work/own/bin/python" -c 'import torch; print(torch.__version__, torch.version.cuda, torch.cuda.is_available() and torch.cuda.get_device_name())'
     builder plan causal_conv1d --stack "$stack" --toolchain host --environment "$work/own/bin/python"
     ;;
-start) # detached: each recipe's log is WORK/RECIPE.log, its end WORK/RECIPE.rc; what was cut off goes on where it was
+start) # starts the builds in the background, and continues interrupted ones; log: WORK/RECIPE.log, exit code: WORK/RECIPE.rc
     shift
     for recipe in "$@"; do
         rm -f "$work/$recipe.rc"
@@ -87,10 +87,10 @@ start) # detached: each recipe's log is WORK/RECIPE.log, its end WORK/RECIPE.rc;
     ;;
 one)
     date -u +%FT%TZ
-    # shellcheck disable=SC2086 # a list on purpose
+    # shellcheck disable=SC2086 # this is a list
     builder build "$2" --stack "$stack" --toolchain host --environment "$work/own/bin/python" $further
     ;;
-wait) # until all that was started has ended, or for so many seconds: then 75
+wait) # waits until all builds have ended; exit code 75: a build still runs after this number of seconds
     left=$2
     while :; do
         open=
@@ -104,7 +104,7 @@ wait) # until all that was started has ended, or for so many seconds: then 75
         left=$((left - 20))
     done
     ;;
-smoke) # once more on the GPU, apart from the builds
+smoke) # repeats the GPU tests of built wheels
     shift
     for recipe in "$@"; do
         wheel=$(last "$recipe")
@@ -112,7 +112,7 @@ smoke) # once more on the GPU, apart from the builds
             --toolchain host --environment "$work/own/bin/python"
     done
     ;;
-certify) # the reports for builder certify --accept REPORT, on the machine that signs
+certify) # writes the reports that `builder certify --accept REPORT` reads on the signing machine
     shift
     for recipe in "$@"; do
         wheel=$(last "$recipe")
@@ -120,8 +120,8 @@ certify) # the reports for builder certify --accept REPORT, on the machine that 
             --toolchain host --environment "$work/own/bin/python"
     done
     ;;
-prepare-engine) # with a network: the other wheels of the engine's set, for Python 3.12 on x86_64; 360 MB
-    # shellcheck disable=SC2046 # a list on purpose
+prepare-engine) # with a network: downloads the other wheels of the engine's set, for Python 3.12 on x86_64; 360 MB
+    # shellcheck disable=SC2046 # this is a list
     sed -n 's/^\([a-z0-9.-]*==[^ ]*\) --hash.*/\1/p' "$lock" | grep -vE "^($torch)==" |
         "$top/.venv/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --implementation cp \
             --python-version "${PYTHON_VERSION:-3.12}" --platform manylinux2014_x86_64 --platform manylinux1_x86_64 \
@@ -129,7 +129,7 @@ prepare-engine) # with a network: the other wheels of the engine's set, for Pyth
             --dest "$carried/engine" --requirement /dev/stdin
     du -sh "$carried/engine"
     ;;
-engine-model) # a small model with random weights, the same with two shards exchanged, and what transformers computes
+engine-model) # writes a small model with random weights, a copy with two exchanged shards, and the results of transformers
     mkdir -p "$work/engine/results"
     cd "$top"
     rm -rf "$work/engine/model" "$work/engine/exchanged"
@@ -138,7 +138,7 @@ engine-model) # a small model with random weights, the same with two shards exch
     "$python" -m bench._serving.model reference "$work/engine/model" "$work/engine/results/reference.json"
     "$python" -m bench._serving.model greedy "$work/engine/model" "$work/engine/results/greedy.json"
     ;;
-engine-setup) # an environment with the packages of the set's lock: the machine's torch, and the wheels that were brought
+engine-setup) # creates an environment with the packages of the set's lock: the machine's torch, and the carried wheels
     uv=$(echo "$work"/uv/uv-*.data/scripts/uv)
     "$uv" venv --quiet --clear --no-config --offline --python "$(command -v "$python")" "$work/engine/environment"
     "$uv" pip install --quiet --no-config --offline --no-index --no-deps --python "$work/engine/environment/bin/python" "$carried"/engine/*.whl
@@ -162,7 +162,7 @@ for name, locked in (pin.split("==") for pin in sys.argv[2:]):
 END
     )
     ;;
-engine) # the wheels of flash_attn and aphrodite: the engine beside transformers, once for each RUN
+engine) # installs the wheels of flash_attn and aphrodite, and compares the engine with transformers, once for each RUN
     shift
     [ $# -gt 0 ] || set -- eager graphs float16 exchanged
     uv=$(echo "$work"/uv/uv-*.data/scripts/uv)
@@ -188,7 +188,7 @@ engine) # the wheels of flash_attn and aphrodite: the engine beside transformers
     # shellcheck disable=SC2046
     "$python" -m bench._serving.engine compare "$work/engine/results" $(echo "$@" | sed 's/exchanged/--refused exchanged/')
     ;;
-collect) # records, logs and wheels of what was built
+collect) # copies the records, logs and wheels of the builds to FOLDER
     mkdir -p "$2"
     cp "$work"/*.log "$work"/*.rc "$work"/*.gpu.json "$2/" 2>/dev/null || true
     [ ! -d "$work/engine/results" ] || cp -r "$work/engine/results" "$2/engine"

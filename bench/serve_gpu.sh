@@ -1,14 +1,14 @@
 #!/bin/sh
-# Real vLLM and Ray through `deploy` on a machine with GPUs and no network: each GPU is a node with its own sshd and address.
-# docs/howto/gpu-serve.md says how.
+# Tests `deploy` with vLLM and Ray on a machine with GPUs and no network: each GPU is a node with its own sshd and address.
+# docs/howto/gpu-serve.md describes it.
 # usage: bench/serve_gpu.sh prepare | take | model | setup | start SCENE... | stop | wait SECONDS | results FOLDER
 #
-#   CARRIED  what `prepare` fetched where there is a network, in pieces that travel one by one    default: .gpu-serve
-#   WORK     everything that is made on the machine with the GPUs                                 default: /opt/gracefarm-serve
-#   PYTHON   the machine's Python that has torch and transformers                                 default: python3
-#   VERSION  of that Python                                                                       default: 3.12
-#   THERE    names of the distributions that it has installed, one a line (`prepare` needs it)
-#   PIECE    how large a piece may be                                                             default: 52M
+#   CARRIED  the folder with the downloads of `prepare`, in pieces    default: .gpu-serve
+#   WORK     the folder for all output on the GPU machine             default: /opt/gracefarm-serve
+#   PYTHON   the Python of that machine with torch and transformers   default: python3
+#   VERSION  the version of this Python                               default: 3.12
+#   THERE    a file with the names of its distributions, one in each line; `prepare` requires it
+#   PIECE    the largest size of a piece                              default: 52M
 set -eu
 top=$(cd "$(dirname "$0")/.." && pwd)
 carried=${CARRIED:-$top/.gpu-serve} work=${WORK:-/opt/gracefarm-serve} python=${PYTHON:-python3} version=${VERSION:-3.12}
@@ -16,7 +16,7 @@ platforms=$(for number in 39 35 34 31 28 27 24 17 12 5; do echo "--platform many
     echo "--platform manylinux2014_x86_64 --platform manylinux1_x86_64")
 export PYTHONDONTWRITEBYTECODE=1
 
-# vLLM asks for these, and serving a dense model in 16 bit needs none of them. Experts in 16 bit need none of them either: on
+# vLLM requires these packages, but does not use them for models in 16 bit, dense or with experts: on
 # Hopper, vLLM 0.26.0 prefers its Triton kernels (fused_moe/oracle/unquantized.py), and tokens travel over NCCL. With flashinfer,
 # tensor parallelism hangs in "Capturing CUDA graphs" on a machine without NVLink's multicast.
 left_out='flashinfer-python|torchcodec|pynvvideocodec|tilelang|z3-solver|nvidia-cutlass-dsl.*|tokenspeed.*|cuda-tile|cuda-python'
@@ -32,7 +32,7 @@ fetch() { # FOLDER REQUIREMENTS...: wheels for the machine with the GPUs
 }
 
 case "${1-}" in
-prepare) # with a network: wheels, sshd and ip, uv; 480 MB in pieces
+prepare) # with a network: downloads wheels, sshd, ip and uv; 480 MB in pieces
     rm -rf "$carried.whole" "$carried"
     mkdir -p "$carried.whole/engine" "$carried.whole/others" "$carried.whole/own" "$carried.whole/tools" "$carried"
     whole=$carried.whole uv="$top/.venv/bin/python -m uv"
@@ -63,12 +63,12 @@ from deploy.rehearsal.walkthrough import _fetch_uv; from gracefarm import settin
     rm -rf "$whole"
     ls -l "$carried"
     ;;
-take) # a piece that has arrived; the same one twice does no harm
+take) # copies the pieces that have arrived; it can be repeated
     mkdir -p "$work/pieces"
     mv "$carried"/piece-* "$work/pieces/"
     ls "$work/pieces" | tr '\n' ' '
     ;;
-model) # detached, while pieces arrive: models, and what transformers computes with one
+model) # writes models, and the results of transformers with one of them, in the background while pieces arrive
     mkdir -p "$work/models"
     cp -r "$top/bench" "$work/"
     setsid -f sh -c "cd $work && exec >model.log 2>&1
@@ -82,12 +82,12 @@ model) # detached, while pieces arrive: models, and what transformers computes w
         $python -m bench._serving.model reference models/moe.part reference-moe.json &&
         mv models/moe.part models/moe; echo \$? >model.rc" </dev/null >/dev/null 2>&1
     ;;
-setup) # the pieces put together: tools, an index over the brought wheels and this machine's own, deploy's environment
+setup) # unpacks the pieces: tools, an index with the carried wheels and those of this machine, the environment of deploy
     cat "$work/pieces"/piece-* | tar -C "$work" -xf -
     tar -C "$work" -xzf "$work/small.tar.gz"
     rm -rf "$work/pieces" "$work/small.tar.gz"
     "$work/tools/install.sh" "$work"
-    # Nodes see /usr, and not what lies in a home: there the machine's Python is copied to where the rehearsal looks for one.
+    # Nodes see /usr, but no home folder. So the machine's Python is copied to the folder where the rehearsal expects it.
     if [ ! -x "/usr/bin/python$version" ] && [ ! -x "/usr/local/bin/python$version" ]; then
         mkdir -p "$work/home/rehearsal/python"
         cp -a "$("$python" -c 'import sys; print(sys.base_prefix)')" "$work/home/rehearsal/python/cpython-$version.machine"
@@ -103,7 +103,7 @@ setup) # the pieces put together: tools, an index over the brought wheels and th
     cat "$work/model.log"
     exit "$(cat "$work/model.rc")"
     ;;
-start) # detached: what it says is WORK/log, its end WORK/rc
+start) # starts the scenes in the background; log: WORK/log, exit code: WORK/rc
     shift
     rm -rf "$work/source" "$work/rc"
     mkdir -p "$work/source"
@@ -111,11 +111,11 @@ start) # detached: what it says is WORK/log, its end WORK/rc
     setsid -f sh -c "echo \$\$ >$work/pid; cd $work/source && GRACEFARM_HOME=$work/home PYTHONPATH=$work/source PATH=$work/own-environment/bin:\$PATH \
         python -u -m bench._serving.run $work $* >>$work/log 2>&1; echo \$? >$work/rc" </dev/null >/dev/null 2>&1
     ;;
-stop) # the scenes that are at work, and with them every node and all that runs there
+stop) # stops the running scenes, with all nodes and their processes
     kill -- "-$(cat "$work/pid")" 2>/dev/null || true
     for _ in $(seq 100); do pgrep -f deploy.rehearsal.room >/dev/null || break; sleep 0.2; done
     ;;
-wait) # what was said since the last time, until it ends or for so many seconds; 75: it is still at work
+wait) # prints the new lines of the log until the scenes end; exit code 75: they still run after this number of seconds
     begun=$(date +%s)
     offset=$(cat "$work/offset" 2>/dev/null || echo 0)
     while [ ! -e "$work/rc" ] && [ $(($(date +%s) - begun)) -lt "$2" ]; do sleep 1; done
@@ -125,7 +125,7 @@ wait) # what was said since the last time, until it ends or for so many seconds;
     [ -e "$work/rc" ] || exit 75
     exit "$(cat "$work/rc")"
     ;;
-results) # log, figures, bundles
+results) # copies the log, the figures and the bundles to FOLDER
     mkdir -p "$2"
     cp "$work/log" "$work/results.json" "$work"/reference*.json "$2/" 2>/dev/null || true
     cp "$work"/logprobs-*.json "$2/" 2>/dev/null || true
