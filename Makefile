@@ -14,7 +14,7 @@ run: setup
 test: setup-test lint
 	$(PYTEST) -m "not slow"
 
-# An hour or more; five objects of flash-attn take most of one of the two processes.
+# An hour or more; four units of flash-attn take most of one of the two processes.
 test-slow: setup-test
 	$(PYTHON) -m pytest -n 2 -m slow
 

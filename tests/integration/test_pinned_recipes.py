@@ -1,7 +1,10 @@
-"""recipes/triton and recipes/aphrodite as they are written, to a wheel: only the commits are those of projects of that shape.
+"""recipes/triton and recipes/aphrodite build small projects of the same structure, with some values of the recipes changed.
 
-triton: empty folders stand for LLVM and json. The programs and libraries of CUDA 12.4 for aarch64 are the recipe's own.
-aphrodite: compiled by CUDA 12.4.131 through torch's own CMake files, against the headers of torch's CPU wheel, so nothing is
+triton: the commit, the tree and the version are those of the small project. Empty archives replace LLVM and json, with their
+own digests. `binfmt` and smoke.py are removed, and the stack is cu130. The programs and libraries of CUDA 12.4 for aarch64 are
+the recipe's own.
+aphrodite: the commit and the tree are those of the small project, and cutlass is a small repository. The project is compiled
+by CUDA 12.4.131 through torch's own CMake files, against the headers of torch's CPU wheel (stack cu124-headers), so nothing is
 loaded (test_aphrodite_smoke.py does that). The part of the CMake files that the CPU wheel switches off is that of
 tests/recipes/aphrodite_objects, a recipe for five CUDA units of the real engine. No test runs it; docs/howto/pinned.md reports
 a run ("Tests of these builds").
