@@ -74,8 +74,8 @@ from gracefarm.errors import ConfigError, DiskFullError, GracefarmError, Several
 @click.option(
     "--until",
     type=click.Choice(["root", "compile"]),
-    help="Stop the build before or after the compile. The same command without --until continues it. root: stop before the "
-    "compile, and print the folders and files that the compile reads, one on each line. compile: stop after the compile, "
+    help="Stop the build before or after the compile. The same command without --until continues the build. root: stop before "
+    "the compile, and print the folders and files that the compile reads, one on each line. compile: stop after the compile, "
     "before the audit and the tests, and print the folder of the build.",
 )
 @click.option(

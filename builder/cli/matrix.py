@@ -72,7 +72,7 @@ def parted(function: Callable[..., None]) -> Callable[..., None]:
     "--prune",
     "prunes",
     is_flag=True,
-    help="List the builds on this machine that use an old release of torch, instead of the cells. keep_torch in matrix.toml "
+    help="Do not list the cells. List the builds on this machine that use an old release of torch. keep_torch in matrix.toml "
     "is the number of newest releases that are not old. Each line shows recipe, stack, torch, Python, target and build id. "
     "NAMES select recipes. The command removes nothing.",
 )

@@ -71,7 +71,7 @@ def plan_command(name: str, from_source: tuple[str, ...]) -> None:
     \b
     # Show what the build of the set gh200-cu124 would do.
     builder set plan gh200-cu124
-    # The same, if LLVM is built from source for triton.
+    # Show the same plan for a build of LLVM from source.
     builder set plan gh200-cu124 --llvm source
     """
     settings, console = start()
@@ -183,7 +183,7 @@ def build_command(
     builder set build gh200-cu130
     # Ask whether to accept the files whose digest is unknown, then build.
     builder set build gh200-cu124 --accept-new
-    # First build LLVM for triton, instead of downloading an archive of it.
+    # First build LLVM from source, instead of downloading LLVM's archive.
     builder set build gh200-cu124 --llvm source
     # Also write pylock.toml with the addresses of the files on this index.
     builder set build gh200-cu130 --index http://10.0.0.1:8080

@@ -30,7 +30,8 @@ _WIDTH = 70
     "--all",
     "every",
     is_flag=True,
-    help="Compare each wheel that this machine has built with its current inputs. With NAME: only the wheels of this recipe.",
+    help="For each wheel that this machine has built, compare the inputs of its build with the current inputs. With NAME: "
+    "only for the wheels of this recipe.",
 )
 @compared
 @json_option

@@ -159,7 +159,8 @@ def down(context: DeployContext, keep_ray: bool, no_wait: bool) -> None:
 @click.option(
     "--cache",
     is_flag=True,
-    help="Also remove the cache of the shared folder from the nodes' disks. Other deployments on these nodes may use it.",
+    help="Also remove the cache of the shared folder from the nodes' disks. Other deployments on these nodes may use this "
+    "cache.",
 )
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @no_wait_option
@@ -170,9 +171,9 @@ def purge(context: DeployContext, share: bool, weights: bool, cache: bool, yes: 
     The command removes logs, keys, files of Ray, and the program uv. Without --weights, the model stays. Without
     --share, the Python environments stay. The folder .deploy on this machine stays. The command asks for confirmation.
 
-    The step cache of `deploy up` can cache the shared folder on the disks of nodes. Without --cache, this cache stays, and
-    the end of the output names the nodes with a cache. With --cache, the command removes what the step has added: the option
-    fsc in /etc/fstab, the copy of the old /etc/fstab, and the package cachefilesd with its files.
+    `deploy up` has a step named 'cache', which caches files of the shared folder on the nodes' disks. Without --cache, these
+    cached files stay, and the end of the output names the nodes with a cache. With --cache, the command removes what the
+    step has added: the option fsc in /etc/fstab, the copy of the old /etc/fstab, and the package cachefilesd with its files.
 
     \b
     # Remove the files, including the Python environments.

@@ -164,7 +164,7 @@ def speed_of(moment: Moment) -> str:
     if moment.metrics.cache is not None:
         parts.append(f"KV cache {moment.metrics.cache:.0%}")
     if moment.metrics.generation_tokens_total is not None:
-        parts.append(f"{moment.metrics.generation_tokens_total:,.0f} tokens since its start")
+        parts.append(f"{moment.metrics.generation_tokens_total:,.0f} tokens since the engine's start")
     if moment.usd_per_mtok is not None:
         parts.append(f"${moment.usd_per_mtok:,.2f}/Mtok")
     return "; ".join(parts)

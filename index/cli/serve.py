@@ -92,7 +92,7 @@ from index.store import auth, htpasswd
 )
 @click.option(
     "--url",
-    help="Address of the index to show on the web pages. Default: the address that the browser uses.",
+    help="Address that the web pages show for the index. Default: the address that the browser uses.",
 )
 @click.option(
     "--cache-size",
