@@ -54,7 +54,7 @@ class GpuResult(Table):
     status: Literal["passed", "not run"]
     "`passed`: the script ran on a GPU and succeeded. `not run`: the script did not run, and `reason` says why"
     reason: str = ""
-    "Why the script did not run. Empty: the script ran"
+    "Reason why the script did not run. Empty: the script ran"
     device: str | None = None
     "Name of the GPU. null: the script did not run"
     sm: str | None = None

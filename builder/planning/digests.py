@@ -20,7 +20,7 @@ class Witness(Table):
 
 
 class FirstUse(Table):
-    """When `--accept-new` read the digest, and from which URL."""
+    """The day on which `--accept-new` read the digest, and the URL from which it was read."""
 
     date: Annotated[date, Field(description="Day on which the digest was read")]
     url: Url
@@ -33,7 +33,7 @@ class DigestFields(Table):
     sha256: Sha256 | None = None
     "sha256 of the file. Give this key, or `sha256_unknown` if you do not know the digest"
     sha256_unknown: str | None = None
-    "Why the digest is unknown. `builder lock` or `builder build --accept-new` replaces this key with `sha256`"
+    "Reason why the digest is unknown. `builder lock` or `builder build --accept-new` replaces this key with `sha256`"
     accepted: FirstUse | None = None
     "Date and URL of the download from which `--accept-new` read `sha256`. The builder writes this table"
     witness: tuple[Witness, ...] = ()

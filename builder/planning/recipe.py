@@ -54,13 +54,13 @@ class Substitution(Table):
     "New text"
     count: int = Field(default=1, ge=1)
     (
-        "How many times the file contains `find`. All of these places are replaced. If the file contains `find` more or less "
-        "often, the build fails"
+        "Number of times that the file contains `find`. All of these places are replaced. If the file contains `find` more or "
+        "less often, the build fails"
     )
 
 
 class Build(Table):
-    """How the wheel is compiled."""
+    """Settings of the compilation of the wheel."""
 
     requires: tuple[RequirementText, ...] = ()
     "Packages that the build requires, and that the stack's environment does not have. `builder lock NAME` pins them"
@@ -129,7 +129,7 @@ class Bundled(Table):
     "sha256 of the file"
     origin: str | None = None
     (
-        "Where the file comes from. `source`: the source tree. Otherwise: an entry of `[[files]]`, named by its URL, or by "
+        "Origin of the file. `source`: the source tree. Otherwise: an entry of `[[files]]`, named by its URL, or by "
         "`pkg:pypi/NAME@VERSION` or `pkg:deb/debian/NAME@VERSION?arch=ARCH`"
     )
     license: SpdxExpression
@@ -175,7 +175,7 @@ class Wheel(Table):
     max_size: Size = "500MiB"
     "Maximum size of the wheel. A larger wheel is refused"
     may_publish: str | None = None
-    "Why the wheel may be published although its licence does not allow redistribution"
+    "Reason why the wheel may be published although its licence does not allow redistribution"
 
     @model_validator(mode="after")
     def _requires_by_its_own_name(self) -> Self:
@@ -213,7 +213,7 @@ class KnownBad(Table):
     torch: Specifiers = ""
     "torch releases, for example `>=2.9,<2.11`. Default: all"
     reason: str = Field(min_length=1)
-    "What is wrong with the wheel"
+    "Description of what is wrong with the wheel"
     link: Url
     "URL of a report or measurement of the problem"
 
@@ -258,7 +258,7 @@ class Recipe(Table):
     stack: str = "cu130"
     "Stack that a build uses without the option `--stack`"
     superseded: str | None = None
-    "What to use instead of this package. `builder list` and `builder plan` print this text"
+    "Text that says what to use instead of this package. `builder list` and `builder plan` print this text"
     known_bad: tuple[KnownBad, ...] = ()
     "Combinations of sm values, CUDA and torch for which a build is refused"
     refuses: dict[ToolchainKind, str] = Field(default_factory=dict)
@@ -274,7 +274,7 @@ class Recipe(Table):
     substitutions: tuple[Substitution, ...] = ()
     "Replacements of text in the source tree. They are applied after the patches, in the order of the list"
     build: Build = Build()
-    "How to compile"
+    "Settings of the compilation"
     wheel: Wheel = Wheel()
     "Requirements on the wheel"
     differences: tuple[StackDifference, ...] = ()

@@ -45,8 +45,8 @@ class Stage(Table):
     "Memory limit of the command, in bytes. null: the step ran no command"
     memory_by: str | None = None
     (
-        "What enforced the limit: `cgroup2`, `watchdog` (a process of the builder), `podman` or `docker`. null: the step ran "
-        "no command. Older records can also have `cgroup1`"
+        "Program or kernel feature that enforced the limit: `cgroup2`, `watchdog` (a process of the builder), `podman` or "
+        "`docker`. null: the step ran no command. Older records can also have `cgroup1`"
     )
     note: str = ""
     "Remark about the step"
@@ -64,7 +64,7 @@ class BuiltFile(Table):
 
 
 class Failure(Table):
-    """Why the build failed."""
+    """The reason why the build failed."""
 
     kind: str
     "Class of the failure, for example `compile`. docs/reference/errors.md lists the classes"
@@ -98,7 +98,7 @@ class Publication(Table):
     filename: str = Field(default="", exclude_if=_empty)
     "File name on the index, if the builder added a build tag to it. Empty: the file name in `wheel`"
     reason: str = Field(default="", exclude_if=_empty)
-    "Why the builder added the build tag. Empty: it added no build tag"
+    "Reason why the builder added the build tag. Empty: it added no build tag"
 
 
 class Record(Table):
@@ -161,7 +161,7 @@ class Record(Table):
     outcome: Literal["built", "failed"]
     "Result of the build. While the build runs, the value is `failed`, and `kind` in `failure` is `interrupted`"
     failure: Failure | None = None
-    "Why the build failed. null: the build succeeded"
+    "Reason why the build failed. null: the build succeeded"
     wheel: BuiltFile | None = None
     "The wheel. null: the build produced no wheel"
     tree: str | None = None

@@ -194,7 +194,7 @@ class LayoutConfig(Table):
 
     objective: Objective = "speed"
     (
-        "What the planner maximises. `speed`: tokens/s of one request. `throughput`: tokens/s of all requests together. "
+        "Value that the planner maximises. `speed`: tokens/s of one request. `throughput`: tokens/s of all requests together. "
         "`cost`: tokens/s of all requests per dollar."
     )
     trust: bool = False
@@ -281,7 +281,7 @@ class Config(Table):
     "URL of a mirror of the releases of python-build-standalone. uv downloads the managed Python from there."
     launcher: Launcher = "ray"
     (
-        "How the engine uses several nodes. `ray`: Ray connects the nodes, and starts the engine's processes on them. "
+        "Program that connects several nodes. `ray`: Ray connects the nodes, and starts the engine's processes on them. "
         "`native`: `deploy` starts vLLM on each node with the option --nnodes, and vLLM connects the nodes itself. All nodes "
         "must then use the same number of GPUs, and replicas must be on one node."
     )
@@ -303,7 +303,7 @@ class Config(Table):
     ports: Ports = Ports()
     "TCP ports."
     layout: LayoutConfig = LayoutConfig()
-    "How the model is split over the GPUs."
+    "Division of the model over the GPUs."
     options: OptionsConfig = OptionsConfig()
     "Options of `deploy`, for example timeouts."
     engine_options: dict[str, str | int | float | bool | list[str]] = Field(default_factory=dict)

@@ -122,7 +122,7 @@ class Rejected(BaseModel):
     layout: str
     "Name of the layout, for example `tp3`."
     reason: str
-    "Why the layout does not fit."
+    "Reason why the layout does not fit."
 
 
 @dataclass(frozen=True, kw_only=True)

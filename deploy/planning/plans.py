@@ -105,7 +105,7 @@ class ServePlan(BaseModel):
     "Program that runs the model."
     launcher: Literal["ray", "native"] = "ray"
     (
-        "How the engine uses several nodes. `ray`: Ray connects the nodes, and starts the engine's processes on them. "
+        "Program that connects several nodes. `ray`: Ray connects the nodes, and starts the engine's processes on them. "
         "`native`: `deploy` starts the engine on each node, and the engine connects the nodes itself."
     )
     model: str
@@ -113,7 +113,7 @@ class ServePlan(BaseModel):
     revision: str
     "Commit of the model. Before `deploy up`, it can be a branch or tag."
     layout: Layout
-    "How the model is split."
+    "Division of the model over the GPUs."
     nodes: tuple[NodePlan, ...]
     "Nodes that run the engine. The head is the first node."
     spares: tuple[str, ...] = ()

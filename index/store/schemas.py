@@ -77,8 +77,8 @@ class MatrixCell(SentDocument):
     "Disk space of the build, in bytes. It is measured or estimated like `cpu_seconds`. null: unknown."
     estimate: ShortText = ""
     (
-        "How `cpu_seconds` and `disk_bytes` were estimated, for example `estimated from a build for target x86_64`. The text "
-        "names only what differs between that build and this cell. Empty: no value is estimated."
+        "Source of the estimates in `cpu_seconds` and `disk_bytes`, for example `estimated from a build for target x86_64`. "
+        "The text names only what differs between that build and this cell. Empty: no value is estimated."
     )
 
 
