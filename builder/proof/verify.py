@@ -94,7 +94,7 @@ def _check(name: str, judge: Callable[[], str]) -> WheelCheck:
         unchecked = isinstance(error, UncheckedError)
         return WheelCheck(name=name, ok=False, unchecked=unchecked, summary=error.cause, remedy=error.remedy or "")
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON from elsewhere
-        return WheelCheck(name=name, ok=False, summary=f"it cannot be read: {error!r}")
+        return WheelCheck(name=name, ok=False, summary=f"a document has an unexpected format: {error!r}")
 
 
 def read(wheel: Path) -> Inside:
@@ -128,19 +128,23 @@ def _record(wheel: Path) -> str:
 def _build_id(wheel: Path, inside: Inside) -> str:
     """Check that the id is the hash of the inputs, and that the inputs are those of this wheel."""
     if id_of(inside.inputs) != inside.build_id:
-        raise VerifyError(f"its inputs hash to {id_of(inside.inputs)[:16]}, not to its build id {inside.build_id[:16]}")
+        raise VerifyError(
+            f"the inputs in the wheel hash to {id_of(inside.inputs)[:16]}, but its build id is {inside.build_id[:16]}"
+        )
     name, version, _, _ = parse_wheel_filename(split_label(wheel.name)[0])
     recipe, stack = inside.inputs["recipe"], inside.inputs["stack"]
     known = local_version.could_be(version, recipe["version"], stack["cuda"], stack["torch"])
     if canonicalize_name(recipe["name"]) != name or not known:
-        raise VerifyError(f"its inputs are those of {recipe['name']} {recipe['version']}")
+        raise VerifyError(
+            f"the wheel was built from the inputs of {recipe['name']} {recipe['version']}, which does not match its file name"
+        )
     return inside.build_id
 
 
 def _sbom(inside: Inside) -> str:
     """Check that the SBOM follows from the inputs, and that its list of the environment has the digest in the inputs."""
     if inside.sbom is None:
-        raise VerifyError(f"it has no SBOM (.dist-info/sboms/{sbom.FILENAME})")
+        raise VerifyError(f"the wheel has no SBOM (.dist-info/sboms/{sbom.FILENAME})")
     try:
         build_id, besides = sbom.read(inside.sbom)
     except ValueError as error:
@@ -188,9 +192,11 @@ def _provenance(wheel: Path, inside: Inside, place: Path, key: Ed25519PublicKey 
         raise VerifyError(
             f"the wheel has sha256 {sha256[:16]}, but {str(subjects.get(name))[:16]} was signed"
             if name in subjects
-            else f"it is about {', '.join(subjects)}, not about {wheel.name}"
+            else f"the provenance is about {', '.join(subjects)}, not about {wheel.name}"
         )
     inner = signed["predicate"]["buildDefinition"]["internalParameters"]
     if inner["buildId"] != inside.build_id or inner["inputs"] != json.loads(json.dumps(inside.inputs)):
-        raise VerifyError(f"it is about build {str(inner['buildId'])[:16]}, but the wheel has {inside.build_id[:16]}")
+        raise VerifyError(
+            f"the provenance is about build {str(inner['buildId'])[:16]}, but the wheel is of build {inside.build_id[:16]}"
+        )
     return f"signed by key {signing.key_id(key)[:16]}, sha256 {sha256[:16]}"

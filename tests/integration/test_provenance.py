@@ -196,12 +196,12 @@ def _other_namespace(value: Any) -> None:
 TAMPERING: dict[str, tuple[Callable[[dict[str, bytes]], None], str, str]] = {
     "another file, RECORD corrected": (
         lambda content: content.update({"tiny_c/__init__.py": b"evil = 1\n"}), "provenance", "the wheel has sha256"),
-    "inputs": (in_json(f"{INFO}/gracefarm.json", _other_source), "build-id", "its inputs hash to"),
+    "inputs": (in_json(f"{INFO}/gracefarm.json", _other_source), "build-id", "the inputs in the wheel hash to"),
     "the SBOM's source": (in_json(f"{INFO}/sboms/{sbom.FILENAME}", _other_package), "sbom", "lists different sources"),
     "the SBOM's environment": (
         in_json(f"{INFO}/sboms/{sbom.FILENAME}", _other_environment), "sbom", "does not have the digest"),
     "the SBOM's build": (in_json(f"{INFO}/sboms/{sbom.FILENAME}", _other_namespace), "sbom", "the SBOM belongs to build 0000"),
-    "no SBOM": (lambda content: content.pop(f"{INFO}/sboms/{sbom.FILENAME}"), "sbom", "it has no SBOM"),
+    "no SBOM": (lambda content: content.pop(f"{INFO}/sboms/{sbom.FILENAME}"), "sbom", "the wheel has no SBOM"),
     "an SBOM from elsewhere": (
         lambda content: content.update({f"{INFO}/sboms/{sbom.FILENAME}": b"{}"}), "sbom", "not an SBOM that this"),
     "inputs that are not inputs": (
@@ -273,7 +273,8 @@ def _of_another_wheel(statement: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"), [(_of_another_build, "it is about build ffff"), (_of_another_wheel, "it is about other-1.0")]
+    ("change", "words"),
+    [(_of_another_build, "the provenance is about build ffff"), (_of_another_wheel, "the provenance is about other-1.0")],
 )
 def test_a_signed_statement_about_something_else_is_refused(
     signed: Signed, tmp_path: Path, change: Callable[[Any], None], words: str
