@@ -1,9 +1,9 @@
-# Thin: each target is a line that a person could type.
+# Each target is one command that you can also type.
 PYTHON = .venv/bin/python
 
 NODES = 3
 
-# The tests of deploy wait for most of their time, and share one process; the other two keep two cores busy.
+# The tests of deploy share one process, which waits most of the time. The other two processes use two cores.
 PYTEST = $(PYTHON) -m pytest -n 3
 
 .PHONY: run test test-slow test-all lint bench rehearse setup setup-test setup-rehearse
@@ -14,7 +14,7 @@ run: setup
 test: setup-test lint
 	$(PYTEST) -m "not slow"
 
-# An hour or more; four units of flash-attn take most of one of the two processes.
+# This takes an hour or more. The compilation of four units of flash-attn takes most of the time of one of the two processes.
 test-slow: setup-test
 	$(PYTHON) -m pytest -n 2 -m slow
 
@@ -30,7 +30,7 @@ lint: setup-test
 bench: setup-test
 	$(PYTHON) -m bench
 
-# Needs root, for the nodes are namespaces.
+# This requires root, since the nodes are namespaces.
 rehearse: setup-rehearse
 	$(PYTHON) -m deploy rehearse --nodes $(NODES)
 

@@ -1,4 +1,4 @@
-"""pyproject.toml has everything but this: a wheel carries recipes, stacks, interpreters and sets as builder/project."""
+"""Copies recipes, stacks, interpreters and sets into the wheel, as builder/project. The rest is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ PROJECT = ("recipes", "stacks", "interpreters", "sets")
 
 
 class BuildWithProject(build_py):
-    """An editable install has no copy of them: the folders of the checkout are its project."""
+    """Builds the wheel with a copy of the project's folders. An editable install uses the folders of the checkout."""
 
     def run(self) -> None:
-        """Copy them into the tree that becomes the wheel."""
+        """Copy the folders into the tree that becomes the wheel."""
         super().run()
         if not self.editable_mode:
             for name in PROJECT:
