@@ -1,1 +1,1 @@
-"""Speed, measured beside what a user would take instead; docs/explanation/benchmarks.md holds the figures and the commands."""
+"""Benchmarks, which often compare a program with its alternatives. docs/explanation/benchmarks.md has results and commands."""

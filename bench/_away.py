@@ -1,4 +1,4 @@
-"""The archives of bench/away.sh: what a compile needs goes to another machine, and what was compiled comes back.
+"""Writes and unpacks the archives of bench/away.sh. They take the inputs of a compile to another machine and the results back.
 
 A folder of archives has PART.tar.zst.000, PART.tar.zst.001 and so on (PART.tar.000 without compression), and the file `pieces`
 with their sha256. A part can be unpacked when all its pieces have arrived. On the other machine, `take` runs with the
@@ -22,18 +22,18 @@ from pathlib import Path
 from typing import IO
 
 SEPARATE = ("roots", "toolchains")
-"Folders of GRACEFARM_HOME whose entries are large and named by a digest: each entry is one part."
+"Folders of GRACEFARM_HOME. Their entries are large, and the name of an entry is a digest. So each entry is one part."
 ENVIRONMENTS = "environments"
-"The environments share most of their files by hard links. So they are one part together, and each file travels once."
+"The environments share most of their files through hard links. So all environments are one part, which has each file once."
 LEFT_OUT = ("*/triton/*.so", "*/triton/*.a", "*/triton/*/bin/*", "*/nvidia/*/bin/*", "*/nvidia/*/nvvm/*", "*_static.a")
-"Files of an environment that no compile reads: programs for the GPU, which the toolchain has for this machine, and libraries "
-"that nothing links."
+"Files of an environment that no compile reads: programs that compile for the GPU, which the toolchain has for this machine, "
+"and libraries that no program links."
 NEEDED = ("*/libcudart_static.a",)
 "Exceptions from LEFT_OUT. nvcc and CMake link them."
 DEVICE_CODE = (".nv_fatbin", "__nv_relfatbin", ".cask_resource", ".debug_")
-"Starts of the names of sections that no linker reads."
+"Prefixes of the names of the sections that no linker reads."
 PROGRAMS = ("bwrap", "zstd", "git")
-"Programs of the builder that a machine may lack."
+"Programs that the builder runs, and that the other machine may lack."
 UNCOMPRESSED = "programs"
 "The part with PROGRAMS. It is unpacked first, since it contains zstd."
 UNFINISHED = 75
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def prepare(carried: Path, reads: Path, site: Path, request: Path) -> int:
-    """At home: pack what the builder says that the compiles read, the project, and programs."""
+    """On the first machine: pack the files that the compiles read (the builder lists them), the project, and programs."""
     from builder.planning.settings import PARTS, load
 
     settings = load()
@@ -90,7 +90,7 @@ def prepare(carried: Path, reads: Path, site: Path, request: Path) -> int:
 
 
 def take(carried: Path, work: Path) -> int:
-    """There: unpack each part whose pieces have all arrived. The exit code is 75 while pieces are missing."""
+    """On the other machine: unpack each part whose pieces have all arrived. The exit code is 75 while pieces are missing."""
     parts = _parts(carried)
     missing = [] if parts else ["pieces"]
     for part in sorted(parts, key=lambda name: (name != UNCOMPRESSED, name)):
@@ -113,7 +113,7 @@ def take(carried: Path, work: Path) -> int:
 
 
 def results(folder: Path, work: Path) -> int:
-    """There: pack the state of compiled builds, and the caches of others since the last call."""
+    """On the other machine: pack the compiled builds. Of other builds, pack the new cache files since the last call."""
     known = _pieces(folder)
     shutil.copy(work / "request", folder / "request")
     _list(folder, known)
@@ -134,7 +134,7 @@ def results(folder: Path, work: Path) -> int:
 
 
 def carry_on(folder: Path) -> int:
-    """At home: unpack results. Print the names of compiled recipes."""
+    """On the first machine: unpack the results. Print the names of the compiled recipes."""
     from builder.planning.settings import load
     from builder.proof import record
     from gracefarm.files import lock
@@ -166,7 +166,7 @@ def _pack_caches(folder: Path, work: Path, name: str, known: Mapping[str, str]) 
     packed = set(listed.read_text().splitlines()) if listed.is_file() else set()
     home = work / "home"
     files = [path for kind in ("ccache", "device") for path in sorted((home / kind / name).rglob("*")) if path.is_file()]
-    # Incomplete files have a dot or `.tmp.` in their names; the statistics of ccache change all the time.
+    # The names of incomplete files begin with a dot or contain `.tmp.`. ccache changes its file `stats` all the time.
     complete = [path for path in files if not path.name.startswith(".") and ".tmp." not in path.name and path.name != "stats"]
     fresh = {f"home/{path.relative_to(home)}": path for path in complete}
     fresh = {place: path for place, path in fresh.items() if place not in packed}
@@ -186,7 +186,7 @@ def _request(place: Path) -> dict[str, str]:
 
 
 Change = Callable[[str, bytes], bytes | bytearray | None]
-"The content that an archive gets instead of a file's content; None: it leaves the file out."
+"From the name and content of a file to its content in the archive. None: the file is omitted."
 
 
 def _whole(_name: str, content: bytes) -> bytes:
@@ -198,7 +198,7 @@ def _fits(name: str, patterns: Iterable[str]) -> bool:
 
 
 def lean(name: str, content: bytes) -> bytes | bytearray | None:
-    """An environment's file for a compile: of equal size, and with zeros instead of device code and debug data."""
+    """An environment's file as a compile requires it: the size is equal, but device code and debug data are zeros."""
     if _fits(name, LEFT_OUT) and not _fits(name, NEEDED):
         return None
     if not content.startswith(b"\x7fELF"):
@@ -216,7 +216,7 @@ def lean(name: str, content: bytes) -> bytes | bytearray | None:
 def pack(
     folder: Path, part: str, wanted: Mapping[str, Path], change: Change = _whole, *, compressed: bool = True
 ) -> dict[str, str]:
-    """Write one part; returns its pieces with their sha256."""
+    """Write one part. Return its pieces with their sha256."""
     size = int(subprocess.check_output(["numfmt", "--from=iec", os.environ["PIECE"]]))
     for old in folder.glob(f"{part}.tar*"):
         old.unlink()
@@ -239,18 +239,18 @@ def pack(
 
 
 def _write(stream: IO[bytes], wanted: Mapping[str, Path], change: Change) -> None:
-    """Write an archive. In environments, a hard link to an earlier file stays a hard link."""
+    """Write an archive. In environments, a hard link to an earlier file remains a hard link."""
     written: set[str] = set()
     with tarfile.open(fileobj=stream, mode="w|", format=tarfile.GNU_FORMAT) as archive:
         for name, path in wanted.items():
             for place in _below(path):
                 inside = name if place == path else f"{name}/{place.relative_to(path)}"
-                with suppress(FileNotFoundError):  # a running build has removed it from its cache
+                with suppress(FileNotFoundError):  # a running build has removed the file from its cache
                     _add(archive, place, inside, change, written)
 
 
 def _add(archive: tarfile.TarFile, place: Path, inside: str, change: Change, written: set[str]) -> None:
-    """Add one file. `written` has the names of an environment's files that other files can be links to."""
+    """Add one file. `written` has the names of the added files of environments, to which hard links are possible."""
     entry = archive.gettarinfo(place, inside)
     if entry is None:  # a socket
         return
@@ -271,7 +271,7 @@ def _below(path: Path) -> Iterator[Path]:
 
 
 def unpack(pieces: Iterable[Path], into: Path, *options: str) -> None:
-    """Unpack the pieces of one part. A part that was unpacked halfway is unpacked again."""
+    """Unpack the pieces of one part. If an earlier call was interrupted, all files are unpacked again."""
     pieces = list(pieces)
     command = ["tar", "--extract", "--no-same-owner", "--preserve-permissions", f"--directory={into}", *options]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as unpacker:
@@ -293,7 +293,7 @@ def unpack(pieces: Iterable[Path], into: Path, *options: str) -> None:
 
 @contextmanager
 def _programs(folder: Path) -> Iterator[Path]:
-    """A folder with PROGRAMS, their libraries and the loader, so that they run with any C library."""
+    """A folder with PROGRAMS, their libraries and the loader. So these programs run on a machine with any C library."""
     into = folder / "programs"
     shutil.rmtree(into, ignore_errors=True)
     (into / "bin").mkdir(parents=True)
@@ -317,7 +317,7 @@ def _programs(folder: Path) -> Iterator[Path]:
 
 
 def _part_of(paths: Sequence[Path]) -> str:
-    """The name of the part with these folders, which are named by digests."""
+    """The name of the part with these folders. It contains the name of the folder, or a digest of all names."""
     digests = "".join(path.name for path in paths)
     name = digests if len(paths) == 1 else hashlib.sha256(digests.encode()).hexdigest()
     return f"{paths[0].parent.name}-{name}"
@@ -342,7 +342,7 @@ def _parts(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def _list(folder: Path, pieces: Mapping[str, str]) -> None:
-    """Write the file `pieces`, as sha256sum writes and reads it."""
+    """Write the file `pieces` in the format of sha256sum."""
     draft = folder / "pieces.new"
     draft.write_text("".join(f"{pieces[piece]}  {piece}\n" for piece in sorted(pieces)))
     draft.replace(folder / "pieces")

@@ -36,7 +36,7 @@ class Running:
 
 
 def wheel(name: str, version: str, *, payload: bytes = b"", requires: str = "") -> tuple[str, bytes]:
-    """A small valid wheel, or a large one around `payload`, which is stored and not compressed."""
+    """File name and content of a small valid wheel. With `payload`, the wheel is large: it stores `payload` uncompressed."""
     folder = f"{name}-{version}.dist-info"
     meta = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n" + (f"Requires-Dist: {requires}\n" if requires else "")
     content = {
@@ -59,7 +59,7 @@ def _digest(content: bytes) -> str:
 
 
 def fill(folder: Path, count: int) -> None:
-    """`count` small wheels, ten to a project."""
+    """Write `count` small wheels into a folder. Each project has ten wheels."""
     folder.mkdir(parents=True)
     for number in range(count):
         name, content = wheel(f"pkg_{number // 10:05}", f"1.{number % 10}")
@@ -67,17 +67,17 @@ def fill(folder: Path, count: int) -> None:
 
 
 def run(*arguments: object, cwd: Path | None = None) -> str:
-    """A command that must work; its output."""
+    """Run a command, and return its output. The command must succeed."""
     return subprocess.run([str(item) for item in arguments], check=True, capture_output=True, text=True, cwd=cwd).stdout
 
 
 def index(root: Path, *arguments: object, checkout: Path = HERE) -> str:
-    """`python -m index …` on a root. Python imports the `index` of the working directory."""
+    """Run `python -m index …` on a root. Python imports the package `index` from the working directory."""
     return run(sys.executable, "-m", "index", *arguments, "--root", root, cwd=checkout)
 
 
 def free_port() -> int:
-    """A port that is free now."""
+    """The number of a port that no process uses now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -87,7 +87,7 @@ def free_port() -> int:
 def process(
     name: str, command: list[object], url: str, ready: str, *, token: str = "", log: Path | None = None, cwd: Path = HERE
 ) -> Iterator[Running]:
-    """Start a server; measure the time until it answers `ready`."""
+    """Start a server, and measure the time until it answers a request for the path `ready`. Stop the server at the end."""
     begin = time.monotonic()
     child = subprocess.Popen(
         [str(item) for item in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd=cwd
@@ -103,7 +103,7 @@ def process(
                 time.sleep(0.005)
         yield Running(name=name, url=url, pid=child.pid, started_s=time.monotonic() - begin, token=token, log=log)
     finally:
-        with suppress(ProcessLookupError):  # it has ended already
+        with suppress(ProcessLookupError):  # the server has ended already
             os.killpg(child.pid, signal.SIGTERM)
         try:
             child.wait(20)
@@ -114,9 +114,9 @@ def process(
 
 @contextmanager
 def ours(root: Path, *, token: str = "", checkout: Path = HERE) -> Iterator[Running]:
-    """`index serve` with its access log and variants on, and a token, as it is run for real.
+    """Run `index serve` as in production: with an access log, with variants and with a token.
 
-    With `token`, no other process looks first.
+    Without `token`, `index token create` opens the root first. With `token`, no process opens the root before the server.
     """
     root.mkdir(parents=True, exist_ok=True)
     token = token or json.loads(index(root, "token", "create", "--name", "bench", "--json", checkout=checkout))["token"]
@@ -129,7 +129,7 @@ def ours(root: Path, *, token: str = "", checkout: Path = HERE) -> Iterator[Runn
 
 
 def own_environment(home: Path, *packages: str) -> Path:
-    """The bin folder of an environment with these packages: some cannot live beside ours."""
+    """The bin folder of a separate environment with these packages. Some of them conflict with gracefarm's packages."""
     if not home.exists():
         run(sys.executable, "-m", "uv", "venv", "--quiet", home)
         run(sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", home / "bin/python", *packages)
@@ -138,9 +138,9 @@ def own_environment(home: Path, *packages: str) -> Path:
 
 @contextmanager
 def pypiserver(folder: Path) -> Iterator[Running]:
-    """pypiserver as it is run for real, and as we are: reads open (its default), uploads by a password of an htpasswd file."""
+    """Run pypiserver as in production: like our index, it allows reading without a login; uploads require a password."""
     home = folder.parent / "pypiserver-environment"
-    # With bcrypt 5 passlib, and so pypiserver with any password file, does not start.
+    # passlib does not work with bcrypt 5. So pypiserver does not start with bcrypt 5 and a password file.
     python = own_environment(home, "pypiserver[passlib]", "bcrypt<5") / "python"
     passwords = folder.parent / "pypiserver.htpasswd"
     passwords.write_text(f"__token__:{run('openssl', 'passwd', '-apr1', 'x').strip()}\n")
@@ -153,7 +153,7 @@ def pypiserver(folder: Path) -> Iterator[Running]:
 
 @contextmanager
 def nginx(tree: Path, work: Path) -> Iterator[Running]:
-    """One nginx worker over our export, with its access log on."""
+    """Run nginx with one worker and an access log. It serves the exported tree of our index."""
     port = free_port()
     part = (tree / "nginx.conf").read_text().replace("__LISTEN__", f"127.0.0.1:{port}").replace("__ROOT__", str(tree))
     config = work / "nginx.conf"

@@ -3,24 +3,24 @@
 # docs/howto/away.md describes it.
 # usage: bench/away.sh prepare RECIPE... | take | start [RECIPE...] | wait SECONDS | results FOLDER | continue FOLDER
 #
-#   CARRIED  what `prepare` writes at home, in pieces, and where `take` finds the pieces     default: .away
-#   WORK     everything on the other machine                                                 default: /tmp/gracefarm-away
+#   CARRIED  the folder of the pieces: `prepare` writes them, `take` reads them              default: .away
+#   WORK     the folder for all files on the other machine                                   default: /tmp/gracefarm-away
 #   OPTIONS  options of `builder build`, for `prepare`                                       default: --stack cu130
 #   PYTHON   the Python that runs the builder                                                default: .venv/bin/python, else python3
-#   VERSION  of the Python of the other machine, for `prepare`                               default: 3.12
+#   VERSION  the version of the other machine's Python, for `prepare`                        default: 3.12
 #   PIECE    the largest size of a piece                                                     default: 56M; for `results` 16M
-#   LEVEL    how strongly zstd compresses                                                    default: 9
+#   LEVEL    the compression level of zstd                                                   default: 9
 set -eu
 top=$(cd "$(dirname "$0")/.." && pwd)
 carried=${CARRIED:-$top/.away} work=${WORK:-/tmp/gracefarm-away} python=${PYTHON:-$top/.venv/bin/python}
 [ -n "${PYTHON-}" ] || [ -x "$python" ] || python=python3
 export PYTHONDONTWRITEBYTECODE=1
 
-home() { # MODULE ARGUMENTS...: with the user's GRACEFARM_HOME and GRACEFARM_PROJECT
+home() { # MODULE ARGUMENTS...: runs the module with the user's GRACEFARM_HOME and GRACEFARM_PROJECT
     PYTHONPATH="$top" "$python" -m "$@"
 }
 
-there() { # MODULE ARGUMENTS...: with what `take` has unpacked; the machine's own programs come first
+there() { # MODULE ARGUMENTS...: runs the module with the files that `take` has unpacked. The machine's programs are first on PATH
     GRACEFARM_HOME="$work/home" GRACEFARM_PROJECT="$work/project" PYTHONPATH="$top:$work/site" \
         PATH="$PATH:$work/programs/bin" "$python" -m "$@"
 }
@@ -34,13 +34,13 @@ build_id() { # PLACE RECIPE OPTIONS...
 names() { sed 1d "$1/request" | cut -d' ' -f1; }
 
 case "${1-}" in
-prepare) # at home, with a network: everything that a compile reads, in pieces; what is packed already is not packed again
+prepare) # at home, with a network: packs all files that a compile reads, in pieces. Large parts that exist already are kept
     shift
     options=${OPTIONS---stack cu130}
     mkdir -p "$carried"
     draft=$(mktemp -d)
     trap 'rm -rf "$draft"' EXIT
-    # shellcheck disable=SC2086 # a list on purpose
+    # shellcheck disable=SC2086 # this is a list
     home builder build "$@" $options --until root >"$draft/reads"
     echo "$options" >"$draft/request"
     for recipe in "$@"; do
@@ -57,11 +57,11 @@ EOF
         --python-version "${VERSION:-3.12}" --python-platform x86_64-manylinux_2_28 --requirement "$draft/own"
     PIECE=${PIECE:-56M} home bench._away prepare "$carried" "$draft/reads" "$draft/site" "$draft/request"
     ;;
-take) # there: unpacks the parts that have arrived completely; 75: pieces are missing
+take) # there: unpacks the parts that have arrived completely; exit code 75: pieces are missing
     mkdir -p "$work"
     there bench._away take "$carried" "$work"
     ;;
-start) # there, detached: the log of a build is WORK/RECIPE.log, its exit code WORK/RECIPE.rc
+start) # there: starts the builds in the background; log: WORK/RECIPE.log, exit code: WORK/RECIPE.rc
     shift
     # shellcheck disable=SC2046
     [ $# -gt 0 ] || set -- $(names "$work")
@@ -87,7 +87,7 @@ one)
     # shellcheck disable=SC2046
     there builder build "$2" $(head -n 1 "$work/request") --until compile
     ;;
-wait) # there: until all builds have ended, or for at most so many seconds; 75: one is running
+wait) # there: waits until all builds have ended; exit code 75: a build still runs after this number of seconds
     end=$(($(date +%s) + $2))
     if [ -z "$(find "$work" -maxdepth 1 -name '*.log')" ]; then
         echo "no build was started: run \`$0 start\`" >&2
@@ -104,13 +104,13 @@ wait) # there: until all builds have ended, or for at most so many seconds; 75: 
     done
     [ -z "$open" ] || exit 75
     ;;
-results) # there: what is compiled, and the caches of what is not; again later into the same folder: only what is new
+results) # there: packs the compiled builds and the caches of the others; later calls with the same folder pack only new files
     mkdir -p "$2"
     PIECE=${PIECE:-16M} there bench._away results "$2" "$work"
     cp "$work"/*.log "$2/" 2>/dev/null || true
     ls -l "$2"
     ;;
-continue) # at home: unpacks, then builds what was compiled; the other builds use what the caches have
+continue) # at home: unpacks the results, then finishes the compiled builds. Later builds of other recipes use the unpacked caches
     options=$(head -n 1 "$2/request")
     compiled=$(home bench._away continue "$2")
     for recipe in $compiled; do

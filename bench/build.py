@@ -1,4 +1,4 @@
-"""A whole `builder build causal_conv1d` from warm caches: what it costs beside its compilers. About ten minutes."""
+"""Measures the time outside of compilers in a `builder build causal_conv1d` with filled caches. Takes about ten minutes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def union(intervals: list[tuple[float, float]]) -> float:
 
 
 class Opened:
-    """How often a file is opened while this stands, by inotify: an emulated Python's open is the kernel's like any other."""
+    """Counts with inotify how often a file is opened. This includes an emulated Python, since it also uses the kernel."""
 
     IN_OPEN = 0x20
 
@@ -35,19 +35,19 @@ class Opened:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        """Read at once: the kernel merges equal events that wait. One event of a file is 16 bytes."""
+        """Read events without delay, since the kernel merges equal events that wait. One event of a file is 16 bytes."""
         while events := os.read(self._descriptor, 4096):
             self.count += len(events) // 16
 
 
 def torch_module(bed: Bed) -> Path:
-    """What every import of torch opens, and nothing else that a build does."""
+    """A file that every import of torch opens. No other step of a build opens it."""
     [cached] = bed.ground.environment.rglob("torch/__pycache__/__init__.cpython-*.pyc")
     return cached
 
 
 def whole_build(bed: Bed) -> tuple[float, float]:
-    """Wall seconds of `builder build causal_conv1d` with warm caches, and those in which a compiler ran, by ninja's log."""
+    """Wall time of `builder build causal_conv1d` with filled caches, and the time in which a compiler ran (by ninja's log)."""
     remove_tree(record.folder(bed.settings, bed.plan.build_id))
     wall = timed(lambda: builder("build", "causal_conv1d", "--keep", "--no-compiler-cache"))
     logs = list((record.folder(bed.settings, bed.plan.build_id) / "work").rglob(".ninja_log"))

@@ -1,4 +1,4 @@
-"""The builder: a translation unit in and out of the sandbox and under emulation; what a build costs beside its compilers."""
+"""Measures the builder: the time of a unit in the sandbox, outside of it, and under emulation; and the overhead of a build."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Bed:
 
 
 def make_bed() -> Bed:
-    """causal-conv1d unpacked beside its root, environment and compilers."""
+    """Unpack causal-conv1d, and assemble its root, its environment and its compilers."""
     farm = settings.load()
     loaded = recipe.load(farm.project / "recipes", "causal_conv1d")
     base = stack.load(farm.project / "stacks", "cu130")
@@ -79,7 +79,7 @@ def nvcc_line(python: str) -> list[str]:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds of wall time."""
+    """Wall time of a call in seconds."""
     start = time.monotonic()
     work()
     return time.monotonic() - start
@@ -95,16 +95,16 @@ def box(bed: Bed) -> Sandbox:
 
 
 def inside(bed: Bed) -> None:
-    """The unit in the sandbox."""
+    """Compile the unit in the sandbox."""
     ended = sandbox.run(box(bed), nvcc_line(bed.plan.stack.data.python), log=bed.work / "log.txt")
     if ended.returncode != 0:
         sys.exit((bed.work / "log.txt").read_text())
 
 
 def chroot(base: Path, mounts: Sequence[BindMount], variables: dict[str, str], command: Sequence[str], where: Path) -> float:
-    """Seconds of the command on the same files with only chroot: no namespaces except for mounts, no limits, no recorder.
+    """Seconds of the command on the same files with only chroot: no namespace but the mount namespace, no limits, no recorder.
 
-    The time of the mounts is not included, since they are only required in a sandbox. Requires root.
+    The time of the mounts is not included, since only a sandbox requires them. The function requires root.
     """
     lines = [f"mount -t tmpfs none {where}"]
     for entry in sorted(base.iterdir()):
@@ -126,7 +126,7 @@ def chroot(base: Path, mounts: Sequence[BindMount], variables: dict[str, str], c
 
 
 def outside(bed: Bed) -> float:
-    """Seconds of the unit with the same command and files, outside any sandbox."""
+    """Seconds for the unit outside of a sandbox, with the same command and files."""
     place = box(bed)
     return chroot(
         bed.ground.root, place.mounts, dict(place.environment), nvcc_line(bed.plan.stack.data.python), bed.work / "chroot"
@@ -134,7 +134,7 @@ def outside(bed: Bed) -> float:
 
 
 def emulated(bed: Bed) -> Callable[[], float]:
-    """Seconds of the unit as cibuildwheel would compile it here: the target's own nvcc and g++, all under qemu by binfmt."""
+    """Seconds for the unit as cibuildwheel compiles it here: the target's nvcc and g++, which qemu emulates (binfmt)."""
     native = choice.make_plan(bed.plan.recipe, bed.plan.stack, Arch.AARCH64, Arch.AARCH64)
     base = root.ensure(native.stack, Arch.AARCH64, Arch.AARCH64, bed.settings)
     compiler = environment.ensure_toolchain(native.stack, Arch.AARCH64, bed.settings)
@@ -147,7 +147,7 @@ def emulated(bed: Bed) -> Callable[[], float]:
 
 @contextmanager
 def registered(bed: Bed) -> Iterator[None]:
-    """aarch64 known to the kernel, as a user of cibuildwheel has it; as it was before, afterwards."""
+    """Register qemu for aarch64 with the kernel, as users of cibuildwheel do. Restore the earlier state at the end."""
     if binfmt.registration(Arch.AARCH64) is None:
         yield
         return
@@ -159,12 +159,12 @@ def registered(bed: Bed) -> Iterator[None]:
 
 
 def builder(*arguments: str) -> None:
-    """A run of the command line."""
+    """Run `builder` with these arguments."""
     subprocess.run([sys.executable, "-m", "builder", *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
 def cold_root(bed: Bed) -> float:
-    """Seconds to assemble the root from an empty home: downloads included."""
+    """Seconds to assemble the root in an empty home, including the downloads."""
     home = bed.settings.home / "bench-home"
     remove_tree(home)
     fresh = bed.settings.model_copy(update={"home": home})
@@ -201,7 +201,7 @@ def main() -> None:
             slow = emulated(bed)()
         rows.append(("translation unit, under full emulation / ours", f"{slow:.1f} s / {ours:.1f} s = {slow / ours:.1f}"))
     else:
-        rows.append(("translation unit, in the sandbox / outside it", "not run: needs root"))
+        rows.append(("translation unit, in the sandbox / outside it", "not run: requires root"))
     if record.existing(bed.plan, bed.settings) is not None:
         again = statistics.median(timed(lambda: builder("build", "causal_conv1d")) for _ in range(ROUNDS))
         rows.append(("build of an existing id", f"{again:.2f} s"))

@@ -1,9 +1,11 @@
-"""The compiler cache: the compile stage of a first build, of a second one, and after one line has changed in one unit.
+"""Measures the compiler cache: the compile stage of a first build, of a second build, and after a change of one line.
 
-python -m bench cache          both projects; python -c 'from bench import cache; cache.many()' only the first
+    python -m bench cache                                         both projects
+    python -c 'from bench import cache; cache.many()'             only the first project
 
-The first project has five CUDA units of equal weight and no torch; the second is causal-conv1d, whose compile stage pays for
-an import of torch under emulation (about 20 s on the machine of docs/explanation/benchmarks.md), which no cache saves.
+The first project has five CUDA units of equal size and no torch. The second project is causal-conv1d. Its compile stage
+imports torch under emulation (about 20 s on the machine of docs/explanation/benchmarks.md). A compiler cache does not save
+this time.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from tests import projects
 CAUSAL = "csrc/causal_conv1d_bwd.cu"
 SHARED = ("roots", "interpreters", "environments", "toolchains", "cuda", "wrappers", "store", "uv")
 SECOND, CHANGED = 0.15, 1.3
-"Bounds, as ratios."
+"Bounds: time of the second build / time of the first build; time after the change / time of the changed unit."
 UNITS = "abcde"
 WEIGHT = 9
 UNIT = """
@@ -44,7 +46,7 @@ int launch_NAME() { all<WEIGHT>(nullptr); return 0; }
 
 
 class Farm:
-    """A new home with the machine's roots and environments, so that its compiler cache starts empty."""
+    """A new home with an empty compiler cache, and with the machine's roots and environments."""
 
     def __init__(self, folder: Path) -> None:
         home = settings.load().home
@@ -54,7 +56,7 @@ class Farm:
             (self.home / name).symlink_to(home / name)
 
     def compile(self, recipe: str) -> tuple[float, dict[str, object]]:
-        """Seconds of the compile stage of a build from nothing but the cache, and its record."""
+        """Build without earlier builds, but with the cache. Return the seconds of the compile stage, and the record."""
         remove_tree(self.home / "builds")
         variables = {"GRACEFARM_HOME": str(self.home), "GRACEFARM_PROJECT": str(self.project)}
         subprocess.run(
@@ -66,7 +68,7 @@ class Farm:
 
 
 def measure(farm: Farm, recipe: str, unit: str, change: Path, before: str, after: str) -> None:
-    """Three builds, and a table of them; `change` is the file in which `before` becomes `after`."""
+    """Build three times, and print the results. Before the third build, replace `before` with `after` in the file `change`."""
     first, record = farm.compile(recipe)
     print(f"{recipe}: {len(record['units'])} units, load {os.getloadavg()[0]:.1f}")  # type: ignore[arg-type]
     print(f"  first build          {first:.1f} s")
@@ -82,7 +84,7 @@ def measure(farm: Farm, recipe: str, unit: str, change: Path, before: str, after
 
 
 def show(what: str, seconds: float, of: float, bound: float, record: Mapping[str, object]) -> None:
-    """One row."""
+    """Print one row."""
     cache = record["compiler_cache"]
     assert isinstance(cache, dict)
     text = f"{cache['hits']} hits, {cache['misses']} misses"
@@ -90,7 +92,7 @@ def show(what: str, seconds: float, of: float, bound: float, record: Mapping[str
 
 
 def many() -> None:
-    """Five CUDA units without torch."""
+    """Measure the project with five CUDA units and without torch."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(dir=settings.load().home)))
         farm = Farm(folder)
@@ -110,7 +112,7 @@ def many() -> None:
 
 
 def causal_conv1d() -> None:
-    """The recipe causal_conv1d; the changed unit is its longest."""
+    """Measure the recipe causal_conv1d. The changed unit is the one with the longest compile time."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(dir=settings.load().home)))
         farm = Farm(folder)
@@ -125,6 +127,6 @@ def causal_conv1d() -> None:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure both projects, and print the results."""
     many()
     causal_conv1d()

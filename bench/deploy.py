@@ -1,7 +1,7 @@
-"""deploy: a command on 50 nodes beside one, `up` with nothing to do on 10 nodes, 191 files over four rate-limited nodes.
+"""Measures deploy: a command on 1 and on 50 nodes, a repeated `up` on 10 nodes, and a download of 191 files by 4 nodes.
 
-Except in `up`, the nodes are SSH servers of this process on loopback addresses: both sides of every handshake are on one
-core. `up` needs root: its nodes are the rehearsal's.
+In `fan-out` and `download`, the nodes are SSH servers of this process on loopback addresses. So one core does both sides of
+every handshake. `up` requires root, since its nodes are those of the rehearsal. `download` limits the rate of each node.
 `python -m bench.deploy fan-out` runs one row.
 """
 
@@ -32,11 +32,11 @@ COMMAND = "sleep 1; uname -r"
 UP_NODES, UP_BOUND = 10, 5.0
 FILES, NODES = 191, 4
 SIZE, RATE = 400_000, 400_000
-"Bytes of a file; bytes per second of a node."
+"Bytes of each file; bytes per second that each node can download."
 
 
 def main() -> None:
-    """Every row, or those that are named."""
+    """Run every row, or those that the arguments name."""
     rows: dict[str, Callable[[Path], str]] = {"fan-out": fan_out, "up": nothing_to_do, "download": download}
     chosen = [name for name in sys.argv[1:] if name in rows] or list(rows)
     for name in chosen:
@@ -47,11 +47,11 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-# a command on many nodes
+# The same command on many nodes.
 
 
 def fan_out(folder: Path) -> str:
-    """Cold: connections are made first. Warm: they are there."""
+    """Run a command on 1 and on FAN nodes. Cold: the run includes the connection to each node. Warm: the connections exist."""
 
     async def go(count: int) -> tuple[list[float], list[float]]:
         cold, warm = [], []
@@ -80,15 +80,15 @@ def fan_out(folder: Path) -> str:
 
 
 def verdict(good: bool) -> str:
-    """For the table."""
+    """The word for the table."""
     return "kept" if good else "MISSED"
 
 
-# up with nothing to do
+# `deploy up` when all steps are done.
 
 
 def nothing_to_do(_folder: Path) -> str:
-    """The whole command, from the shell to its end, on nodes of the rehearsal: real sshd, namespaces of this machine."""
+    """Measure the complete command on nodes of the rehearsal, which are namespaces of this machine with a real sshd."""
     here, seconds = settings.load(), []
     with walkthrough.rehearsal(UP_NODES, here.home, here, Console()) as rehearsal:
         walkthrough.start(rehearsal)
@@ -96,7 +96,7 @@ def nothing_to_do(_folder: Path) -> str:
         for _ in range(3):
             step = rehearsal.command("up")
             if "up to date" not in step.output:
-                raise RuntimeError(f"there was something to do: {step.output}")
+                raise RuntimeError(f"`deploy up` repeated a step: {step.output}")
             seconds.append(step.seconds)
     again, load = statistics.median(seconds), os.getloadavg()[0]
     kept = verdict(again <= UP_BOUND)
@@ -104,11 +104,11 @@ def nothing_to_do(_folder: Path) -> str:
     return f"{what} {again:.2f} s, median of 3 (bound {UP_BOUND:g} s: {kept}; load average {load:.1f})"
 
 
-# weights
+# The download of weights.
 
 
 def download(folder: Path) -> str:
-    """Each node's line carries RATE bytes a second, however many connections it opens."""
+    """Measure a download by 1 and by NODES nodes. Each node gets RATE bytes per second, for any number of connections."""
     python = hub_python(folder)
     files = kit.shards(FILES, SIZE, seed=405)
     first, _ = bring(folder / "one", files, 1, python)
@@ -122,9 +122,10 @@ def download(folder: Path) -> str:
 
 
 def busiest(outcome: weights.Brought) -> float:
-    """Bytes of the node with the most to fetch by the least that any split could have given it.
+    """The most bytes that one node downloads, divided by a lower bound for every assignment of files to nodes.
 
-    The least: the mean; the largest file; and since some node has ceil(files/nodes) files, the smallest so many.
+    The bound is the largest of three numbers: the mean per node, the size of the largest file, and the sum of the
+    ceil(files/nodes) smallest files. The third one holds because some node downloads at least this number of files.
     """
     files = outcome.manifest.files
     shares = assignment.deal(files, [f"k{rank}" for rank in range(NODES)])
@@ -134,7 +135,7 @@ def busiest(outcome: weights.Brought) -> float:
 
 
 def bring(folder: Path, files: dict[str, bytes], count: int, python: str) -> tuple[float, weights.Brought]:
-    """Seconds from the command to the finished folder, every file hashed by another node among them."""
+    """Seconds from the command to the finished folder, including the check of each file by another node."""
     folder.mkdir()
 
     async def go(url: str) -> tuple[float, weights.Brought]:
@@ -149,7 +150,7 @@ def bring(folder: Path, files: dict[str, bytes], count: int, python: str) -> tup
 
 
 def hub_python(folder: Path) -> str:
-    """The download environment's Python, from the index that pip is told of."""
+    """Create the environment for downloads with wheels of the configured index. Return its Python."""
     uv, place = Path(sys.executable).with_name("uv"), folder / "env"
     subprocess.run([uv, "venv", "-q", "--no-project", "--python", sys.executable, place], check=True)
     lock = Path(weights.__file__).parent.parent / "data" / "download.lock"

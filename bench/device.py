@@ -1,8 +1,9 @@
-"""Device code once: CPU seconds of nvcc's device passes in one cell and in the cells of two Pythons and two hosts.
+"""Measures the store of device code: CPU seconds of nvcc's device passes for one cell, and for two Pythons and two targets.
 
-python -m bench device          many_cuda, without torch; python -c "from bench import device; device.causal_conv1d()" a recipe
+    python -m bench device                                                      many_cuda, without torch
+    python -c "from bench import device; device.causal_conv1d()"                the recipe causal_conv1d
 
-Each cell is built with an empty compiler cache over one store of device code, which is empty at the beginning.
+Each cell is built with an empty compiler cache. All cells use one store of device code, which is empty at the beginning.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ UNITS = "abc"
 CELLS = [([*python, "--target", target]) for target in ("aarch64", "x86_64") for python in ([], ["--python", "3.13-trixie"])]
 BOUND = 1.1
 MANY = 20
-"Cells of the extrapolation."
+"The number of cells of the extrapolation."
 
 
 def build(farm: Farm, recipe: str, options: list[str]) -> dict[str, Any]:
-    """The record of a cell."""
+    """Build a cell. Return its record."""
     remove_tree(farm.home / "builds")
     variables = {"GRACEFARM_HOME": str(farm.home), "GRACEFARM_PROJECT": str(farm.project)}
     command = [sys.executable, "-m", "builder", "build", recipe, "--no-compiler-cache", *options]
@@ -41,8 +42,10 @@ def build(farm: Farm, recipe: str, options: list[str]) -> dict[str, Any]:
 
 
 def measure(farm: Farm, recipe: str) -> None:
-    """Build each cell and print what it took."""
-    print(f"{recipe}: CPU s, load {os.getloadavg()[0]:.1f}; found: passes by text, by NVVM code, by PTX; compiled")
+    """Build each cell, and print its CPU time."""
+    print(
+        f"{recipe}: CPU s, load {os.getloadavg()[0]:.1f}; `found`: passes found by text, by NVVM code, by PTX; compiled passes"
+    )
     print(f"  {'cell':32} {'device':>7} {'found':>12} {'other compile':>14} {'audit':>6} {'smoke':>6}")
     device: list[float] = []
     rest: list[float] = []
@@ -64,7 +67,7 @@ def measure(farm: Farm, recipe: str) -> None:
 
 
 def many() -> None:
-    """CUDA units of equal weight without torch."""
+    """Measure a project with CUDA units of equal size and without torch."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(dir=settings.load().home)))
         farm = Farm(folder)
@@ -83,7 +86,7 @@ def many() -> None:
 
 
 def causal_conv1d() -> None:
-    """The recipe causal_conv1d: three CUDA units, whose text is equal for both Pythons."""
+    """Measure the recipe causal_conv1d. Its three CUDA units are equal for both Pythons after preprocessing."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(dir=settings.load().home)))
         farm = Farm(folder)
@@ -93,5 +96,5 @@ def causal_conv1d() -> None:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure many_cuda, and print the results."""
     many()

@@ -1,5 +1,5 @@
-// What bench/device_store_gpu.sh runs: kernels and variables with internal linkage, bool and char parameters, assert, and with
-// -rdc=true a function of another unit. Each result is compared with what the host computes.
+// bench/device_store_gpu.sh compiles and runs this program. It has kernels and variables with internal linkage, bool and char
+// parameters, assert, and with -rdc=true a function of another unit. It compares each result with the result of the host.
 #include <cassert>
 #include <climits>
 #include <cstdio>
@@ -34,7 +34,7 @@ template <typename T, bool B> __global__ void generic(T *out, T value) {
 }
 static __global__ void asserts(int *out) { assert(out == nullptr); }
 
-void plain_char(int *out, int count, char value);  // in the other unit
+void plain_char(int *out, int count, char value);  // the other unit defines it
 
 static int failures = 0;
 
@@ -76,7 +76,7 @@ int main(int count, char **arguments) {
     for (int i = 0; i < n; i++) wanted[i] = 7 * i;
     generic<int, false><<<1, n>>>(out, 7);
     check("a template for false", out, wanted);
-    for (int i = 0; i < n; i++) wanted[i] = static_cast<char>(0xf0);  // -16 on x86_64, 240 on aarch64, as on the host
+    for (int i = 0; i < n; i++) wanted[i] = static_cast<char>(0xf0);  // -16 on x86_64, 240 on aarch64
     plain_char(out, n, static_cast<char>(0xf0));
     check("a parameter of type char", out, wanted);
     int managed = 0;

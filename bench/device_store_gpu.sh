@@ -1,12 +1,12 @@
 #!/bin/sh
-# Runs device code out of the store on a GPU: x86_64, sm_90, nvcc 13.0 and its host compiler; neither network nor torch.
-# It compiles two units, then compiles them again and with other host code, with device code out of the store, and runs all
-# three programs.
+# Tests on a GPU that device code from the store computes correct results. It requires x86_64, sm_90, nvcc 13.0 and a host compiler,
+# but neither a network nor torch. It compiles two units, compiles them again, and compiles them with different host code. The second
+# and the third compile get device code from the store. Then it runs all three programs.
 # usage: bench/device_store_gpu.sh [FOLDER]
 #
-#   CUDA    the toolkit with bin/nvcc 13.0 and nvvm/bin/cicc     default: /usr/local/cuda
+#   CUDA    the CUDA 13.0 toolkit (bin/nvcc, nvvm/bin/cicc)      default: /usr/local/cuda
 #   PYTHON  Python 3.9 or newer                                  default: python3
-#   SM      the architecture                                     default: 90
+#   SM      the GPU's architecture                               default: 90
 set -eu
 top=$(cd "$(dirname "$0")/.." && pwd)
 cuda=${CUDA:-/usr/local/cuda} python=${PYTHON:-python3} sm=${SM:-90}
@@ -16,7 +16,7 @@ work=$(cd "$work" && pwd)
 rm -rf "$work"/device "$work"/passes "$work"/store "$work"/tmp "$work"/notes
 data=$top/builder/data/toolchain
 
-# The layout of a sandbox: nvcc by a link, our passes beside it, device.py with its modules.
+# The folders are as in a sandbox: a link to nvcc, our passes beside it, and device.py with its modules.
 modules=$work/device/builder/data/toolchain
 mkdir -p "$modules" "$work/passes" "$work/store" "$work/tmp"
 cp "$data/device.py" "$work/device/__main__.py"
@@ -39,12 +39,12 @@ export GRACEFARM_DEVICE_COMPILERS
 
 "$cuda/bin/nvcc" --version | tail -2
 nvidia-smi --query-gpu=name,compute_cap --format=csv,noheader || true
-"$cuda/bin/nvcc" --version | grep -q 'release 13\.0' || echo "warning: not CUDA 13.0: cicc runs in one step here" >&2
+"$cuda/bin/nvcc" --version | grep -q 'release 13\.0' || echo "warning: this is not CUDA 13.0, so cicc runs in one step" >&2
 
 cp "$top/bench/device_store_gpu.cu" "$work/unit.cu"
 cp "$top/bench/device_store_gpu_other.cu" "$work/other.cu"
 cd "$work"
-# build NAME OPTION...: both units to a program; prints how often each outcome came
+# build NAME OPTION...: compiles both units to a program, and prints the number of passes for each outcome
 build() {
     name=$1
     shift
@@ -58,24 +58,24 @@ print(f"{sys.argv[1]}: passes {dict(counts)}")
 found = sum(counts[name] for name in ("text", "nvvm", "ptx"))
 wanted = sys.argv[1].partition("-")[2]
 if wanted == "first" and found or wanted in ("again", "other") and counts["miss"]:
-    sys.exit(f"{sys.argv[1]}: not what the store should give")
+    sys.exit(f"{sys.argv[1]}: the store should give other outcomes")
 END
 }
 status=0
 for mode in whole linked; do
     options=
     [ "$mode" = whole ] || options=-rdc=true
-    # shellcheck disable=SC2086 # an option or none
+    # shellcheck disable=SC2086 # there is one option, or there are none
     {
         build "$mode-first" $options -DMODE="\"$mode\""
         build "$mode-again" $options -DMODE="\"$mode\""
-        # Other host code: the front end runs, and the optimizer's result and the cubin come from the store.
+        # The host code differs. So the front end runs, and the optimizer's result and the cubin come from the store.
         build "$mode-other" $options -DMODE="\"$mode\"" -DOTHER_HOST_CODE
     }
     for run in first again other; do
         "./$mode-$run" || status=1
     done
-    # assert in device code ends the program's context with cudaErrorAssert.
+    # A failed assert in device code ends the program's CUDA context with cudaErrorAssert.
     "./$mode-again" assert || status=1
 done
 [ "$status" = 0 ] && echo "all results are right"

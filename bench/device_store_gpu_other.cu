@@ -1,4 +1,4 @@
-// The other unit of bench/device_store_gpu.cu: a parameter of type char, and a function for -rdc=true.
+// The other unit of bench/device_store_gpu.cu. It has a parameter of type char, and a function for -rdc=true.
 #ifdef __CUDACC_RDC__
 __device__ int linked(int value, bool flag, signed char small) { return flag ? value * 3 + small : value - small; }
 #endif

@@ -1,9 +1,9 @@
-"""`builder build --farm`: two workers against one, a second worker's cold rebuild, and what a killed worker loses.
+"""Measures `builder build --farm`: two workers compared with one, a rebuild by a new worker, and the loss of a killed worker.
 
-python -m bench farm          as root; CPU affinity gives each worker one core, in place of a machine
+    python -m bench farm          as root
 
-The workers are network namespaces of this machine (tests/integration/farm_kit.py). Six C++ projects of equal weight, without
-CUDA and torch, so that almost all of a cell's time is its compiler's.
+The workers are network namespaces of this machine (tests/integration/farm_kit.py). CPU affinity gives each worker one core.
+The cells are six C++ projects of equal size without CUDA and torch, so that the compiler takes almost all of a cell's time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.index.index_kit import make_token
 from tests.integration.farm_kit import Machine, Room, open_room, wait_for
 
 TWO_WORKERS, HITS = 1.8, 0.95
-"What is wanted: at least."
+"Lower bounds: time with one worker / time with two workers; share of cache hits."
 CELLS, UNITS, WEIGHT = 6, 4, 60
 UNIT = """
 #include <map>
@@ -55,7 +55,7 @@ return wheel(wheel_directory, name=os.path.basename(units[0])[:-6], files={})
 
 
 def write(farm: Farm, name: str, units: int = UNITS) -> None:
-    """A recipe of so many units."""
+    """Write a recipe with this number of units."""
     text = UNIT.replace("WEIGHT", str(WEIGHT))
     sources = {f"{name}_{number}.cpp": text.replace("NAME", f"{name}_{number}") for number in range(units)}
     farm.recipe(name, projects.backend(BUILD) | sources)
@@ -63,9 +63,9 @@ def write(farm: Farm, name: str, units: int = UNITS) -> None:
 
 @contextmanager
 def cluster(workers: int, **variables: str) -> Iterator[tuple[Farm, Room, Machine, list[Machine]]]:
-    """A head that builds nothing, and workers of one core each."""
+    """A cluster of a head that does not build, and workers with one core each."""
     with new_farm(load().home) as farm:
-        # The machines of the room reach no mirror: what each build needs lies in the shared folders after this one.
+        # The machines of the room cannot reach a mirror. This build puts all required files into the shared folders.
         write(farm, "first", 1)
         first = farm.run("build", "first", "--target", host_arch().value)
         assert first.code == 0, first.said
@@ -84,17 +84,17 @@ def _cluster(farm: Farm, workers: int, variables: Mapping[str, str]) -> Iterator
 
 
 def command(head: Machine, *names: str) -> list[str]:
-    """`builder build` of recipes on the cluster."""
+    """The command `builder build` for recipes on the cluster."""
     target = ["--matrix", f"target={host_arch().value}"]
     return [sys.executable, "-m", "builder", "build", *names, *target, "--farm", f"{head.address}:6379"]
 
 
 def seconds(workers: int) -> float:
-    """Of a run over all cells."""
+    """Seconds of a run with all cells."""
     with cluster(workers) as (farm, _, head, _):
         for number in range(CELLS):
             write(farm, f"cell{number}")
-        head.run(*command(head, "first"))  # only the first cell of a worker pays for this
+        head.run(*command(head, "first"))  # the first cell of a worker takes longer
         start = time.monotonic()
         result = head.run(*command(head, *[f"cell{number}" for number in range(CELLS)]), timeout=3600)
         assert result.code == 0, result.said
@@ -102,7 +102,7 @@ def seconds(workers: int) -> float:
 
 
 def scaling() -> None:
-    """Two workers against one."""
+    """Compare two workers with one."""
     single, double = seconds(1), seconds(2)
     print(f"{CELLS} cells of {UNITS} units, load {os.getloadavg()[0]:.1f}")
     print(f"  one worker {single:.1f} s, two {double:.1f} s: {single / double:.2f} times (wanted: {TWO_WORKERS})")
@@ -110,7 +110,7 @@ def scaling() -> None:
 
 @contextmanager
 def shared_cluster() -> Iterator[tuple[Farm, Room, Machine, list[Machine]]]:
-    """A worker that writes the shared cache of the index on the head; the workers have one key."""
+    """A cluster with one worker, and an index on the head. The worker writes to its shared cache. All workers have one key."""
     key = Ed25519PrivateKey.generate()
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     with TemporaryDirectory() as folder:
@@ -129,19 +129,19 @@ def shared_cluster() -> Iterator[tuple[Farm, Room, Machine, list[Machine]]]:
 
 
 def join(room: Room, head: Machine, first: Machine) -> Machine:
-    """A second worker, whose caches are empty."""
+    """Start a second worker with empty caches."""
     shared = {name: value for name, value in first.variables.items() if "CACHE" in name or "KEY" in name}
     return room.worker(head, "second", core=1, **shared)
 
 
 def records(machine: Machine) -> dict[str, dict[str, Any]]:
-    """The records on a machine by recipe."""
+    """The records on a machine, by recipe."""
     documents = [json.loads(path.read_text()) for path in machine.home.glob("builds/*/record.json")]
     return {document["recipe"]: document for document in documents}
 
 
 def rebuild() -> None:
-    """A second worker builds what the first has built."""
+    """Measure the cache hits of a second worker that repeats the builds of the first worker."""
     names = [f"cell{number}" for number in range(4)]
     with shared_cluster() as (farm, room, head, workers):
         for name in names:
@@ -161,7 +161,7 @@ def rebuild() -> None:
 
 
 def killed() -> None:
-    """A worker is switched off in the middle of a cell, and another one takes the cell."""
+    """Switch a worker off during a cell. Then another worker builds the cell."""
     with shared_cluster() as (farm, room, head, workers):
         write(farm, "cell", 12)
         running = head.start([*command(head, "cell"), "--shared-cache", "write"])
@@ -173,16 +173,18 @@ def killed() -> None:
         assert running.wait(900) == 0, head.output(len(head.started) - 1)
         cache = records(second)["cell"]["compiler_cache"]
         lost = before - cache["hits"]
-        print(f"  worker killed after {before} of 12 units: {cache['hits']} taken by the next worker, {lost} compiled again")
+        print(
+            f"  worker killed after {before} of 12 units; the next one found {cache['hits']} in the cache, and compiled {lost}"
+        )
 
 
 def compiled(machine: Machine) -> list[str]:
-    """Units that a machine has compiled in the build under way."""
+    """The units that a machine has compiled in the running build."""
     return [line for path in machine.home.glob("builds/*/work/units.jsonl") for line in path.read_text().splitlines()]
 
 
 def main() -> None:
-    """All of it."""
+    """Run all three measurements."""
     scaling()
     rebuild()
     killed()

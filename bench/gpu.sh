@@ -16,7 +16,8 @@ lock=$top/sets/${SET:-gh200-cu130-aphrodite}/requirements.lock
 export UV_CACHE_DIR="$work/uv-cache" UV_PYTHON_DOWNLOADS=never
 export GRACEFARM_PROJECT="${GRACEFARM_PROJECT:-$top}" PYTHONPATH="$top" PYTHONDONTWRITEBYTECODE=1
 
-# The requirements of the builder (pyproject.toml), and the packages that the machine's Python requires to build a wheel. Without spaces.
+# `builder` lists the requirements of the builder (pyproject.toml). Spaces are removed, since each word is one requirement.
+# `own` lists the packages that the machine's Python requires to build a wheel.
 reader=$top/.venv/bin/python
 [ -x "$reader" ] || reader=$python
 builder=$("$reader" - "$top/pyproject.toml" <<'END'

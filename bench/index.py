@@ -1,6 +1,6 @@
-"""The index beside pypiserver, devpi and nginx over its own export, started here, on this machine, in one run.
+"""Compares the index with pypiserver, devpi, and nginx with an exported tree. All servers run on this machine, in one run.
 
-`GRACEFARM_BENCH_SCALE=0.01 python -m bench index` tries everything on a hundredth of the size; such figures mean nothing.
+`GRACEFARM_BENCH_SCALE=0.01 python -m bench index` tests the benchmark with 1% of the size. Its figures mean nothing.
 `GRACEFARM_BENCH_BEFORE=FOLDER` also measures the index of another checkout, for example of `git worktree add FOLDER HEAD~1`.
 """
 
@@ -46,7 +46,7 @@ JSON = "application/vnd.pypi.simple.v1+json"
 
 
 def rate(url: str, *, connections: int = 8, token: str = "") -> float:
-    """Requests per second of one page, by wrk; with `token`, each request carries it."""
+    """Requests per second for one page, by wrk. With `token`, each request has an Authorization header."""
     headers = ["-H", f"Accept: {JSON}, text/html;q=0.1"]
     if token:
         headers += ["-H", f"Authorization: Basic {base64.b64encode(f'__token__:{token}'.encode()).decode()}"]
@@ -60,7 +60,7 @@ def rate(url: str, *, connections: int = 8, token: str = "") -> float:
 
 
 def table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    """A Markdown table."""
+    """Print a Markdown table."""
     print(f"\n### {title}\n")
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
     for row in rows:
@@ -70,19 +70,19 @@ def table(title: str, header: list[str], rows: list[list[str]]) -> None:
 
 @dataclass
 class Verdicts:
-    """Every figure that has a target, for the table at the end."""
+    """The figures that have a target. The last table lists them."""
 
     rows: list[list[str]] = field(default_factory=list)
 
     def add(self, what: str, value: float, bound: float, *, most: bool = False, unit: str = "") -> None:
-        """A figure beside its target."""
+        """Add a figure with its target."""
         good = value <= bound if most else value >= bound
         target = f"{'at most' if most else 'at least'} {bound:g}{unit}"
         self.rows.append([what, f"{value:.3g}{unit}", target, "met" if good else "**not met**"])
 
 
 def pages(work: Path, verdicts: Verdicts) -> None:
-    """A page's rate at 10 and at many wheels, and the time of a start."""
+    """Measure the rate of a page at 10 and at MANY wheels, and the time until the server is ready."""
     rates: dict[tuple[str, int], float] = {}
     start = 0.0
     for count in (10, MANY):
@@ -110,25 +110,25 @@ def pages(work: Path, verdicts: Verdicts) -> None:
         [name, *(f"{rates[name, count]:.0f}" if (name, count) in rates else "-" for count in (10, MANY))] for name in names
     ]
     table("A page, requests per second (access log on)", ["server", "10 wheels", f"{MANY} wheels"], rows)
-    print("\nReads are open on every one of them, so an Authorization header on a page is carried and not checked.")
+    print("\nAll these servers allow reading without a login, so they do not check the Authorization header.")
     for count in (10, MANY):
         mine, theirs = rates["gracefarm", count], rates["pypiserver", count]
-        verdicts.add(f"page at {count} wheels, times pypiserver's rate", mine / theirs, 10 if count == 10 else 1000)
-        verdicts.add(f"page at {count} wheels, of static nginx's rate", mine / rates["nginx", count], 0.5)
+        verdicts.add(f"page at {count} wheels, rate / pypiserver's rate", mine / theirs, 10 if count == 10 else 1000)
+        verdicts.add(f"page at {count} wheels, rate / rate of nginx (static)", mine / rates["nginx", count], 0.5)
         if BEFORE:
-            verdicts.add(f"page at {count} wheels, of the other checkout's rate", mine / rates["before", count], 0.9)
-    verdicts.add(f"page at {MANY} wheels, of the rate at 10", rates["gracefarm", MANY] / rates["gracefarm", 10], 0.8)
+            verdicts.add(f"page at {count} wheels, rate / the other checkout's rate", mine / rates["before", count], 0.9)
+    verdicts.add(f"page, rate at {MANY} wheels / rate at 10", rates["gracefarm", MANY] / rates["gracefarm", 10], 0.8)
     verdicts.add(f"start at {MANY} wheels", start, 1.0, most=True, unit=" s")
 
 
 def devpi_rate(work: Path) -> float | None:
-    """devpi at ten wheels; loading many takes it most of an hour."""
+    """The rate of devpi at ten wheels. devpi takes most of an hour to load MANY wheels, so that is not measured."""
     home = work / "devpi"
     try:
         own_environment(home, "devpi-server", "devpi-client")
         run(home / "bin/devpi-init", "--serverdir", home / "data", "--no-root-pypi")
     except (subprocess.CalledProcessError, FileNotFoundError) as error:
-        print(f"devpi could not be set up: {error}")
+        print(f"devpi cannot be installed: {error}")
         return None
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -147,7 +147,7 @@ def devpi_rate(work: Path) -> float | None:
 
 
 def memory(pid: int) -> int:
-    """Bytes resident in the process and its children, at their peak since the last `forget`."""
+    """Peak resident memory of the process in bytes, since the last call of `forget`."""
     text = Path(f"/proc/{pid}/status").read_text()
     match = re.search(r"VmHWM:\s+(\d+) kB", text)
     assert match
@@ -155,13 +155,13 @@ def memory(pid: int) -> int:
 
 
 def forget(pid: int) -> int:
-    """Reset the peak; returns what is resident now."""
+    """Reset the peak of resident memory. Return the current resident memory in bytes."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
     return memory(pid)
 
 
 def post(server: Running, path: Path) -> float:
-    """Seconds of an upload by curl."""
+    """Seconds of an upload with curl."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     begin = time.monotonic()
     run(
@@ -173,7 +173,7 @@ def post(server: Running, path: Path) -> float:
 
 
 def large_upload(work: Path, verdicts: Verdicts) -> None:
-    """One large upload, the memory it takes, and another client's page meanwhile."""
+    """Measure one large upload, its memory, and the time of another client's page during the upload."""
     name, content = wheel("big_cuda", "1.0", payload=os.urandom(BIG))
     path = work / name
     path.write_bytes(content)
@@ -206,13 +206,13 @@ def large_upload(work: Path, verdicts: Verdicts) -> None:
         compare_large(work, path, verdicts)
     p99 = statistics.quantiles(waits, n=100)[98] * 1000 if len(waits) > 2 else float("nan")
     table(f"Upload of {BIG >> 20} MiB, s", ["gracefarm", "pypiserver"], [[f"{mine:.2f}", f"{theirs:.2f}"]])
-    verdicts.add(f"upload of {BIG >> 20} MiB, of pypiserver's time", mine / theirs, 0.4, most=True)
-    verdicts.add("memory growth meanwhile", growth / (1 << 20), 32, most=True, unit=" MiB")
-    verdicts.add(f"p99 of another client's page meanwhile ({len(waits)} pages)", p99, 50, most=True, unit=" ms")
+    verdicts.add(f"upload of {BIG >> 20} MiB, time / pypiserver's time", mine / theirs, 0.4, most=True)
+    verdicts.add("memory growth during this upload", growth / (1 << 20), 32, most=True, unit=" MiB")
+    verdicts.add(f"p99 of another client's page at that time ({len(waits)} pages)", p99, 50, most=True, unit=" ms")
 
 
 def compare_large(work: Path, path: Path, verdicts: Verdicts) -> None:
-    """Large uploads and downloads in turns with the other checkout: both differ from one moment to the next."""
+    """Measure large uploads and downloads alternately with the other checkout, since their speed varies over time."""
     assert BEFORE
     uploads, downloads = [], []
     for number in range(3):
@@ -225,23 +225,23 @@ def compare_large(work: Path, path: Path, verdicts: Verdicts) -> None:
         for name in ("now", "before"):
             remove_tree(work / f"big-{name}{number}")
     size = path.stat().st_size >> 20
-    verdicts.add(f"upload of {size} MiB, of the other checkout's time", statistics.median(uploads), 1.1, most=True)
-    verdicts.add(f"download of {size} MiB, 4 streams, of the other checkout's rate", statistics.median(downloads), 0.9)
+    verdicts.add(f"upload of {size} MiB, time / the other checkout's time", statistics.median(uploads), 1.1, most=True)
+    verdicts.add(f"download of {size} MiB, 4 streams, rate / the other checkout's rate", statistics.median(downloads), 0.9)
 
 
 def fetch(server: Running, path: Path, streams: int) -> float:
-    """Bytes per second of the large file, by curl."""
+    """Bytes per second of downloads of the large file with curl."""
     page = server.url + "/simple/big-cuda/"
     url = page + httpx.get(page, headers={"Accept": JSON}).json()["files"][0]["url"]
     begin = time.monotonic()
     children = [subprocess.Popen(["curl", "-sS", "--fail", "-o", os.devnull, url]) for _ in range(streams)]
-    if sum(child.wait() for child in children):  # waits for all
-        raise SystemExit(f"{url} failed")
+    if sum(child.wait() for child in children):  # `sum` waits for every child
+        raise SystemExit(f"the download of {url} failed")
     return streams * path.stat().st_size / (time.monotonic() - begin)
 
 
 def download(server: Running, work: Path, path: Path, verdicts: Verdicts) -> None:
-    """The same file from us and from nginx, one stream and four."""
+    """Download the same file from the index and from nginx, with one stream and with four streams."""
     tree = work / "tree-big"
     index(work / "root-big", "export", tree)
     size = path.stat().st_size
@@ -252,14 +252,14 @@ def download(server: Running, work: Path, path: Path, verdicts: Verdicts) -> Non
             mine, theirs = (statistics.median(rates) for rates in zip(*pairs, strict=True))
             rows.append([str(streams), f"{mine / 1e6:.0f}", f"{theirs / 1e6:.0f}"])
             ratio = statistics.median(ours / other for ours, other in pairs)
-            verdicts.add(f"download of {size >> 20} MiB, {streams} streams, of nginx's rate", ratio, 0.9)
+            verdicts.add(f"download of {size >> 20} MiB, {streams} streams, rate / nginx's rate", ratio, 0.9)
     table(f"Download of {size >> 20} MiB, MB/s, median of {DOWNLOADS} pairs", ["streams", "gracefarm", "nginx"], rows)
 
 
 def small_uploads(work: Path, verdicts: Verdicts) -> None:
-    """Small uploads one after the other, at many stored wheels; then a start after kill -9, with all of them in the WAL.
+    """Measure sequential small uploads at MANY stored wheels, and then a start after kill -9 with all uploads in the WAL.
 
-    More of ours than the burst that the default `--writes-per-second` allows, so that the limit would show.
+    Our index gets more uploads than the burst that the default `--writes-per-second` allows. So its rate includes this limit.
     """
     rates = {}
     wheels = [wheel(f"new_{number // 10:04}", f"1.{number % 10}") for number in range(UPLOADS)]
@@ -278,18 +278,18 @@ def small_uploads(work: Path, verdicts: Verdicts) -> None:
                 os.kill(server.pid, signal.SIGKILL)
     wal = (root / "catalogue" / "catalogue.db-wal").stat().st_size
     with ours(root, token="x") as server:
-        what = f"start at {MANY + UPLOADS} wheels after kill -9, a WAL of {wal / (1 << 20):.1f} MiB to fold in"
+        what = f"start at {MANY + UPLOADS} wheels after kill -9, with a WAL of {wal / (1 << 20):.1f} MiB"
         verdicts.add(what, server.started_s, 1.0, most=True, unit=" s")
     table(
         f"Small uploads at {MANY} stored wheels, per second",
         ["gracefarm", "pypiserver"],
         [[f"{rates['gracefarm']:.0f}", f"{rates['pypiserver']:.1f}"]],
     )
-    verdicts.add(f"small uploads at {MANY} stored wheels, times pypiserver's", rates["gracefarm"] / rates["pypiserver"], 15)
+    verdicts.add(f"small uploads at {MANY} stored wheels, rate / pypiserver's", rates["gracefarm"] / rates["pypiserver"], 15)
 
 
 def resolving(work: Path, verdicts: Verdicts) -> None:
-    """What pip and uv take over the wire to choose among ten large variants of one release."""
+    """Measure the bytes that pip and uv download to choose one of ten large variants of a release."""
     folder = work / "variants"
     folder.mkdir()
     payload = os.urandom(VARIANT)
@@ -319,13 +319,13 @@ def resolving(work: Path, verdicts: Verdicts) -> None:
             time.sleep(0.3)
             sizes = [int(line.split('" ')[1].split()[1]) for line in server.log.read_text().splitlines()]
             rows.append([name, str(len(sizes)), f"{sum(sizes) / 1000:.1f}", f"{seconds:.2f}"])
-            what = f"resolving over ten {VARIANT >> 20} MiB variants, {name}"
+            what = f"choosing one of ten {VARIANT >> 20} MiB variants, {name}"
             verdicts.add(what, sum(sizes) / 1000, 50, most=True, unit=" kB")
-    table(f"Resolving over ten {VARIANT >> 20} MiB variants", ["client", "requests", "kB on the wire", "s"], rows)
+    table(f"Choosing one of ten {VARIANT >> 20} MiB variants", ["client", "requests", "kB received", "s"], rows)
 
 
 def machine() -> str:
-    """What the ratios depend on: the processor, and the versions of the servers."""
+    """The facts that affect the ratios: the processor, and the versions of the servers."""
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("granian", "uvloop", "starlette", "pypiserver"))
     web = subprocess.run(["nginx", "-v"], capture_output=True, text=True, check=True).stderr.strip().rpartition(": ")[2]
@@ -334,7 +334,7 @@ def machine() -> str:
 
 
 def main() -> None:
-    """Every measurement of the index."""
+    """Run all measurements of the index."""
     missing = [name for name in ("wrk", "nginx", "curl", "openssl") if shutil.which(name) is None]
     if missing:
         raise SystemExit(f"the benchmark needs {', '.join(missing)}: builder/data/system-packages-test.txt")
@@ -348,7 +348,7 @@ def main() -> None:
         for measure in measurements:
             measure(work, verdicts)
     table("Figures and targets", ["what", "figure", "target", "verdict"], verdicts.rows)
-    print(f"\n{machine()}; {time.monotonic() - begin:.0f} s in all, on {time.strftime('%Y-%m-%d', time.gmtime())}.")
+    print(f"\n{machine()}; {time.monotonic() - begin:.0f} s in total, on {time.strftime('%Y-%m-%d', time.gmtime())}.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The pinned CUDA 12.4 builds: CPU seconds of two units of flash-attn, for sm_90, and for sm_80 and sm_90 together.
+"""Measures the pinned CUDA 12.4 builds: CPU time of two units of flash-attn for sm_90, and for sm_80 and sm_90 together.
 
 python -m bench pinned
 """
@@ -36,11 +36,11 @@ FLAGS = (
     "-D_GLIBCXX_USE_CXX11_ABI=0",
     "-Xcompiler=-fPIC",
 )
-"As setup.py and torch give them."
+"The options that setup.py and torch pass to nvcc."
 
 
 def measure(unit: str) -> dict[str, float]:
-    """CPU seconds of a unit by sm list, with CUDA 12.4's nvcc as the pipeline starts it."""
+    """CPU seconds of a unit, by list of sm values. nvcc of CUDA 12.4 is started as in a build."""
     farm = settings.load()
     loaded = recipe.load(TESTS / "recipes", "flash_attn_objects")
     base = stack.load(TESTS / "stacks", "cu124-headers")
@@ -77,7 +77,7 @@ def measure(unit: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print the table; exit code 1 where the bound is missed."""
+    """Print the table. The exit code is 1 if a ratio is above the bound."""
     measured = {}
     for unit in UNITS:
         measured[unit] = measure(unit)

@@ -1,8 +1,8 @@
-"""deploy's planner beside aiconfigurator (NVIDIA's, on the Python index): memory and tokens/s of five models, H100 and H200.
+"""Compares deploy's planner with NVIDIA's aiconfigurator: memory and tokens/s of five models on H100 and H200.
 
-aiconfigurator has kernels that were measured with vLLM, and knows neither GH200 nor uneven splits of pipelines nor commands.
-It runs in a separate environment, created here, and does not use the network for these models. It takes minutes, since it
-loads its tables for every estimate.
+aiconfigurator is on the Python index. It uses measured times of vLLM's kernels. It supports neither GH200 nor uneven splits of
+pipelines, and it has no commands. This benchmark creates a separate environment for it. aiconfigurator does not use the
+network for these models. It takes minutes, since it loads its tables for every estimate.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from deploy.planning.layouts import Question
 
 VERSION = "0.12.0"
 MODELS = (
-    # repository, tensor parallel, with experts
+    # Each row has the repository, the degree of tensor parallelism, and whether the model has experts.
     ("meta-llama/Meta-Llama-3.1-8B", 1, False),
     ("Qwen/Qwen3-32B", 2, False),
     ("meta-llama/Meta-Llama-3.1-70B", 4, False),
@@ -45,7 +45,7 @@ for repo, tp, experts, system, streams, prompt in json.load(sys.stdin):
 
 
 def main() -> None:
-    """One row a model, kind of GPU and number of streams."""
+    """Print one row for each model, kind of GPU and number of streams."""
     asked = [(*model, gpu, streams) for model in MODELS for gpu in GPUS for streams in STREAMS]
     wanted = [(repo, tp, experts, gpu[1], streams, PROMPT) for repo, tp, experts, gpu, streams in asked]
     with tempfile.TemporaryDirectory(prefix="gracefarm-bench-") as folder:
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def environment(folder: Path) -> Path:
-    """aiconfigurator's own environment; its Python."""
+    """Create the environment of aiconfigurator. Return its Python."""
     uv, place = Path(sys.executable).with_name("uv"), folder / "env"
     subprocess.run([uv, "venv", "-q", "--no-project", "--python", sys.executable, place], check=True)
     subprocess.run(
@@ -73,7 +73,7 @@ def environment(folder: Path) -> Path:
 
 
 def theirs(python: Path, asked: list[tuple[str, int, bool, str, int, int]]) -> list[dict[str, object]]:
-    """Its estimates, in the order of what is asked."""
+    """The estimates of aiconfigurator, in the order of the questions."""
     process = subprocess.run([python, "-c", THEIRS], input=json.dumps(asked), capture_output=True, text=True, check=False)
     if process.returncode:
         sys.exit(f"aiconfigurator {VERSION} failed: {process.stderr.strip().splitlines()[-1]}")
@@ -81,7 +81,7 @@ def theirs(python: Path, asked: list[tuple[str, int, bool, str, int, int]]) -> l
 
 
 def ours(repo: str, gpu: str, tp: int, streams: int) -> tuple[float, float]:
-    """GiB of weights and what is reserved beside them; tokens/s of all streams."""
+    """GiB of the weights and of the reserved memory, and tokens/s of all streams together."""
     model = models.built_in(repo, "main")
     if model is None:
         sys.exit(f"{repo} is not a built-in model")

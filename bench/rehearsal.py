@@ -1,6 +1,7 @@
-"""The rehearsal of ten nodes to READY, step by step beside the same by hand: one `ssh … ray start` after the other.
+"""Compares a rehearsal with ten nodes, until it is ready, with the same steps by hand: one `ssh … ray start` after the other.
 
-python -m bench rehearsal         # NODES=3 for fewer
+python -m bench rehearsal                  with ten nodes
+NODES=3 python -m bench rehearsal          with three nodes
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ request = urllib.request.Request("http://127.0.0.1:2242/v1/completions", body, {
 print(urllib.request.urlopen(request, timeout=30).status)
 """
 LIMIT, UP_LIMIT = 1.3, 5.0
-"Of issue 5: serve against by hand; seconds of an `up` that finds nothing to do."
+"The bounds of issue 5: time of `serve` / time by hand; seconds of an `up` when all steps are done."
 
 
 @dataclass
 class Times:
-    """Seconds by name, in order."""
+    """The seconds of each step, by name and in order."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
     def take(self, name: str, work: Callable[[], Any]) -> Any:
-        """Do it and keep how long it took."""
+        """Run a step, and store its time. Return the result of the step."""
         begin = time.monotonic()
         result = work()
         self.seconds[name] = time.monotonic() - begin
@@ -45,7 +46,7 @@ class Times:
 
 
 def ssh(rehearsal: Rehearsal, address: str, command: str) -> None:
-    """As a person types it, with the pinned host keys."""
+    """Run a command on a node with `ssh`, as a user would type it. The host keys are pinned."""
     known = rehearsal.folder / ".deploy" / "known_hosts"
     line = [
         "ssh",
@@ -64,7 +65,7 @@ def ssh(rehearsal: Rehearsal, address: str, command: str) -> None:
 
 
 def by_hand(rehearsal: Rehearsal, plan: dict[str, Any], times: Times) -> None:
-    """The plan's own commands, one node after the other; no token, no mark, no look at anything."""
+    """Run the plan's commands on one node after the other, without a token, marks and checks."""
 
     def typed(env: dict[str, str], argv: list[str]) -> str:
         mine = {key: value for key, value in env.items() if not key.startswith("RAY_AUTH")}
@@ -88,12 +89,12 @@ def by_hand(rehearsal: Rehearsal, plan: dict[str, Any], times: Times) -> None:
     times.take("engine", engine)
     ray_program = plan["nodes"][0]["ray"][0]
     for node in rehearsal.room.nodes:
-        # The brackets keep the pattern from matching the shell that has it in its own arguments.
+        # The shell has this pattern in its arguments. With the brackets, the pattern does not match the shell.
         ssh(rehearsal, node.address, f"pkill -f 'env/bin/[a]phrodite run'; {ray_program} stop --force")
 
 
 def served(output: str) -> dict[str, float]:
-    """Seconds of `deploy serve`'s steps, from what it says with --json."""
+    """The seconds of the engine's start, from the output of `deploy serve --json`."""
     for line in reversed(output.splitlines()):
         if line.startswith('{"ready"'):
             return {"engine": float(json.loads(line)["seconds"])}
@@ -101,7 +102,7 @@ def served(output: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure, and print the table."""
     count = int(os.environ.get("NODES", "10"))
     here, console = settings.load(), Console()
     tool, hand = Times(), Times()
@@ -120,7 +121,7 @@ def main() -> None:
     print("|---|---|---|")
     print(f"| init, plan | | {tool.seconds['init, plan']:.1f} |")
     print(f"| up: preflight, environments, weights, proof | | {tool.seconds['up']:.1f} |")
-    print(f"| up again, nothing to do (at most {UP_LIMIT:g}) | | {tool.seconds['up again']:.1f} |")
+    print(f"| up again, all steps done (at most {UP_LIMIT:g}) | | {tool.seconds['up again']:.1f} |")
     print(f"| Ray on all nodes | {hand.seconds['ray']:.1f} | {whole - engine:.1f} |")
     print(f"| engine, to a completion | {hand.seconds['engine']:.1f} | {engine:.1f} |")
     print(f"| Ray and engine (at most {LIMIT:g} times) | {hands:.1f} | {whole:.1f}: {whole / hands:.2f} times |")

@@ -16,17 +16,17 @@ platforms=$(for number in 39 35 34 31 28 27 24 17 12 5; do echo "--platform many
     echo "--platform manylinux2014_x86_64 --platform manylinux1_x86_64")
 export PYTHONDONTWRITEBYTECODE=1
 
-# vLLM requires these packages, but does not use them for models in 16 bit, dense or with experts: on
-# Hopper, vLLM 0.26.0 prefers its Triton kernels (fused_moe/oracle/unquantized.py), and tokens travel over NCCL. With flashinfer,
-# tensor parallelism hangs in "Capturing CUDA graphs" on a machine without NVLink's multicast.
+# vLLM requires these packages, but does not use them for 16-bit models (dense or with experts). On Hopper, vLLM 0.26.0 prefers its
+# Triton kernels (fused_moe/oracle/unquantized.py), and sends tokens between GPUs with NCCL. With flashinfer, tensor parallelism hangs
+# in "Capturing CUDA graphs" on a machine without NVLink's multicast.
 left_out='flashinfer-python|torchcodec|pynvvideocodec|tilelang|z3-solver|nvidia-cutlass-dsl.*|tokenspeed.*|cuda-tile|cuda-python'
 left_out="$left_out|nvidia-cuda-nvcc|nvidia-cuda-crt|nvidia-nvvm|nvidia-cuda-cccl|nvidia-cuda-nvdisasm|nvidia-cudnn-frontend"
 left_out="$left_out|humming-kernels|fastapi-cloud-cli|sentry-sdk"
 
-fetch() { # FOLDER REQUIREMENTS...: wheels for the machine with the GPUs
+fetch() { # FOLDER REQUIREMENTS...: downloads wheels for the machine with the GPUs
     folder=$1
     shift
-    # shellcheck disable=SC2086 # lists on purpose
+    # shellcheck disable=SC2086 # these are lists
     "$top/.venv/bin/python" -m pip download --quiet --disable-pip-version-check --only-binary=:all: --implementation cp \
         --python-version "$version" $platforms --dest "$folder" "$@" 2>/dev/null
 }
@@ -49,16 +49,16 @@ prepare) # with a network: downloads wheels, sshd, ip and uv; 480 MB in pieces
 import sys, tomllib
 project = tomllib.load(open(sys.argv[1], "rb"))["project"]
 names = project["dependencies"] + project["optional-dependencies"]["deploy"]
-print(*(name for name in names if not name.startswith("uv")), sep="\n")  # its program is in `home`
+print(*(name for name in names if not name.startswith("uv")), sep="\n")  # uv's program is in `home`
 END
     fetch "$whole/own" --requirement "$whole/own.txt"
-    for wheel in "$whole/own"/*.whl; do # the same files twice would travel twice
+    for wheel in "$whole/own"/*.whl; do # files that are also in `engine` are not copied twice
         [ ! -e "$whole/engine/$(basename "$wheel")" ] || rm "$wheel"
     done
     "$top/bench/_serving/tools.sh" "$whole/tools"
     GRACEFARM_HOME="$whole/home" PYTHONPATH="$top" "$top/.venv/bin/python" -c '
 from deploy.rehearsal.walkthrough import _fetch_uv; from gracefarm import settings; _fetch_uv(settings.load())'
-    tar -C "$whole" -czf "$whole/small.tar.gz" names own.txt tools home # wheels are compressed already
+    tar -C "$whole" -czf "$whole/small.tar.gz" names own.txt tools home # not the wheels, since they are compressed already
     tar -C "$whole" -cf - small.tar.gz engine others own | split -b "${PIECE:-52M}" -d - "$carried/piece-"
     rm -rf "$whole"
     ls -l "$carried"

@@ -1,1 +1,1 @@
-"""What maintainers run by hand; no program imports it."""
+"""Programs that maintainers run by hand. The other programs do not import them."""

@@ -4,10 +4,11 @@
     python tools/engine_options.py aphrodite_engine-*.whl > deploy/data/aphrodite-0.6.4.post1-options.json
     python tools/engine_options.py vllm-0.26.0-*.whl > deploy/data/vllm-0.26.0-options.json    # the wheel of set gh200-cu130
 
-The wheel's Python is read as syntax (ast) and never run: names, types, defaults and choices, no help text and no code.
+The program parses the wheel's Python files (ast), but does not run them. The table has names, types, defaults and choices of
+the options. It has no help texts and no code.
 
-Most options of vllm are fields of configuration classes, whose annotations say what argparse is told. Where a type is a name
-from elsewhere, or is computed, any text is taken: nothing that the engine takes may be refused.
+Most options of vllm are fields of configuration classes. vllm derives argparse's arguments from their annotations. If a type
+is computed, or comes from a file that is not read, the table permits any text, since it must permit all accepted values.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def read_wheel(path: Path) -> OptionTable:
     """The table of a wheel's server.
 
     Raises:
-        ConfigError: the wheel's code has another shape than the one that this was written for.
+        ConfigError: the structure of the wheel's code is not supported.
     """
     with zipfile.ZipFile(path) as wheel:
         member = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
@@ -53,7 +54,7 @@ def read_wheel(path: Path) -> OptionTable:
 
 
 def render(table: OptionTable) -> str:
-    """As it is committed: one option a line."""
+    """The text of the committed file, with one option per line."""
     head = table.model_dump(mode="json", exclude={"options"}, exclude_defaults=True)
     rows = [json.dumps(option.model_dump(mode="json", exclude_defaults=True)) for option in table.options]
     return json.dumps(head, indent=1)[:-2] + ',\n "options": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n"
@@ -72,9 +73,9 @@ def argument_calls(function: ast.FunctionDef) -> list[ast.Call]:
 # aphrodite
 
 APHRODITE_SOURCES = {"aphrodite/endpoints/openai/args.py": "make_arg_parser", "aphrodite/engine/args_tools.py": "add_cli_args"}
-"The server's options, then its engine's: file and function."
+"File and function of the server's options, then of the engine's options."
 APHRODITE_ENUMS = ("aphrodite/common/config.py", "aphrodite/transformers_utils/config.py")
-"Where the enumerations are that args_tools.py names as choices."
+"The files with the enumerations that args_tools.py uses as choices."
 
 
 def aphrodite_options(wheel: zipfile.ZipFile) -> Iterator[Option]:
@@ -89,7 +90,7 @@ def aphrodite_options(wheel: zipfile.ZipFile) -> Iterator[Option]:
 
 
 def _known_names(trees: Mapping[str, ast.Module]) -> dict[str, OptionValue]:
-    """What defaults and choices refer to: fields of the argument classes, members of enumerations, keys of the methods."""
+    """Values of names in defaults and choices: fields of argument classes, members of enumerations, keys of the methods."""
     names: dict[str, OptionValue] = {"ssl.CERT_NONE": 0}
     for tree in trees.values():
         for node in ast.walk(tree):
@@ -147,13 +148,13 @@ def _aphrodite_value(node: ast.expr | None, names: Mapping[str, OptionValue]) ->
         value: OptionValue = ast.literal_eval(node)
     except ValueError as error:
         raise ConfigError(
-            f"line {node.lineno}: default {text} is not understood", remedy="extend tools/engine_options.py"
+            f"line {node.lineno}: default {text} is not supported", remedy="extend tools/engine_options.py"
         ) from error
     return value
 
 
 def _aphrodite_choices(node: ast.expr, names: Mapping[str, OptionValue]) -> Iterator[OptionValue]:
-    """A list of literals, `[*NAMES, None]`, or `[member.value for member in Enumeration]`."""
+    """The choices in a list of literals, in `[*NAMES, None]`, or in `[member.value for member in Enumeration]`."""
     if isinstance(node, ast.ListComp):
         members = names[ast.unparse(node.generators[0].iter)]
         assert isinstance(members, list)
@@ -172,13 +173,13 @@ def _aphrodite_choices(node: ast.expr, names: Mapping[str, OptionValue]) -> Iter
 # vllm
 
 SERVERS = ("vllm/entrypoints/common/cli_args.py", "vllm/entrypoints/openai/cli_args.py")
-"Where the server's options are: in 0.33, and before."
+"The file with the server's options: since 0.33, and before."
 ENGINE, CONFIG, PARSER = "vllm/engine/arg_utils.py", "vllm/config/", "vllm/utils/argparse_utils.py"
 HUMAN_INTEGERS = (
     *("max_model_len", "max_num_batched_tokens", "max_num_scheduled_tokens", "max_num_queued_tokens"),
     *("kv_cache_memory_bytes", "safetensors_prefetch_block_size"),
 )
-"Integers that may be written as 8k or 2G."
+"Integers that can be written as 8k or 2G."
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ class Hint:
 
 @dataclass(frozen=True)
 class Code:
-    """Classes and aliases of types in the files that were read."""
+    """The classes and the aliases of types in the files that were read."""
 
     classes: Mapping[str, ast.ClassDef]
     aliases: Mapping[str, ast.expr]
@@ -214,7 +215,7 @@ class Code:
         return self.hints(self.aliases[name]) if name in self.aliases else [Hint(name)]
 
     def values(self, literal: Hint) -> tuple[Any, ...] | None:
-        """The values of a Literal, including nested ones; None if some are unreadable."""
+        """The values of a Literal, including nested ones; None if a value cannot be read."""
         values: list[Any] = []
         for member in literal.inside:
             if isinstance(member, ast.Constant):
@@ -228,7 +229,7 @@ class Code:
         return tuple(values)
 
     def fields(self, name: str) -> dict[str, tuple[ast.expr, ast.expr | None]]:
-        """Of a class and those it is derived from: name to annotation and default."""
+        """The fields of a class and of its base classes: name to annotation and default."""
         fields: dict[str, tuple[ast.expr, ast.expr | None]] = {}
         for base in self.classes[name].bases:
             if ast.unparse(base) in self.classes:
@@ -245,14 +246,14 @@ class Code:
 
 @dataclass
 class Scope:
-    """Of one function: names that stand for a class's arguments or one of its fields', and what it changes in those."""
+    """The names in one function for the arguments of a class or of a field, and the function's changes of these arguments."""
 
     classes: dict[str, str] = field(default_factory=dict)
     fields: dict[str, tuple[str, str]] = field(default_factory=dict)
     changes: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict)
 
     def place(self, node: ast.expr) -> tuple[str, str] | None:
-        """X_kwargs["field"], or a name that stands for it, as class and field."""
+        """Class and field of X_kwargs["field"], or of a name for it."""
         if isinstance(node, ast.Name):
             return self.fields.get(node.id)
         if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and isinstance(node.slice, ast.Constant):
@@ -261,7 +262,7 @@ class Scope:
         return None
 
     def scan(self, function: ast.FunctionDef, classes: Mapping[str, str]) -> None:
-        """Take in names and changes, in the order of the lines."""
+        """Add the names and the changes of a function, in the order of its lines."""
         self.classes |= classes
         statements = [node for node in ast.walk(function) if isinstance(node, ast.stmt)]
         for statement in sorted(statements, key=lambda node: node.lineno):
@@ -378,7 +379,7 @@ def _vllm_explicit(flags: tuple[str, ...], words: Mapping[str, ast.expr], code: 
 
 
 def _vllm_choices(node: ast.expr, code: Code) -> tuple[Any, ...] | None:
-    """A list of literals, or `get_args(ALIAS)`. None: computed, as from the platform."""
+    """The choices in a list of literals or in `get_args(ALIAS)`; None if they are computed, for example from the platform."""
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "get_args":
         (literal,) = code.hints(node.args[0])
         return code.values(literal)
@@ -391,7 +392,7 @@ def _vllm_choices(node: ast.expr, code: Code) -> tuple[Any, ...] | None:
 def _vllm_field(
     flags: tuple[str, ...], name: str, annotation: ast.expr, default: ast.expr | None, code: Code, changed: Mapping[str, str]
 ) -> Option:
-    """What vllm's _compute_kwargs makes of a field, in its order, and what the parser's function then changes."""
+    """The option that vllm's _compute_kwargs makes from a field, with the later changes of the parser's function."""
     hints = code.hints(annotation)
     names, value = {hint.name for hint in hints}, _plain_default(default)
     nullable = "None" in names
@@ -419,13 +420,13 @@ def _vllm_field(
 
 
 def _switch(flags: tuple[str, ...], default: Any) -> Option:
-    """argparse.BooleanOptionalAction: --x and --no-x, without a value."""
+    """The option of an argparse.BooleanOptionalAction: --x and --no-x, without a value."""
     opposite = tuple(f"--no-{flag[2:]}" for flag in flags if flag.startswith("--"))
     return Option(flags=(*flags, *opposite), kind="bool", default=default, action="switch")
 
 
 def _single(hints: Sequence[Hint], name: str, code: Code) -> tuple[OptionKind, tuple[Any, ...] | None]:
-    """Kind and choices of one value; text where it may be several things."""
+    """Kind and choices of one value. The kind is text if several types are possible."""
     by_name = {hint.name: hint for hint in hints if hint.name != "None"}
     if "Literal" in by_name:
         values = code.values(by_name["Literal"])
@@ -443,7 +444,7 @@ def _vllm_kind(text: str) -> OptionKind:
 
 
 def _plain_default(node: ast.expr | None) -> Any:
-    """A default that is plainly there, else None."""
+    """The default if it is a literal, else None."""
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "Field":
         given = next((keyword.value for keyword in node.keywords if keyword.arg == "default"), None)
         node = given or (node.args[0] if node.args else None)

@@ -225,7 +225,7 @@ def _context(path: Sequence[str], group: click.Group) -> click.Context:
 
 
 def _walk(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    """A command and all below it, with the words that name it."""
+    """A command and all its subcommands, each with the words of its command line."""
     yield path, command
     if isinstance(command, click.Group):
         context = click.Context(command, info_name=path[-1])

@@ -1,9 +1,10 @@
-"""Write the rehearsal's locks: for each package the one wheel that a node takes, by sha256, on x86_64 and on aarch64.
+"""Write the rehearsal's locks. For each package, they have the sha256 of the wheels for x86_64 and for aarch64.
 
     python tools/rehearsal_lock.py ray[default]==2.60.0 > deploy/data/rehearsal.lock
     python tools/rehearsal_lock.py --requirements deploy/data/download.lock > deploy/data/rehearsal-download.lock
 
-resolve again with uv and the configured index. With every file of every platform the mirror would fetch gigabytes.
+These commands resolve the packages again with uv and the configured index. If the locks had the files of all platforms, the
+mirror would download gigabytes.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from gracefarm import settings
 from gracefarm.errors import FetchError
 
 GLIBC = range(35, 16, -1)
-"Ubuntu 22.04's and older."
+"Minor versions of glibc: that of Ubuntu 22.04 and older ones."
 HEADER = "# Every wheel of the rehearsal's nodes, one for each machine. Made by: python tools/rehearsal_lock.py {arguments}\n"
 
 
 def tags(machine: str) -> dict[Tag, int]:
-    """What a node's Python takes, best first."""
+    """The wheel tags that a node's Python accepts, with their ranks. The best tag has rank 0."""
     platforms = [f"manylinux_2_{minor}_{machine}" for minor in GLIBC]
     platforms += [f"{name}_{machine}" for name in ("manylinux2014", "manylinux2010", "manylinux1", "linux")]
     accepted = [*cpython_tags(PYTHON, platforms=platforms), *compatible_tags(PYTHON, "cp311", platforms)]
@@ -39,7 +40,7 @@ def tags(machine: str) -> dict[Tag, int]:
 
 
 def best(wheels: Sequence[Mapping[str, Any]], machine: str) -> Mapping[str, Any] | None:
-    """The wheel that an installer on `machine` takes."""
+    """The wheel that an installer on `machine` chooses."""
     ranks = tags(machine)
     rated = []
     for wheel in wheels:
@@ -51,7 +52,7 @@ def best(wheels: Sequence[Mapping[str, Any]], machine: str) -> Mapping[str, Any]
 
 
 def lines(package: Mapping[str, Any]) -> list[str]:
-    """Of one package of a pylock.toml (PEP 751).
+    """The lines of the lock for one package of a pylock.toml (PEP 751).
 
     Raises:
         FetchError: there is no wheel for a machine that needs it.
@@ -73,7 +74,7 @@ def lines(package: Mapping[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Resolve and print."""
+    """Resolve the packages, and print the lock."""
     parser = argparse.ArgumentParser(prog="python tools/rehearsal_lock.py")
     parser.add_argument("pins", nargs="*")
     parser.add_argument("--requirements", type=Path, action="append", default=[])

@@ -31,7 +31,7 @@ class Part:
 
 @dataclass(kw_only=True)
 class SchemaPage:
-    """A page, and what it has described so far."""
+    """A page, and the parts that it has described so far."""
 
     title: str
     intro: str
@@ -104,7 +104,7 @@ class SchemaPage:
             known.update(dict.fromkeys(group, place) if place != heading else {})
         for key, value in part["properties"].items():
             if key == "kind" and "const" in value:
-                continue  # in the heading
+                continue  # the heading has the kind
             if key in known:
                 group = next(group for group in GROUPS if key in group)
                 if key == group[0]:
@@ -162,7 +162,7 @@ def _groups(part: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _references(value: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Names of the parts in a value; `items` for those in a list, `values` for those in a table with free keys."""
+    """The names of the parts in a value. The second word is `items` in a list, and `values` in a table with free keys."""
     if "$ref" in value:
         name = value["$ref"].rpartition("/")[2]
         if "properties" in schema["$defs"][name]:

@@ -1,10 +1,11 @@
-"""Asks an engine on its own node: log-probabilities of fixed prompts, or the time of one step by streams at once.
+"""Asks an engine on its node for log-probabilities of prompts, or measures the time of a step for several numbers of streams.
 
     python ask.py URL KEY_FILE logprobs <PROMPTS.json
     python ask.py URL KEY_FILE steps 1,4,16,64,256
 
-Sent to the head as it is and run by any Python: answers are whole, not streamed, so that neither this program nor a tunnel is
-what is measured. A step is (time of 72 tokens - time of 8 tokens) / 64 for prompts of 32 tokens, the best of REPEATS.
+This file is copied to the head and runs with any Python. The answers are not streamed. So the times include no tunnel, and
+almost no time of this program. A step is (time of 72 tokens - time of 8 tokens) / 64 for prompts of 32 tokens. Each time is
+the best of REPEATS.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ PROMPT, SHORT, LONG, VOCABULARY, REPEATS = 32, 8, 72, 128000, 2
 
 
 def asked(url: str, key: str, body: dict[str, Any]) -> dict[str, Any]:
-    """One request to /v1/completions."""
+    """Send one request to /v1/completions. Return the answer."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=300)
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     connection.request("POST", "/v1/completions", json.dumps(body), headers)
@@ -36,7 +37,7 @@ def asked(url: str, key: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def logprobs(url: str, key: str, model: str, prompts: list[list[int]], top: int) -> list[dict[str, float]]:
-    """For each prompt: token to log-probability, of the engine's first `top` for the next token."""
+    """For each prompt, the `top` likeliest next tokens with their log-probabilities."""
     answers = []
     for prompt in prompts:
         more = {"max_tokens": 1, "temperature": 0, "logprobs": top, "return_tokens_as_token_ids": True}
@@ -47,7 +48,7 @@ def logprobs(url: str, key: str, model: str, prompts: list[list[int]], top: int)
 
 
 def step_ms(url: str, key: str, model: str, streams: int) -> float:
-    """Milliseconds of one step with so many streams at once."""
+    """Milliseconds of one step with this number of concurrent streams."""
     chance = random.Random(time.time())
 
     def taken(tokens: int) -> float:
@@ -67,7 +68,7 @@ def step_ms(url: str, key: str, model: str, streams: int) -> float:
         seconds = time.perf_counter() - begun
         counts = {answer["usage"]["completion_tokens"] for answer in answers}
         if counts != {tokens}:
-            raise SystemExit(f"{tokens} tokens were asked for and {counts} came")
+            raise SystemExit(f"the request was for {tokens} tokens, but the numbers of tokens in the answers are {counts}")
         return seconds
 
     taken(SHORT)

@@ -1,16 +1,18 @@
-"""The engine that a wheel contains, on a GPU, beside transformers: log-probabilities and greedy tokens of the same prompts.
+"""Compares the engine in a wheel, on a GPU, with transformers: log-probabilities and greedy tokens of the same prompts.
 
-    python -m bench._serving.engine ask MODEL OUT.json [NAME=VALUE…]        by a Python that has the engine; NAME: its argument
-    python -m bench._serving.engine serve MODEL OUT.json                    the same through its server: only the first tokens
-    python -m bench._serving.engine compare FOLDER NAME… [--refused NAME…]  by any Python
+    python -m bench._serving.engine ask MODEL OUT.json [NAME=VALUE…]        asks the engine; NAME is an argument of the engine
+    python -m bench._serving.engine serve MODEL OUT.json                    asks the engine's server for the first tokens only
+    python -m bench._serving.engine compare FOLDER NAME… [--refused NAME…]  compares the answers
 
-FOLDER has reference.json and greedy.json of bench/_serving/model.py, and NAME.json of each `ask`. `compare` ends with 1 unless
-each NAME agrees with transformers in 32 bit and each refused NAME does not. It agrees if
+`ask` and `serve` require a Python with the engine. `compare` runs with any Python. FOLDER has reference.json and greedy.json
+of bench/_serving/model.py, and NAME.json of each `ask`. The exit code of `compare` is 0 if each NAME agrees with transformers
+in 32 bit and each refused NAME does not agree; else 1. A NAME agrees if both of these are true:
 
-- the mean difference of log-probabilities is at most TIMES that of transformers between 16 and 32 bit: of the first TOP tokens
-  after each prompt, and of each prompt's own tokens; and
-- greedy tokens are the same up to the first near tie: a step where the log-probabilities of the engine's token and of the
-  likeliest one differ by at most twice the largest difference between 16 and 32 bit, in 32 bit.
+- The mean difference of its log-probabilities from those of transformers is at most TIMES the mean difference of transformers
+  between 16 and 32 bit. This applies to the first TOP tokens after each prompt, and to the tokens of each prompt.
+- Its greedy tokens are the same as those of transformers up to the first near tie. A near tie is a step in which the 32-bit
+  log-probabilities of the engine's token and of the likeliest token differ by at most twice the largest difference between 16
+  and 32 bit.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from bench._serving.model import STEPS, TIMES, TOP, differences, prompts
 
 
 def ask(model: str, out: Path, options: dict[str, Any]) -> None:
-    """All prompts at once: log-probabilities of each prompt and of the TOP first tokens after it, and greedy tokens."""
+    """Send all prompts together. Store the log-probabilities of each prompt and of TOP tokens after it, and greedy tokens."""
     import torch
     from aphrodite import LLM, SamplingParams
 
@@ -60,7 +62,7 @@ def ask(model: str, out: Path, options: dict[str, Any]) -> None:
 
 
 def serve(model: str, out: Path) -> None:
-    """`aphrodite run`, and bench/_serving/ask.py beside it."""
+    """Start `aphrodite run`, and ask it with bench/_serving/ask.py."""
     import torch
 
     with socket.socket() as free:
@@ -73,7 +75,7 @@ def serve(model: str, out: Path) -> None:
         try:
             while not healthy(port):
                 if server.poll() is not None:
-                    sys.exit(f"the server ended with {server.returncode}")
+                    sys.exit(f"the server ended with exit code {server.returncode}")
                 time.sleep(0.5)
             ready = time.monotonic()
             first = logprobs(f"http://127.0.0.1:{port}", "key", "small", prompts(), TOP)
@@ -91,7 +93,7 @@ def serve(model: str, out: Path) -> None:
 
 
 def healthy(port: int) -> bool:
-    """Whether the server says that it can answer."""
+    """Whether the server's /health returns 200."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
         connection.request("GET", "/health")
@@ -103,7 +105,7 @@ def healthy(port: int) -> bool:
 
 
 def greedy_apart(ours: list[list[int]], theirs: list[list[dict[str, float]]], near: float) -> dict[str, Any]:
-    """How many tokens are the same, and where they first differ: how far apart the two tokens are for transformers."""
+    """The number of equal tokens; and for each first difference, the distance of the two tokens according to transformers."""
     same, ties, wrong = 0, [], []
     for mine, steps in zip(ours, theirs, strict=True):
         best = [int(next(iter(step))) for step in steps]
@@ -119,7 +121,7 @@ def greedy_apart(ours: list[list[int]], theirs: list[list[dict[str, float]]], ne
 def agrees(
     ours: dict[str, Any], reference: dict[str, Any], greedy: list[list[dict[str, float]]]
 ) -> tuple[bool, dict[str, Any]]:
-    """See the module. A server's answers have only the first tokens."""
+    """Whether the answers agree (see the module), and the figures. The answers of a server have only the first tokens."""
     half = reference["half"]
     after = differences(ours["next"], reference["kept"])
     figures: dict[str, Any] = {"next": after, "bounds": {"next": round(TIMES * half["mean"], 5)}}
@@ -139,7 +141,7 @@ def agrees(
 
 
 def compare(folder: Path, names: list[str], refused: list[str]) -> bool:
-    """Print the figures of each run; whether all are as expected."""
+    """Print the figures of each run. Return whether all runs have the expected result."""
     reference = json.loads((folder / "reference.json").read_text())
     greedy = json.loads((folder / "greedy.json").read_text())
     print(f"transformers {reference['transformers']}: 16 bit {reference['half']}, exchanged shards {reference['swapped']}")
@@ -147,7 +149,7 @@ def compare(folder: Path, names: list[str], refused: list[str]) -> bool:
     for name in [*names, *refused]:
         answers = folder / f"{name}.json"
         if not answers.exists():
-            print(f"{name}: no answers, see {name}.log")
+            print(f"{name}: there are no answers; see {name}.log")
             good = False
             continue
         ours = json.loads(answers.read_text())

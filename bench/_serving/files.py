@@ -1,4 +1,4 @@
-"""A folder over HTTP: `python -m bench._serving.files HOST PORT FOLDER`; says its address, serves until it is ended."""
+"""Serves a folder over HTTP, and prints its address: `python -m bench._serving.files HOST PORT FOLDER`."""
 
 from __future__ import annotations
 

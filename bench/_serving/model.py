@@ -1,14 +1,14 @@
-"""Models in the real format with random weights and a tokenizer of ours, and what transformers computes with one.
+"""Writes models with random weights and a simple tokenizer in the real format, and the results of transformers with a model.
 
-    python -m bench._serving.model make FOLDER llama-8b         weights, tokenizer, config.json; a GPU makes the numbers
-    python -m bench._serving.model shape FOLDER llama-405b 16   config.json with so many layers and the tokenizer: no weights
-    python -m bench._serving.model exchange FOLDER OTHER        the same model with two shards of one matrix exchanged, or with
-                                                                the experts of two ranks exchanged
-    python -m bench._serving.model reference FOLDER OUT.json    log-probabilities of the prompts, in 32 and in 16 bit, and
+    python -m bench._serving.model make FOLDER llama-8b         weights (the GPU computes them), tokenizer and config.json
+    python -m bench._serving.model shape FOLDER llama-405b 16   config.json for this number of layers, tokenizer, no weights
+    python -m bench._serving.model exchange FOLDER OTHER        a copy of the model, in which two shards of one matrix or the
+                                                                experts of two ranks are exchanged
+    python -m bench._serving.model reference FOLDER OUT.json    log-probabilities of the prompts in 32 bit and in 16 bit, and
                                                                 with the same exchange
     python -m bench._serving.model greedy FOLDER OUT.json       the likeliest tokens after each prompt, one after the other
 
-Run by the machine's own Python, which has torch and transformers.
+The commands require a Python with torch and transformers.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 PROMPTS, TOP, KEPT = 32, 20, 400
-"Fixed prompts; log-probabilities that count of each; how many are kept, for an engine's first ones to be among them."
+"The number of prompts; the number of compared log-probabilities per prompt; the number of stored ones. More are stored, so "
+"that they include the first ones of an engine."
 STEPS = 32
-"Greedy tokens after each prompt."
+"The number of greedy tokens after each prompt."
 TIMES = 3.0
-"The bound for log-probabilities: so many times what transformers itself differs between 16 and 32 bit."
+"The bound for differences of log-probabilities, as a multiple of the difference of transformers between 16 and 32 bit."
 VOCABULARY = 128256
 SHAPES: dict[str, dict[str, float]] = {
     "llama-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -54,24 +55,26 @@ SHAPES: dict[str, dict[str, float]] = {
         "moe_intermediate_size": 512,
     },
 }
-"Llama 3.1's geometries; small: with their kernels, made in seconds; tiny: for a rehearsal without a GPU. moe: like Qwen3-MoE."
+"llama-*: the dimensions of Llama 3.1. small: uses the same kernels, and is written in seconds. tiny: for a rehearsal without "
+"a GPU. moe: like Qwen3-MoE."
 ROUTER = 0.2
-"Standard deviation of a router's weights: so large that the last chosen expert has a small weight and may be another one."
+"Standard deviation of a router's weights. It is large, so that the last chosen expert has a small weight. Rounding may "
+"change the choice of the last expert, but this has only a small effect."
 SHARDS = 8
 SWAPPED = ("mlp.down_proj", 2)
-"What is exchanged for the negative control: the halves that two ranks of tensor parallelism hold, in the middle layer."
+"The negative control exchanges the two halves of this matrix in the middle layer. With two ranks, each rank has one half."
 EXPERT_RANKS = 2
-"The same for a model with experts: in the middle layer, the two ranks' halves of the experts are exchanged."
+"For a model with experts, the negative control exchanges the two halves of the experts in the middle layer."
 
 
 def prompts() -> list[list[int]]:
-    """The same on every machine: 16 to 64 tokens each."""
+    """The prompts, each with 16 to 64 tokens. They are the same on every machine."""
     chance = random.Random(18)
     return [[chance.randrange(VOCABULARY - 256) for _ in range(chance.randint(16, 64))] for _ in range(PROMPTS)]
 
 
 def config(shape: str, layers: int | None = None) -> dict[str, Any]:
-    """config.json as Llama 3.1 has it."""
+    """The config.json of a model like Llama 3.1."""
     numbers = SHAPES[shape]
     if "num_experts" in numbers:
         return _with_experts(numbers)
@@ -105,7 +108,7 @@ def config(shape: str, layers: int | None = None) -> dict[str, Any]:
 
 
 def _with_experts(numbers: Mapping[str, float]) -> dict[str, Any]:
-    """config.json as Qwen3-MoE has it."""
+    """The config.json of a model like Qwen3-MoE."""
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -129,7 +132,7 @@ def _with_experts(numbers: Mapping[str, float]) -> dict[str, Any]:
 
 
 def write_small(folder: Path, about: dict[str, Any]) -> None:
-    """config.json, generation_config.json and a tokenizer with the whole vocabulary: bytes, pairs and triples of them."""
+    """Write config.json, generation_config.json and a tokenizer. Its vocabulary is bytes, and pairs and triples of bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +163,7 @@ def write_small(folder: Path, about: dict[str, Any]) -> None:
 
 
 def make(folder: Path, shape: str) -> None:
-    """Weights with a fixed seed, in shards, with their index."""
+    """Write random weights with a fixed seed, in shards, and the index of the shards."""
     import torch
     from safetensors.torch import save_file
 
@@ -194,7 +197,7 @@ def make(folder: Path, shape: str) -> None:
 
 
 def _matrices(about: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Rows and columns of the matrices of a layer, without the router."""
+    """Rows and columns of each matrix of a layer, except for the router."""
     hidden, heads = about["hidden_size"], about["num_attention_heads"]
     rows = about["num_key_value_heads"] * about["head_dim"]
     mlp = about.get("moe_intermediate_size", about["intermediate_size"])
@@ -209,7 +212,7 @@ def _matrices(about: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def exchange(folder: Path, other: Path) -> None:
-    """A copy of the model with SWAPPED or two ranks' experts exchanged: what an engine computes with it must be refused."""
+    """Write a copy of the model with exchanged halves of SWAPPED or of the experts. A test must refuse results of the copy."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(folder, other)
@@ -223,7 +226,7 @@ def exchange(folder: Path, other: Path) -> None:
             for expert in range(half)
             for name in ("gate", "up", "down")
         ]
-        part = load_file(folder / index[pairs[0][0]])  # a layer is in one file
+        part = load_file(folder / index[pairs[0][0]])  # one file has all tensors of a layer
         for first, second in pairs:
             part[first], part[second] = part[second], part[first]
         save_file(part, other / index[pairs[0][0]], metadata={"format": "pt"})
@@ -236,7 +239,7 @@ def exchange(folder: Path, other: Path) -> None:
 
 
 def computed(model: Any) -> list[Any]:
-    """Log-probabilities of every token after each token of each prompt: (tokens, vocabulary)."""
+    """For each prompt, the log-probabilities of every token after each token of the prompt: (tokens, vocabulary)."""
     import torch
 
     with torch.inference_mode():
@@ -245,14 +248,16 @@ def computed(model: Any) -> list[Any]:
 
 
 def inside(values: Any, prompt: list[int]) -> Any:
-    """Of what `computed` returns: those of the prompt's own tokens, from the second one on."""
+    """The log-probabilities of the prompt's tokens from the second one on, from a result of `computed`."""
     return values[range(len(prompt) - 1), prompt[1:]]
 
 
 def reference(folder: Path, out: Path) -> None:
-    """See the module. `kept`: token to log-probability in 32 bit after each prompt; differences are over the first TOP.
+    """Write the results of transformers (see the module).
 
-    `inside`: log-probabilities in 32 bit of each prompt's own tokens; `inside_mean` and `inside_max` are differences of these.
+    `kept` has the 32-bit log-probabilities of the KEPT likeliest tokens after each prompt. `mean` and `max` are differences
+    of the first TOP of them. `inside` has the 32-bit log-probabilities of the tokens of each prompt. `inside_mean` and
+    `inside_max` are differences of these.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -262,7 +267,7 @@ def reference(folder: Path, out: Path) -> None:
     half = computed(model)
     if "num_experts" in json.loads((folder / "config.json").read_text()):
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            exchange(folder, Path(scratch) / "exchanged")  # versions of transformers hold experts in different tensors
+            exchange(folder, Path(scratch) / "exchanged")  # the names of experts' tensors depend on the version
             other = AutoModelForCausalLM.from_pretrained(Path(scratch) / "exchanged", dtype=torch.bfloat16)
         swapped = computed(other.to(device).eval())
     else:
@@ -293,7 +298,7 @@ def reference(folder: Path, out: Path) -> None:
 
 
 def _roll(model: Any) -> None:
-    """Exchange the halves of SWAPPED. A second time, they are as before."""
+    """Exchange the halves of SWAPPED. A second call restores them."""
     import torch
 
     name, ranks = SWAPPED
@@ -308,7 +313,7 @@ def _best(values: Any, count: int) -> dict[str, float]:
 
 
 def greedy(folder: Path, out: Path) -> None:
-    """After each prompt, STEPS times: the likeliest TOP tokens in 32 bit, of which the first one is appended."""
+    """Store the TOP likeliest tokens after each prompt in 32 bit. Append the first one to the prompt. Repeat STEPS times."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -326,7 +331,10 @@ def greedy(folder: Path, out: Path) -> None:
 
 
 def differences(ours: Sequence[Mapping[str, float]], others: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Of log-probabilities of the same tokens. Few common tokens would hide a difference: their share is told."""
+    """The differences of the log-probabilities of common tokens, and `common`, the share of common tokens.
+
+    With few common tokens, the differences are not reliable.
+    """
     pairs = list(zip(ours, others, strict=True))
     gaps = [abs(value - other[token]) for mine, other in pairs for token, value in mine.items() if token in other]
     asked = sum(len(mine) for mine in ours)

@@ -1,9 +1,9 @@
-"""Scenes on real GPUs: each deploys, looks, measures, breaks something, and looks again; what it saw goes to a JSON file.
+"""Runs scenes on real GPUs. A scene deploys a model, tests it and measures it; then it may cause a fault and test again.
 
-    python -m bench._serving.run WORK SCENE…     on the machine with the GPUs, after bench/serve_gpu.sh has set it up
+    python -m bench._serving.run WORK SCENE…     on the machine with the GPUs, after `bench/serve_gpu.sh setup`
 
-Nodes are the rehearsal's: namespaces with an sshd each. Each GPU is a node, k0, k1 and so on, and one more node has
-the first two GPUs.
+The results are stored in WORK/results.json. The nodes are those of the rehearsal: namespaces, each with an sshd. The nodes k0,
+k1 and so on have one GPU each. One more node has the first two GPUs.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from deploy.remote.wire import Json
 
 SMALL, LARGE, HALF = "random/Llama-3.1-8B", "random/Llama-3.1-405B-16-layers", "random/Llama-3.1-405B-8-layers"
 DOUBLE, MOE = "random/Llama-3.1-405B-32-layers", "random/Qwen3-MoE-small"
-"Repositories of the Hub that runs here, and the folders of WORK/models that they come from."
+"Repositories of the Hub that runs here. MODELS has their folders in WORK/models."
 MODELS = {SMALL: "llama-8b", LARGE: "llama-405b-16", HALF: "llama-405b-8", DOUBLE: "llama-405b-32", MOE: "moe"}
 WEIGHTS = {SMALL: "", MOE: "moe"}
-"Models whose weights are made: the first word in the names of their scenes and references, if there is one."
+"The models that have weights. The value is the first word in the names of the model's scenes and reference; it may be empty."
 INDEX_PORT, HUB_PORT = 8090, 8091
 LEVELS = "1,4,16,64,256"
 QUIET = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
-"NVLink's multicast is off where a machine's GPUs are others' too; NCCL, torch and NVSHMEM have a switch each."
+"These variables switch NVLink's multicast off in NCCL, torch and NVSHMEM, since other users may share the machine's GPUs."
 ENV = {
     **QUIET,
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # flashinfer is left out (bench/serve_gpu.sh)
-    # Memory of this machine grows as it is used: Ray would take a full MemTotal for the end and kill workers.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # flashinfer is not installed (bench/serve_gpu.sh)
+    # MemTotal of this machine grows with the used memory. So Ray would report that the memory is full, and kill workers.
     "RAY_memory_monitor_refresh_ms": "0",
 }
 
 
 @dataclass(kw_only=True)
 class Ended:
-    """A command that was run."""
+    """A finished command."""
 
     code: int
     output: str
@@ -59,7 +59,7 @@ class Ended:
 
 @dataclass(kw_only=True)
 class Stage:
-    """Nodes, servers, the deployment's folder and what was seen."""
+    """The nodes, the servers, the folder of the deployment, and the results."""
 
     work: Path
     room: Rig
@@ -73,12 +73,12 @@ class Stage:
     begun: float = field(default_factory=time.monotonic)
 
     def say(self, text: str) -> None:
-        """With the seconds since the beginning."""
+        """Print a text after the seconds since the beginning."""
         sys.stdout.write(f"[{time.monotonic() - self.begun:6.1f}] {text}\n")
         sys.stdout.flush()
 
     def keep(self, scene: str, **values: Any) -> None:
-        """For results.json, whole at every moment."""
+        """Add values to results.json. The file is replaced atomically."""
         self.seen.setdefault(scene, {}).update(values)
         target = self.work / "results.json"
         before = json.loads(target.read_text()) if target.exists() else {}
@@ -87,7 +87,7 @@ class Stage:
         target.with_suffix(".new").replace(target)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """`deploy …` where the nodes can be reached."""
+        """Start `deploy …` in the network of the nodes."""
         argv = self.room.command(["env", "--chdir", str(self.folder), sys.executable, "-m", "deploy", *arguments])
         environ = {**os.environ, "HF_ENDPOINT": self.endpoints[self.repo]}
         return subprocess.Popen(
@@ -96,12 +96,12 @@ class Stage:
 
     @property
     def repo(self) -> str:
-        """That deploy.toml names."""
+        """The repository in deploy.toml."""
         path = self.folder / "deploy.toml"
         return next(repo for repo in MODELS if not path.exists() or f'"{repo}"' in path.read_text())
 
     def ended(self, process: subprocess.Popen[str], timeout: float = 400) -> tuple[int, str]:
-        """Its exit code and what it printed, each line said as it comes."""
+        """Print the lines of a process until it ends. Return its exit code and its output."""
         kept: list[str] = []
         late = threading.Timer(timeout, process.kill)
         late.start()
@@ -114,18 +114,18 @@ class Stage:
         return code, "".join(kept)
 
     def deploy(self, *arguments: str, fails: bool = False, timeout: float = 400) -> Ended:
-        """A command; `fails`: it may. Raises RuntimeError where it must not."""
+        """Run `deploy …`. Raises RuntimeError if the command fails, except with `fails`."""
         begun = time.monotonic()
         self.say(f"$ deploy {' '.join(arguments)}")
         code, output = self.ended(self.start(*arguments), timeout)
         seconds = round(time.monotonic() - begun, 1)
         self.say(f"    # {seconds} s, exit code {code}")
         if code and not fails:
-            raise RuntimeError(f"deploy {' '.join(arguments)} ended with {code}")
+            raise RuntimeError(f"deploy {' '.join(arguments)} ended with exit code {code}")
         return Ended(code=code, output=output, seconds=seconds)
 
     def head(self, verb: str, *more: str, given: str = "", timeout: float = 300) -> Any:
-        """ask.py on the head, as its own user: no tunnel, and no namespace between."""
+        """Run ask.py on the head as the user of the node, so that the times include no tunnel and no other namespace."""
         script = Path(__file__).with_name("ask.py").read_text()
         place = self.room[self.heads[0]].home / "ask.py"
         place.write_text(script)
@@ -146,10 +146,10 @@ class Stage:
         return json.loads(answer.stdout)
 
     heads: Sequence[str] = ()
-    "Nodes of the deployment, the head first."
+    "The nodes of the deployment. The head is the first one."
 
     def configure(self, repo: str, layout: Mapping[str, int | bool], *, launcher: str = "ray", **options: object) -> None:
-        """deploy.toml as a person would edit it."""
+        """Write deploy.toml as a user would edit it."""
         lines = [
             'name = "gpu"',
             'engine = "vllm"',
@@ -182,14 +182,14 @@ class Stage:
         self.say(f"deploy.toml: {repo} {dict(layout)} {launcher} {options or ''}")
 
     def nodes(self, *names: str) -> None:
-        """The deployment has these from now on."""
+        """Set the nodes of the deployment."""
         self.heads = names
         (self.folder / "ips.txt").write_text("".join(f"{self.room[name].address}\n" for name in names))
         access = ("--user", USER, "--key", str(self.room.key))
         self.deploy("init", "ips.txt", *access, "--share", MOUNT, "--model", SMALL, "--accept")
 
     def on(self, *names: str) -> None:
-        """These nodes, after the others are taken down."""
+        """Use these nodes. If the deployment has other nodes, stop it there first."""
         there = self.folder / "ips.txt"
         wanted = "".join(f"{self.room[name].address}\n" for name in names)
         if there.exists() and there.read_text() != wanted:
@@ -198,10 +198,10 @@ class Stage:
             self.nodes(*names)
         self.heads = names
 
-    # what is looked at
+    # Tests and measurements.
 
     def compare(self, scene: str) -> None:
-        """Log-probabilities beside those of transformers, and beside the layouts of the same model before."""
+        """Compare log-probabilities with those of transformers, and with those of earlier layouts of the same model."""
         family = WEIGHTS[self.repo]
         reference = json.loads((self.work / f"reference{f'-{family}' if family else ''}.json").read_text())
         given = json.dumps({"prompts": model.prompts(), "top": model.TOP})
@@ -219,7 +219,7 @@ class Stage:
         self.say(f"log-probabilities: {apart}, bound {bound:.4f}, exchanged shards {reference['swapped']}: {holds}")
 
     def measure(self, scene: str, levels: str = LEVELS) -> None:
-        """Milliseconds of one step by streams."""
+        """Measure the milliseconds of a step for each number of streams."""
         begun = time.monotonic()
         steps = {int(streams): value for streams, value in self.head("steps", levels).items()}
         rates = {streams: round(streams / value * 1e3, 1) for streams, value in steps.items()}
@@ -227,7 +227,7 @@ class Stage:
         self.say(f"steps: {steps} ms, {rates} tokens/s ({time.monotonic() - begun:.0f} s)")
 
     def bench(self, scene: str, client: str) -> None:
-        """`deploy bench` with this client: its output and report, and what `vllm bench serve` said if it failed."""
+        """Run `deploy bench` with this client. Store output and report, and after a failure the log of `vllm bench serve`."""
         sweep = ("--concurrency", "1,16,64", "--prompt-tokens", "32", "--max-tokens", "64")
         ended = self.deploy("bench", *sweep, "--client", client, fails=True)
         stored = sorted((self.folder / ".deploy" / "bench").glob("*.json"))
@@ -239,16 +239,16 @@ class Stage:
         for line in lines:
             self.say(f"    {line}")
         if ended.code:
-            raise RuntimeError(f"deploy bench --client {client} ended with {ended.code}")
+            raise RuntimeError(f"deploy bench --client {client} ended with exit code {ended.code}")
 
     def served(self, scene: str) -> None:
-        """`deploy serve`, with the seconds that it took and its plan."""
+        """Run `deploy serve`. Store its time and its plan."""
         ended = self.deploy("serve")
         plan = json.loads((self.folder / ".deploy" / "plan.json").read_text())
         self.keep(scene, serve_s=ended.seconds, layout=plan["layout"], command=plan["serve"])
 
     def broken(self, scene: str, what: str, seconds: Sequence[float] = (3, 15)) -> None:
-        """What `status` and `collect` say of a fault, soon and later."""
+        """Store the output of `status` at these times after a fault, and then the output of `collect`."""
         answers = []
         begun = time.monotonic()
         for moment in seconds:
@@ -260,7 +260,7 @@ class Stage:
         self.keep(scene, **{what: {"status": answers, "collect": collected.output.splitlines()[-5:], "code": collected.code}})
 
     def kill(self, node: str, part: Callable[[Json], bool], signal: str = "-KILL") -> list[str]:
-        """End processes of a node as root; their arguments. Raises RuntimeError: there is none."""
+        """Send a signal to processes of a node, as root. Return their arguments. Raises RuntimeError if there are none."""
         chosen = [process for process in self.room[node].processes() if part(process)]
         if not chosen:
             raise RuntimeError(f"{node}: no such process")
@@ -272,7 +272,7 @@ class Stage:
 
 @contextmanager
 def stage(work: Path) -> Iterator[Stage]:
-    """Nodes and servers until the block ends."""
+    """Start nodes and servers. Stop them at the end of the block."""
     gpus = os.environ.get("GPUS", "").split() or sorted(
         (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")), key=int
     )
@@ -293,7 +293,7 @@ def stage(work: Path) -> Iterator[Stage]:
             there = place / repo.replace("/", "--") / COMMIT
             if (
                 not there.exists()
-            ):  # as files that an administrator has put onto the share: their digests are not computed again
+            ):  # like files that an administrator has put onto the share; their digests are not computed again
                 there.parent.mkdir(parents=True, exist_ok=True)
                 subprocess.run(["cp", "-al", str(source), str(there)], check=True)
                 subprocess.run(["chown", "-R", f"{UID}:{UID}", str(room.folder / "share" / "gracefarm")], check=True)
@@ -305,7 +305,7 @@ def stage(work: Path) -> Iterator[Stage]:
 
 
 def main() -> None:
-    """See the module. A scene that fails is told, and the next one begins."""
+    """Run the scenes (see the module). If a scene fails, store its error and run the next one."""
     from bench._serving.scenes import SCENES
 
     work, failed = Path(sys.argv[1]), []
@@ -313,13 +313,13 @@ def main() -> None:
     with stage(work) as opened:
         for name in names:
             if name != "end" and time.monotonic() - opened.begun > float(os.environ.get("SECONDS", "inf")):
-                opened.say(f"== {name}: skipped, no time is left")
+                opened.say(f"== {name}: skipped, since no time is left")
                 continue
             opened.say(f"== {name}")
             begun = time.monotonic()
             try:
                 SCENES[name](opened)
-            except Exception as error:  # noqa: BLE001 - told, and the machine's time goes to the next scene
+            except Exception as error:  # noqa: BLE001 - the error is stored, and the next scene runs
                 failed.append(name)
                 opened.keep(name, failed=f"{type(error).__name__}: {error}")
                 opened.say(traceback.format_exc())

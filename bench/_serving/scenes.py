@@ -1,4 +1,4 @@
-"""What is done on the GPUs, by name, in the order of bench/serve_gpu.sh."""
+"""The scenes of bench/serve_gpu.sh, by name and in their order."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ PAIRS = {"tensor_parallel": 2, "pipeline_parallel": 1, "data_parallel": 2}
 BOTH = ("k0", "k1")
 "Two nodes with one GPU each."
 DUMMY = {"load-format": "dummy"}
-"Weights that the engine invents: those of 16 layers of the 405B are 110 GB."
+"The engine invents the weights. The weights of 16 layers of the 405B model would be 110 GB."
 FEW_GRAPHS = {"max-cudagraph-capture-size": 64}
-"CUDA graphs for the numbers of streams that are measured, and no more."
+"The engine captures CUDA graphs only for the measured numbers of streams."
 HOG = """
 import ctypes, time
 cuda = ctypes.CDLL("libcuda.so.1")
@@ -38,27 +38,27 @@ assert cuda.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(100 << 30)) == 
 print("taken", flush=True)
 time.sleep(300)
 """
-"Another process, which takes 100 GiB of the GPU."
+"A process that allocates 100 GiB of the GPU's memory."
 
 
 def worker(process: Json) -> bool:
-    """A rank of the engine: of Ray, or of the engine's own."""
+    """Whether the process is a rank of the engine, which Ray or the engine has started."""
     title = str(process["argv"][0])
     return title.startswith(("ray::RayWorker", "VLLM::Worker"))
 
 
 def core(process: Json) -> bool:
-    """The engine's scheduler."""
+    """Whether the process is the engine's scheduler."""
     return str(process["argv"][0]).startswith("VLLM::EngineCore")
 
 
 def raylet(process: Json) -> bool:
-    """Ray on a node."""
+    """Whether the process is Ray's raylet."""
     return str(process["argv"][0]).endswith("/raylet")
 
 
 def up(stage: Stage) -> None:
-    """From ips.txt to a deployment that can serve."""
+    """Prepare a deployment from ips.txt until it can serve."""
     stage.on(*BOTH)
     stage.configure(SMALL, TWO)
     stage.deploy("facts")
@@ -69,7 +69,10 @@ def up(stage: Stage) -> None:
 
 
 def tp2(stage: Stage) -> None:
-    """Two nodes, tensor parallel, Ray; a second `serve` while the first one loads; `ask`, `bench`; a worker is killed."""
+    """Serve with tensor parallelism on two nodes and with Ray.
+
+    Run a second `serve` while the first one loads. Then run `ask` and `bench`, and kill a worker.
+    """
     stage.on(*BOTH)
     stage.configure(SMALL, TWO)
     begun = time.monotonic()
@@ -79,7 +82,7 @@ def tp2(stage: Stage) -> None:
     code, _ = stage.ended(first)
     stage.keep("tp2", serve_s=round(time.monotonic() - begun, 1), second={"code": second.code, "says": second.output})
     if code:
-        raise RuntimeError(f"deploy serve ended with {code}")
+        raise RuntimeError(f"deploy serve ended with exit code {code}")
     again = stage.deploy("serve")
     stage.keep("tp2", again={"seconds": again.seconds, "says": again.output.splitlines()[-4:]})
     stage.deploy("status")
@@ -93,7 +96,7 @@ def tp2(stage: Stage) -> None:
 
 
 def pp2(stage: Stage) -> None:
-    """Two nodes, a stage each; a raylet is killed."""
+    """Serve on two nodes with one pipeline stage each. Then kill a raylet."""
     stage.on(*BOTH)
     stage.configure(SMALL, STAGES)
     stage.served("pp2")
@@ -104,7 +107,7 @@ def pp2(stage: Stage) -> None:
 
 
 def dp2(stage: Stage) -> None:
-    """Two nodes, a replica each."""
+    """Serve on two nodes with one replica each."""
     stage.on(*BOTH)
     stage.configure(SMALL, REPLICAS)
     stage.served("dp2")
@@ -113,7 +116,7 @@ def dp2(stage: Stage) -> None:
 
 
 def foreign(stage: Stage) -> None:
-    """Another process has the GPU memory of k1."""
+    """Test `preflight` and `serve` while another process has most of the GPU memory of k1."""
     stage.on(*BOTH)
     stage.deploy("down", fails=True)
     stage.configure(SMALL, TWO)
@@ -138,7 +141,7 @@ def foreign(stage: Stage) -> None:
 
 
 def native(name: str, layout: Mapping[str, int]) -> Scene:
-    """Without Ray."""
+    """Serve on two nodes without Ray, and measure. Then kill a worker."""
 
     def scene(stage: Stage) -> None:
         stage.on(*BOTH)
@@ -154,7 +157,10 @@ def native(name: str, layout: Mapping[str, int]) -> Scene:
 
 
 def on(where: Literal["both", "all", "pair"], name: str, repo: str, layout: Mapping[str, int | bool]) -> Scene:
-    """Measure a layout on k0 and k1, on all nodes with one GPU, or on the node with two GPUs. Compare weights that exist."""
+    """Measure a layout on k0 and k1, on all nodes with one GPU, or on the node with two GPUs.
+
+    If the model has weights, also compare its log-probabilities.
+    """
 
     def scene(stage: Stage) -> None:
         nodes = {"both": BOTH, "all": stage.single, "pair": (stage.pair,)}[where]
@@ -176,7 +182,7 @@ def on(where: Literal["both", "all", "pair"], name: str, repo: str, layout: Mapp
 
 
 def end(stage: Stage) -> None:
-    """Everything is ended, and what was put on the nodes is removed."""
+    """Stop everything, and remove the files of the deployment from the nodes."""
     stage.deploy("down")
     stage.deploy("purge", "--yes", fails=True)
     left = {
@@ -188,7 +194,7 @@ def end(stage: Stage) -> None:
 
 
 def _gpu_memory() -> str:
-    """Used on each GPU, as the driver says."""
+    """The used memory of each GPU, according to the driver."""
     asked = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader"]
     return subprocess.run(asked, capture_output=True, text=True, check=False).stdout if shutil.which(asked[0]) else ""
 

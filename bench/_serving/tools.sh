@@ -1,6 +1,6 @@
 #!/bin/sh
-# Debian's sshd, ssh-keygen and ip with the libraries that they need, into FOLDER; `install.sh WORK` there puts them in their
-# places on a machine with a newer glibc that lacks them. usage: tools.sh FOLDER
+# Copies Debian's sshd, ssh-keygen and ip, with their libraries, to FOLDER. `FOLDER/install.sh WORK` installs them on a machine that
+# lacks them. Its glibc may be newer than Debian's. usage: tools.sh FOLDER
 set -eu
 folder=$1 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -8,13 +8,13 @@ mkdir -p "$folder/bin" "$folder/lib"
 (cd "$scratch" && apt-get download -qq openssh-server openssh-client iproute2 libwrap0 2>/dev/null && for package in *.deb; do dpkg-deb -x "$package" root; done)
 cp "$scratch/root/bin/ip" "$scratch/root/usr/bin/ssh-keygen" "$scratch/root/usr/sbin/sshd" "$folder/bin/"
 find "$scratch/root/usr/lib" -name 'libwrap.so.0' -exec cp -L {} "$folder/lib/" \;
-for program in "$folder"/bin/* "$folder"/lib/*; do # glibc's own are the machine's
+for program in "$folder"/bin/* "$folder"/lib/*; do # the machine has the libraries of glibc
     ldd "$program" | awk '$3 ~ /^\//{print $3}' | grep -vE '/(libc|libm|libresolv|libpthread|libdl|librt)\.so' |
         while read -r library; do cp -L "$library" "$folder/lib/"; done
 done
 cat >"$folder/install.sh" <<'END'
 #!/bin/sh
-# ip and ssh-keygen where the nodes see them; sshd where the rehearsal looks for an unpacked one. usage: install.sh WORK
+# Installs ip and ssh-keygen in a folder that the nodes see, and sshd in the folder of the rehearsal. usage: install.sh WORK
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$1/home/rehearsal/sshd"

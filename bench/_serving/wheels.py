@@ -1,10 +1,11 @@
-"""Wheels of what a machine's Python has installed, an index of them and of those that were brought, and a lock over both.
+"""Makes wheels from the installed packages of this Python, and an index and a lock with these wheels and with carried wheels.
 
-    python -m bench._serving.wheels ENGINE OTHERS NAMES INDEX     run by that Python; needs nothing else
+    python -m bench._serving.wheels ENGINE OTHERS NAMES INDEX
 
-ENGINE: a folder of wheels for the lock; OTHERS: of wheels that the index has beside them; NAMES: a file with the names of
-distributions that are installed here; INDEX: written. A machine without a network has torch installed and no wheel of it;
-an environment that `deploy` builds takes wheels with a sha256.
+ENGINE is a folder with carried wheels for the lock. OTHERS is a folder with carried wheels that only the index gets. NAMES is
+a file with the names of installed distributions. INDEX is the folder to write. The program uses only the standard library.
+
+`deploy` builds environments from wheels with a sha256. A machine without a network may have torch installed, but no wheel.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ OURS = ("INSTALLER", "REQUESTED", "RECORD", "direct_url.json")
 
 
 def normalized(name: str) -> str:
-    """As the simple API has names."""
+    """The name as the simple API writes it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def repacked(name: str, folder: Path) -> Path:
-    """The wheel of an installed distribution, without what its installer made of it: scripts, bytecode, its own notes."""
+    """Write the wheel of an installed distribution, without the files of the installer: scripts, byte code, and OURS."""
     installed = importlib.metadata.distribution(name)
     root = Path(str(installed.locate_file("")))
     info = next(file.parent for file in installed.files or () if file.name == "METADATA" and ".dist-info" in str(file.parent))
@@ -60,7 +61,7 @@ def repacked(name: str, folder: Path) -> Path:
 
 
 def described(path: Path) -> tuple[str, str, str]:
-    """Name, version and sha256 of a wheel; its METADATA goes beside it, so that no client needs the wheel for it."""
+    """Name, version and sha256 of a wheel. Also write its METADATA to a file, which clients read instead of the wheel."""
     with zipfile.ZipFile(path) as wheel:
         inside = next(name for name in wheel.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))
         metadata = wheel.read(inside)
@@ -73,7 +74,7 @@ def described(path: Path) -> tuple[str, str, str]:
 
 
 def write_index(folder: Path, wheels: list[Path]) -> list[str]:
-    """FOLDER/simple/NAME/index.html for each wheel in FOLDER/wheels; the lines of a lock over all of them."""
+    """Write FOLDER/simple/NAME/index.html for the wheels in FOLDER/wheels. Return the lines of a lock with all wheels."""
     lines = []
     pages: dict[str, list[str]] = {}
     with ProcessPoolExecutor() as pool:
@@ -91,14 +92,14 @@ def write_index(folder: Path, wheels: list[Path]) -> list[str]:
 
 
 def main() -> None:
-    """See the module."""
+    """Write the wheels, the index and the lock (see the module)."""
     engine, others, names, folder = (Path(word) for word in sys.argv[1:])
     wheels = folder / "wheels"
     wheels.mkdir(parents=True)
     chosen = names.read_text().split()
     with ProcessPoolExecutor() as pool:
         packed = list(pool.map(repacked, chosen, [wheels] * len(chosen)))
-    for path in packed:  # what was brought has the sha256 that another lock names
+    for path in packed:  # use the carried wheel if there is one, since other locks have its sha256
         if (others / path.name).exists():
             path.unlink()
             linked(others / path.name, wheels)
@@ -107,12 +108,12 @@ def main() -> None:
     lines = write_index(folder, [*serving, *more])[: len(serving)]
     (folder / "requirements.lock").write_text("".join(f"{line}\n" for line in sorted(lines)))
     sys.stdout.write(
-        f"{len(packed)} wheels of this Python's distributions, {len(serving) - len(packed)} brought for the lock\n"
+        f"{len(packed)} wheels from this Python's distributions, {len(serving) - len(packed)} carried wheels for the lock\n"
     )
 
 
 def linked(path: Path, folder: Path) -> Path:
-    """The same file there."""
+    """Create a hard link to the file in the folder."""
     place = folder / path.name
     place.hardlink_to(path)
     return place
