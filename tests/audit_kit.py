@@ -1,4 +1,4 @@
-"""Wheels for the gates: real objects of the root's own compilers, packed with whatever lie a test needs."""
+"""Wheels for tests of the gates: real objects of the root's compilers, packed with the defect that a test requires."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ static PyMethodDef methods[] = {{{{"answer", answer, METH_NOARGS, ""}}, {{0}}}};
 static struct PyModuleDef module = {{PyModuleDef_HEAD_INIT, "{name}", 0, -1, methods}};
 PyMODINIT_FUNC PyInit_{name}(void) {{ return PyModule_Create(&module); }}
 """
-"A whole extension module; `value` is the C expression that its one function returns."
+"A complete extension module. Its only function returns the C expression `value`."
 
 
 def module(value: str = "42", *, before: str = "", name: str = "_core") -> str:
-    """Source of an extension module."""
+    """The source of an extension module."""
     return MODULE.format(value=value, before=before, name=name)
 
 
 def in_root(root: Path, folder: Path, *more: str) -> list[str]:
-    """A bwrap command line that sees the root's files and, writable at /objects, the folder."""
+    """A bwrap command line with the files of the root, and with the folder writable at /objects."""
     parts = []
     for path in sorted(root.iterdir()):
         if path.name in ("dev", "proc", "tmp"):
@@ -52,14 +52,14 @@ def in_root(root: Path, folder: Path, *more: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Compiler:
-    """The root's gcc for a target, run inside the root; `folder` is all it can write."""
+    """The root's gcc for a target. It runs inside the root, and can write only to `folder`."""
 
     root: Path
     target: Arch
     folder: Path
 
     def link(self, name: str, source: str, *options: str) -> Path:
-        """A shared object from C source; `options` may name files of `folder` by their bare names."""
+        """Compile and link C source to a shared object. `options` can contain names of files in `folder`."""
         (self.folder / f"{name}.c").write_text(source)
         command = [
             *in_root(self.root, self.folder), f"/usr/bin/{self.target.triplet}-gcc-12", "-shared", "-fPIC", "-O1",
@@ -71,7 +71,7 @@ class Compiler:
 
 
 def record(files: Mapping[str, bytes], info: str) -> bytes:
-    """RECORD of those files."""
+    """The RECORD of these files."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     for name, data in files.items():
@@ -83,7 +83,7 @@ def record(files: Mapping[str, bytes], info: str) -> bytes:
 
 @dataclass(kw_only=True)
 class Draft:
-    """A wheel before it is packed; each field can be made to lie."""
+    """A wheel before it is packed. Each field can have a wrong value."""
 
     files: dict[str, bytes]
     name: str = "demo"
@@ -93,7 +93,7 @@ class Draft:
     wheel: str = ""
     folder: str = ""
     label: str = ""
-    "Of a variant wheel."
+    "The label of a variant wheel."
     record: bytes | None = None
     unrecorded: dict[str, bytes] = field(default_factory=dict)
 
@@ -135,7 +135,7 @@ def with_alignment(data: bytes, align: int) -> bytes:
 
 
 def site_packages(folder: Path, libraries: Mapping[str, Path]) -> Path:
-    """An environment that holds those libraries, by their path below it."""
+    """An environment with these libraries, by their paths in the environment."""
     for name, source in libraries.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(source.read_bytes())
@@ -143,12 +143,12 @@ def site_packages(folder: Path, libraries: Mapping[str, Path]) -> Path:
 
 
 def failed(verdicts: Sequence[object]) -> list[str]:
-    """Gates that refused."""
+    """The names of the gates that refused the wheel."""
     return [getattr(verdict, "gate", "") for verdict in verdicts if getattr(verdict, "status", "") == "failed"]
 
 
 def nvcc(toolchain: Path, root: Path, target: Arch, source: str, out: Path, sms: Sequence[str], *options: str) -> Path:
-    """A shared object with device code for those sm values; `90+ptx` adds PTX. The compilers are the host's."""
+    """Compile a shared object with device code for these sm values with the host's compilers. `90+ptx` adds PTX."""
     cuda = next(iter(sorted(toolchain.glob("nvidia/cu*/bin/nvcc")))).parent.parent
     out.with_suffix(".cu").write_text(source)
     gencode: list[str] = []
@@ -176,8 +176,8 @@ STAND_IN_CUDART = "\n".join(
         "RegisterFunction", "UnregisterFatBinary",
     )
 )  # fmt: skip
-"""A stand-in for the target's libcudart, which only the 4 GB environment has: the symbols that nvcc's code wants, which is
-all that is read of it."""
+"""A replacement for the target's libcudart, which only the environment of 4 GB has. It defines the symbols that nvcc's code
+requires. No other part of libcudart is read."""
 
 
 def member(wheel: Path, name: str) -> bytes:

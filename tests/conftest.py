@@ -1,4 +1,4 @@
-"""Fixtures of the builder's tests: a separate project folder with the machine's shared caches."""
+"""Fixtures of the builder's tests. They give a test a separate project folder with the machine's shared caches."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 def pytest_configure() -> None:
-    """A suite that was started in a shell's background ignores Ctrl-C, and so would the programs whose Ctrl-C it tests."""
+    """Restore SIGINT. A shell's background processes ignore it, and so would the programs that the tests interrupt."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class FileScheduling(LoadScopeScheduling):
-    """Where the suite runs in several processes, a file's tests share one process, for they share servers and builds.
+    """With several processes, one process runs all tests of a file, since these tests share servers and builds.
 
-    The tests of deploy share one process whole: each starts Ray and sshd on the ports that a node has.
+    One process runs all tests of deploy, since these tests start Ray and sshd on the same ports.
     """
 
     def _split_scope(self, nodeid: str) -> str:
@@ -40,34 +40,34 @@ class FileScheduling(LoadScopeScheduling):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FileScheduling:
-    """xdist's own --dist loadgroup has no effect under pytest 9.2."""
+    """Use FileScheduling, since xdist's option --dist loadgroup has no effect with pytest 9.2."""
     return FileScheduling(config, log)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Farm:
-    """A project with recipes and stacks of a test's own, and how to run the builder on it."""
+    """A project with the recipes and stacks of one test. `run` runs the builder on it."""
 
     settings: Settings
     environment: dict[str, str] = field(default_factory=dict)
 
     def recipe(self, name: str, files: dict[str, str | bytes], /, **tables: object) -> Path:
-        """Write a source archive and recipes/NAME for it; `tables` are merged over the recipe's defaults."""
+        """Write a source archive, and recipes/NAME for it. `tables` replace defaults of the recipe."""
         return projects.write_recipe(self.settings.project, name, files, tables)
 
     def run(self, *arguments: str, **variables: str) -> projects.Done:
-        """`python -m builder ARGUMENTS` with this farm's settings."""
+        """Run `python -m builder ARGUMENTS` with the settings of this farm."""
         return projects.run_builder(arguments, {**self.environment, **variables})
 
 
 @pytest.fixture(scope="session")
 def shared_home() -> Path:
-    """The machine's own GRACEFARM_HOME: roots and environments are made once and used by all tests."""
+    """The machine's GRACEFARM_HOME. Its roots and environments are assembled once, and all tests use them."""
     return make_shared(load().home)
 
 
 def make_shared(home: Path) -> Path:
-    """Make the folders that the farms of tests and benchmarks share."""
+    """Create the folders that the farms of tests and benchmarks share."""
     for name in SHARED:
         (home / name).mkdir(parents=True, exist_ok=True)
     return home
@@ -75,7 +75,7 @@ def make_shared(home: Path) -> Path:
 
 @contextmanager
 def new_farm(shared_home: Path) -> Iterator[Farm]:
-    """An empty farm: no builds yet, stacks `bare` (no torch) and `cu130`, no recipes."""
+    """A farm without builds and recipes, with the stacks `bare` (without torch) and `cu130`."""
     folder = shared_home / "tests" / uuid.uuid4().hex[:12]
     home, project = folder / "home", folder / "project"
     home.mkdir(parents=True)
@@ -93,6 +93,6 @@ def new_farm(shared_home: Path) -> Iterator[Farm]:
 
 @pytest.fixture
 def farm(shared_home: Path) -> Iterator[Farm]:
-    """A farm of the test's own."""
+    """A farm for one test."""
     with new_farm(shared_home) as made:
         yield made

@@ -1,4 +1,4 @@
-"""The digests that could not be read where the recipes were written, and how a test makes them unknown again."""
+"""Digests that were unknown when the recipes were written, and a function that makes them unknown again for a test."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ GAPS = {
     ],
     "stacks/cu124/stack.toml": ["https://download.pytorch.org/whl/cu124", "docker.io/pytorch/manylinuxaarch64-builder"],
 }
-"By file: the URL of a [[files]] entry, the index of a wheel, the name of a container image."
+"For each file: the URL of a [[files]] entry, the index of a wheel, or the name of a container image."
 
 
 def put_back(project: Path) -> None:
-    """In a test's own copy: what a person has filled in and committed since then is a gap again."""
+    """Make digests unknown in a test's copy of the project, although they were filled in and committed later."""
     for name, addresses in GAPS.items():
         place = project / name
         if not place.is_file():

@@ -1,4 +1,4 @@
-"""What tests ask the kernel about a process."""
+"""Facts about a process that tests get from the kernel."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def open_files(pid: int) -> list[str]:
-    """What each descriptor of a process names, such as a path or `socket:[12]`; one that is closed meanwhile is left out."""
+    """The target of each open descriptor of a process, such as a path or `socket:[12]`."""
     names = []
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""For the tests of faults: a rehearsal ready to be deployed, commands that may fail or be killed, and the canary."""
+"""Shared code of the tests of faults: a prepared rehearsal, commands that may fail or be killed, and the canary."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ HF_TOKEN = "hf_" + "planted" * 5
 
 @dataclass(frozen=True)
 class Done:
-    """A command that ended."""
+    """A finished command."""
 
     code: int
     output: str
 
     @property
     def error(self) -> str:
-        """The sentence that it ended with, and the remedy; a node's name may stand elsewhere for other reasons."""
-        # At the start of a line: gRPC says "RPC error: " within one.
+        """The last error with its remedy. Only this part is tested, since other lines may also contain the name of a node."""
+        # The error is at the start of a line. gRPC prints "RPC error: " inside of a line.
         _before, found, said = f"\n{self.output}".rpartition("\nerror: ")
         assert found, self.output
         return said
@@ -54,7 +54,7 @@ class Done:
 def ready(
     count: int, *, options: str = "", more: Mapping[str, str] | None = None, share_size: str | None = None
 ) -> Iterator[Rehearsal]:
-    """A rehearsal after `init` and `plan`; `options`: lines for [options] of deploy.toml; `more`: replaced in its text."""
+    """A rehearsal after `init` and `plan`. `options` are lines for [options] of deploy.toml; `more` are replacements in it."""
     here = settings.load()
     with walkthrough.rehearsal(count, here.home, here, Console(), share_size=share_size) as made:
         made.environ = {**made.environ, "HF_TOKEN": HF_TOKEN}
@@ -69,7 +69,7 @@ def ready(
 
 
 def begin(made: Rehearsal, *arguments: str) -> subprocess.Popen[str]:
-    """`deploy …` where the nodes can be reached."""
+    """Start `deploy …` in the network of the nodes."""
     argv = ["env", "--chdir", str(made.folder), sys.executable, "-m", "deploy", *arguments]
     return subprocess.Popen(
         made.room.command(argv),
@@ -82,18 +82,18 @@ def begin(made: Rehearsal, *arguments: str) -> subprocess.Popen[str]:
 
 
 def end(process: subprocess.Popen[str], seconds: float = 240) -> Done:
-    """Its end."""
+    """Wait for the end of a command."""
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         kill(process)
-        raise AssertionError(f"not ended after {seconds} s") from None
+        raise AssertionError(f"the command did not end after {seconds} s") from None
     sys.stdout.write(output)
     return Done(process.returncode, output)
 
 
 def heard(process: subprocess.Popen[str], words: Collection[str], seconds: float = 120) -> str:
-    """Its output up to where it has said all of this; `end` has the rest."""
+    """Wait until the output of a command contains all words. Return this output. `end` returns the rest."""
     assert process.stdout
     text, deadline = b"", time.monotonic() + seconds
     while not all(word.encode() in text for word in words):
@@ -106,19 +106,19 @@ def heard(process: subprocess.Popen[str], words: Collection[str], seconds: float
 
 
 def deploy(made: Rehearsal, *arguments: str, seconds: float = 240) -> Done:
-    """`deploy …` to its end, however it ends."""
+    """Run `deploy …` to its end. It may fail."""
     return end(begin(made, *arguments), seconds)
 
 
 def well(made: Rehearsal, *arguments: str, seconds: float = 240) -> str:
-    """`deploy …`, which must end with 0; its output."""
+    """Run `deploy …`, which must succeed. Return its output."""
     done = deploy(made, *arguments, seconds=seconds)
     assert done.code == 0, done.output
     return done.output
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """kill -9 of the command itself, not of what started it for us; nothing of it is left when this returns."""
+    """Kill the command with SIGKILL, but not the process that started it. The command has ended when this returns."""
     with suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
@@ -129,19 +129,19 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def interrupt(process: subprocess.Popen[str]) -> None:
-    """Ctrl-C, as the terminal gives it to the command."""
+    """Send SIGINT to the command, as a terminal does for Ctrl-C."""
     for child in psutil.Process(process.pid).children(recursive=True):
         if "deploy" in child.cmdline():
             child.send_signal(signal.SIGINT)
 
 
 def steps(made: Rehearsal) -> dict[str, Any]:
-    """The state as it is on disk."""
+    """The steps in the state on disk."""
     return state.read(load_deployment(made.folder / "deploy.toml").folder).model_dump()["steps"]
 
 
 def until(said: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait for it."""
+    """Wait until a condition is true."""
     deadline = time.monotonic() + seconds
     while not said():
         assert time.monotonic() < deadline
@@ -149,7 +149,7 @@ def until(said: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def until_running(made: Rehearsal, step: str, process: subprocess.Popen[str], seconds: float = 120) -> None:
-    """Until the state says that a step is at work."""
+    """Wait until a step is running, according to the state."""
     since, deadline = time.time() - 0.5, time.monotonic() + seconds
     while True:
         found = steps(made).get(step, {})
@@ -165,7 +165,7 @@ def _newer(found: Mapping[str, Any], process: subprocess.Popen[str]) -> bool:
 
 
 def verdict(made: Rehearsal, seconds: float = 5) -> Diagnosis:
-    """What the canary says."""
+    """The diagnosis of the canary."""
     deployment = load_deployment(made.folder / "deploy.toml")
 
     async def go() -> Diagnosis:
@@ -180,18 +180,18 @@ def verdict(made: Rehearsal, seconds: float = 5) -> Diagnosis:
 
 
 def health(made: Rehearsal) -> int:
-    """HTTP status of the engine's /health, asked on the head."""
+    """The HTTP status of the engine's /health, requested on the head."""
     code = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:2242/health', timeout=5).status)"
     return int(made.room.nodes[0].execute(["python3", "-c", code]).stdout)
 
 
 def order(made: Rehearsal, node: str, text: str) -> None:
-    """Trouble that the stand-in makes on a node from now on; empty: none."""
+    """Order a fault of the simulated engine on a node, from now on. An empty text ends the fault."""
     (made.room[node].home / ".gracefarm-standin").write_text(text)
 
 
 def raylet(made: Rehearsal, node: str) -> int:
-    """The pid of a node's raylet, as the node has it."""
+    """The pid of a node's raylet, as processes of the node see it."""
     return next(
         process["pid"]
         for process in made.room[node].processes()
@@ -200,18 +200,18 @@ def raylet(made: Rehearsal, node: str) -> int:
 
 
 def has_worker(made: Rehearsal, node: str) -> bool:
-    """Whether Ray runs a worker of the stand-in on a node."""
+    """Whether Ray runs a worker of the simulated engine on a node."""
     return any("RayWorkerWrapper" in process["argv"][0] for process in made.room[node].processes())
 
 
 def engine_pid(made: Rehearsal) -> int:
-    """Of the stand-in on the head."""
+    """The pid of the simulated engine on the head."""
     found = [process for process in made.room.nodes[0].processes() if len(process["argv"]) > 1]
     return next(process["pid"] for process in found if process["argv"][1].endswith("bin/aphrodite"))
 
 
 def secrets(made: Rehearsal) -> list[bytes]:
-    """Every secret that this deployment has by now."""
+    """All secrets that this deployment has now."""
     found = [HF_TOKEN]
     for name in ("api-key", "ray-token"):
         with suppress(FileNotFoundError):
@@ -220,7 +220,7 @@ def secrets(made: Rehearsal) -> list[bytes]:
 
 
 def in_arguments(made: Rehearsal) -> list[str]:
-    """Processes of this machine, so of every node, with a secret in their argument list."""
+    """Argument lists with a secret, from all processes of this machine, which include the processes of the nodes."""
     found = []
     wanted = secrets(made)
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -234,7 +234,10 @@ ALLOWED = ("api-key", "ray-token")
 
 
 def in_files(made: Rehearsal) -> list[str]:
-    """Files of the deployment, of the share and of every node (its memory too) with a secret that are not its own place."""
+    """Files with a secret, except for the files in which secrets are stored.
+
+    They are files of the deployment, of the share and of every node, including its file systems in memory.
+    """
     wanted = secrets(made)
     folders = [made.folder, made.room.share, *(node.tmp for node in made.room.nodes), *(node.home for node in made.room.nodes)]
     found = []
@@ -255,5 +258,5 @@ def in_files(made: Rehearsal) -> list[str]:
 
 
 def dump(value: object) -> str:
-    """For messages."""
+    """A value as text for messages."""
     return json.dumps(value, indent=1, default=str)

@@ -1,4 +1,4 @@
-"""Nodes for the tests of the steps: real SSH servers in this process, which run real commands on this machine."""
+"""Nodes for the tests of the steps. They are real SSH servers in this process, and run real commands on this machine."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def processes_of(
 
 
 def _hand_on_signals(process: asyncssh.SSHServerProcess[bytes], child: asyncio.subprocess.Process) -> None:
-    """As sshd does: to the command's process group. asyncssh would raise them where stdin is read, which has ended."""
+    """Send signals to the command's process group, like sshd. asyncssh raises them where stdin is read, and this has ended."""
 
     def received(name: str) -> None:
         with suppress(ProcessLookupError):
@@ -78,17 +78,17 @@ async def _copy(source: Any, target: Any) -> None:
 async def nodes(
     folder: Path, count: int, *, environment: dict[str, dict[str, str]] | None = None
 ) -> AsyncIterator[list[RemoteNode]]:
-    """`count` nodes k0, k1, … on 127.0.0.11 and on, each with its own home, as the steps see them."""
+    """Start `count` nodes k0, k1, … on 127.0.0.11 and the following addresses. Each node has a separate home."""
     async with machines(folder, count, environment=environment) as made, fleet(folder, made) as entered:
         try:
             yield [replace(target, gpus=1) for target in remote_nodes(entered)]
         finally:
-            # What outlives connections does not outlive the nodes.
+            # Jobs continue after the end of a connection, but they must end with the nodes.
             marked.stop({"prefixes": [f"{mark(folder)}/"], "grace": 1})
 
 
 class Admitting(asyncssh.SSHServer):
-    """Accepts every login: these tests are about what comes after it."""
+    """A server that accepts every login, since these tests are not about the login."""
 
     def begin_auth(self, _username: str) -> bool:
         return False
@@ -99,7 +99,7 @@ class Admitting(asyncssh.SSHServer):
 
 @dataclass
 class Machine:
-    """A node as the Fleet enters it, and what a test may do to it."""
+    """A node to which the Fleet connects, and methods with which a test causes faults."""
 
     node: Node
     home: Path
@@ -109,12 +109,12 @@ class Machine:
     connections: list[asyncssh.SSHServerConnection] = field(default_factory=list)
     running: list[asyncio.subprocess.Process] = field(default_factory=list)
     entered: int = 0
-    "Connections that were made so far."
+    "Number of connections so far."
     forwards: bool = True
-    "As AllowTcpForwarding of sshd."
+    "Like AllowTcpForwarding of sshd."
 
     async def listen(self, port: int | None = None) -> None:
-        """Let the Fleet in; None: at the port where it was before."""
+        """Accept connections. Without `port`, use the earlier port again."""
         machine = self
 
         class Server(Admitting):
@@ -123,7 +123,7 @@ class Machine:
                 machine.entered += 1
 
             def connection_requested(self, *_where: object) -> bool:
-                if not machine.forwards:  # as OpenSSH refuses
+                if not machine.forwards:  # OpenSSH refuses with the same error
                     raise asyncssh.ChannelOpenError(OPEN_ADMINISTRATIVELY_PROHIBITED, "open failed")
                 return True
 
@@ -139,13 +139,13 @@ class Machine:
         )
 
     async def switch_off(self) -> None:
-        """Refuse new connections and drop the open ones; the commands go on."""
+        """Refuse new connections, and close the open ones. The commands continue."""
         self.server.close()
         await self.server.wait_closed()
         self.cut()
 
     def cut(self) -> None:
-        """Every connection to it ends at once, as when a cable is pulled and the other side gave up; the commands go on."""
+        """End every connection immediately, as after a pulled cable and a timeout of the other side. The commands continue."""
         for connection in self.connections:
             connection.abort()
         self.connections.clear()
@@ -155,7 +155,7 @@ class Machine:
 async def machines(
     folder: Path, count: int, *, environment: dict[str, dict[str, str]] | None = None
 ) -> AsyncIterator[list[Machine]]:
-    """`count` nodes with their own host keys, pinned in `folder`/known_hosts; commands run on this machine."""
+    """Start `count` nodes with separate host keys, which `folder`/known_hosts pins. Commands run on this machine."""
     made: list[Machine] = []
     try:
         for index in range(count):
@@ -173,7 +173,7 @@ async def machines(
             for child in machine.running:
                 with suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
-            while machine.running:  # noqa: ASYNC110 - their handlers take them out
+            while machine.running:  # noqa: ASYNC110 - the handlers of the processes remove them
                 await asyncio.sleep(0.01)
             machine.server.close()
             await machine.server.wait_closed()
@@ -188,7 +188,7 @@ async def _machine(index: int, home: Path, environment: dict[str, str]) -> Machi
 
 
 def mark(folder: Path) -> str:
-    """A deployment's id for one test: two runs on one machine would end each other's jobs."""
+    """A separate id of the deployment for each test, so that two runs on one machine do not stop each other's jobs."""
     return "t" + hashlib.sha256(str(folder).encode()).hexdigest()[:11]
 
 
@@ -201,7 +201,7 @@ def fleet(folder: Path, made: list[Machine], **more: Any) -> Any:
 def deployment(
     folder: Path, made: list[Machine], *, ports: dict[str, int] | None = None, more: str = "", local: str | None = None
 ) -> Deployment:
-    """deploy.toml in `folder` for `made`, prepared as `deploy init` does, for commands that a test runs there."""
+    """Write deploy.toml in `folder` for the nodes `made`, like `deploy init`. A test runs commands in this folder."""
     place = local or folder / "local"
     text = ['name = "t"', f'local = "{place}"', more, "[ports]"]
     text += [f"{name} = {port}" for name, port in (ports or {}).items()]
@@ -215,7 +215,7 @@ def deployment(
 
 
 def shards(count: int, size: int, *, seed: int = 1) -> dict[str, bytes]:
-    """A repository like Llama's: `count` shards of about `size` bytes, small files, and files that are not needed."""
+    """A repository like that of Llama: `count` shards of about `size` bytes, small files, and files that no engine reads."""
     source = random.Random(seed)
     files = {
         f"model-{number:05}-of-{count:05}.safetensors": source.randbytes(round(size * source.uniform(0.8, 1.2)))

@@ -1,4 +1,4 @@
-"""What can go wrong with a node of the rehearsal, and nodes that differ from the others."""
+"""Faults of a node of the rehearsal, and nodes that differ from the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gracefarm.errors import HostError
 
 OTHER_PYTHON = "3.11.99"
 BROUGHT = f"/run/rig-python/bin:{NODE_PATH}"
-"PATH of a node; the first folder is empty where Python 3.11 is the machine's own."
+"PATH of a node. The first folder is empty if this machine has Python 3.11."
 SHIM = """#!/bin/sh
 PYTHONPATH=/run/rig/python exec "$(PATH={path} command -v {name})" "$@"
 """
@@ -32,12 +32,12 @@ def _link(node: RigNode, state: str) -> None:
 
 
 def unplug(node: RigNode) -> None:
-    """Unreachable from now on; connections that are open hang, as they do."""
+    """Make the node unreachable. Open connections hang, as in reality."""
     _link(node, "down")
 
 
 def plug(node: RigNode) -> None:
-    """Reachable again: it answers."""
+    """Make the node reachable again, and wait until it answers."""
     _link(node, "up")
     subprocess.run(node.room.command(["ip", "neigh", "flush", "dev", "room"]), check=True, timeout=20)
     deadline = time.monotonic() + 10
@@ -50,23 +50,23 @@ def plug(node: RigNode) -> None:
 
 
 def lose_share(node: RigNode) -> None:
-    """The shared folder is unmounted while it is in use."""
+    """Unmount the shared folder while it is in use."""
     _must(node, ["umount", "--lazy", MOUNT])
 
 
 def read_only_share(node: RigNode) -> None:
-    """Make the shared folder read-only on this node only."""
+    """Make the shared folder read-only, but only on this node."""
     _must(node, ["mount", "-o", "remount,bind,ro", MOUNT])
 
 
 def jumbo(node: RigNode) -> None:
-    """Its interface sends frames of 9000 bytes; the switch carries 1500 and drops the others without a word."""
-    # One segment at a time: what the kernel cuts late (GSO) passes between namespaces whatever its size.
+    """Let the node's interface send frames of 9000 bytes. The switch silently drops frames of more than 1500 bytes."""
+    # Without segmentation offload (GSO): between namespaces, such packets pass with any size.
     _must(node, ["ip", "link", "set", "dev", "eth0", "mtu", "9000", "gso_max_segs", "1"])
 
 
 def forbid_forwarding(node: RigNode) -> None:
-    """sshd forwards no port from the next connection on."""
+    """Let sshd refuse to forward ports, from the next connection on."""
     with (node.folder / "etc" / "sshd_config").open("a") as stream:
         stream.write("AllowTcpForwarding no\n")
     (node.folder / "sshd.log").write_text("")
@@ -75,20 +75,20 @@ def forbid_forwarding(node: RigNode) -> None:
 
 
 def fill_disk(node: RigNode) -> None:
-    """No byte is free on its own disk."""
+    """Fill the node's disk completely."""
     _must(node, ["mount", "-t", "tmpfs", "-o", "mode=1777,size=1m", "full", "/tmp"])
     _must(node, ["sh", "-c", "head -c 2000000 /dev/zero >/tmp/filled || true"])
 
 
 def new_host_key(node: RigNode) -> None:
-    """Another host key from the next connection on, as of a machine that was replaced."""
+    """Change the host key from the next connection on, as if the machine was replaced."""
     node.room.make_host_key(node)
     _must(node, ["kill", "-HUP", "1"])
     node.room.wait_ready([node])
 
 
 def take_port(node: RigNode, port: int, address: str = "0.0.0.0") -> int:
-    """Another process listens there; the pid on the node, for `kill`."""
+    """Let another process listen on a port. Return its pid on the node, for `kill`."""
     code = (
         "import os, socket, time\n"
         f"s = socket.create_server(({address!r}, {port}))\n"
@@ -99,12 +99,12 @@ def take_port(node: RigNode, port: int, address: str = "0.0.0.0") -> int:
 
 
 def kill(node: RigNode, pid: int, signal: str = "KILL") -> None:
-    """A signal to a process, by the number that it has on the node."""
+    """Send a signal to a process, by its pid on the node."""
     _must(node, ["kill", f"-{signal}", str(pid)])
 
 
 def kill_matching(node: RigNode, word: str) -> list[int]:
-    """KILL to every process of the node with `word` in its argument list; their numbers. They are gone then."""
+    """Kill every process of the node with `word` in its argument list, and wait until they have ended. Return their pids."""
     hit = [
         process["pid"] for process in node.processes() if any(word in part for part in process["argv"]) and process["pid"] != 1
     ]
@@ -141,9 +141,9 @@ def _other_python(node: RigNode) -> None:
 
 
 LOOPBACK = NodeSpec(change=_loopback)
-"Its own name is 127.0.1.1, as Debian's installer writes it."
+"A node whose name resolves to 127.0.1.1, as Debian's installer configures it."
 SHARELESS = NodeSpec(variables={"RIG_SHARE": ""})
-"It has no shared folder."
+"A node without a shared folder."
 SHARELESS_LOOPBACK = replace(LOOPBACK, variables=SHARELESS.variables)
 WRONG_PYTHON = NodeSpec(change=_other_python, env={"PATH": f"/run/rig/python:{BROUGHT}", "NICE": "image"})
-"Its Python says that it is another patch release (`OTHER_PYTHON`); every login has a variable of the machine's image."
+"A node whose Python reports another patch release (`OTHER_PYTHON`). Every login has a variable of the machine's image."

@@ -1,7 +1,7 @@
-"""A small OpenAI-compatible server for the tests of the bench: real HTTP, and as nasty as the real ones.
+"""A small OpenAI-compatible server for the tests of `deploy bench`. It uses real HTTP, and is as difficult as real servers.
 
-It sends several tokens in a chunk, a first chunk without text, lines of comments, U+2028 inside of an answer, cuts its stream
-anywhere in a line; `faults` orders what goes wrong with the n-th request.
+It sends several tokens in a chunk, a first chunk without text, lines of comments, and U+2028 in an answer. It splits its
+stream at any place in a line. `faults` orders a fault for the n-th request.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import Any
 
 @dataclass
 class Behaviour:
-    """What it does, and what it saw."""
+    """The behaviour of the server, and the requests so far."""
 
     key: str | None = None
     per_chunk: tuple[int, ...] = (1, 3, 2, 4)
     delay: float = 0.002
     "Seconds between tokens."
     before: float = 0.0
-    "Seconds until the first one."
+    "Seconds until the first token."
     usage: bool = True
     ignore_eos: bool = True
-    "It takes it; else 400, as servers that know no such field."
+    "Whether the server accepts this field. Otherwise it answers with status 422, like servers without this field."
     faults: Mapping[int, str] = field(default_factory=dict)
-    "Number of the request (0: the first) to `error`, `stall`, `cut`, `500`."
+    "From the number of a request (0 is the first) to its fault: `error`, `stall`, `cut` or `500`."
     requests: list[dict[str, Any]] = field(default_factory=list)
     at_once: int = 0
     most_at_once: int = 0
@@ -38,7 +38,7 @@ class Behaviour:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request."""
+    """Handles one connection."""
 
     protocol_version = "HTTP/1.1"
     behaviour: Behaviour
@@ -67,12 +67,12 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self.stream(body, fault)
         except OSError:
-            pass  # the client has gone
+            pass  # the client has disconnected
         finally:
             self.answered()
 
     def answered(self) -> None:
-        """No longer counted as running. Call it before the last bytes: a client that has them sends its next request."""
+        """Stop counting the request as running. Call this before the last bytes, after which the client sends new requests."""
         mine = self.behaviour
         with mine.lock:
             mine.at_once -= self.unanswered
@@ -115,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
             self.raw(b"")
             return True
         if fault == "stall":
-            for _ in range(100):  # keep-alive chunks without text
+            for _ in range(100):  # send keep-alive chunks without text
                 self.raw(b": ping\n\n")
                 time.sleep(0.05)
         self.answered()
@@ -123,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
         return fault in ("cut", "stall")
 
     def say(self, chunk: dict[str, Any]) -> None:
-        """As pydantic writes it, not ASCII; in two pieces that end anywhere."""
+        """Send a chunk like pydantic, which does not write ASCII only. Send it in two pieces, split at any place."""
         line = f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode()
         self.raw(line[:9])
         self.raw(line[9:])
@@ -153,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def server(port: int = 0, **behaviour: Any) -> Iterator[tuple[str, Behaviour]]:
-    """Its address, and what it does and saw."""
+    """Run the server. Yields its address and its behaviour."""
     mine = Behaviour(**behaviour)
     made = ThreadingHTTPServer(("127.0.0.1", port), type("Mine", (Handler,), {"behaviour": mine}))
     made.daemon_threads = True

@@ -1,9 +1,9 @@
-"""A pretend engine for the tests of the step: the log lines and the port of the real one, no Ray and no model.
+"""A simulated engine for the tests of the step `engine`: log lines and port like the real engine, without Ray and a model.
 
     python pretend_engine.py --port N [--load S] [--stay FILE] [--die CODE] [--wedge FILE] [--say FILE]
 
-Nasty as the original: refuses connections while it loads; /health says 200 whatever happens; with --wedge FILE completions
-hang while FILE exists; it wants the key of APHRODITE_API_KEY.
+Like the original, it refuses connections while it loads, always answers /health with 200, and requires the key of
+APHRODITE_API_KEY. With --wedge FILE, completions hang while FILE exists.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 TOKENS = [0]
 
 
-def handler(options: argparse.Namespace) -> type[BaseHTTPRequestHandler]:  # noqa: C901 - one class, few answers
+def handler(options: argparse.Namespace) -> type[BaseHTTPRequestHandler]:  # noqa: C901 - it has one class with few answers
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.path == "/health":
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=0.5)
     parser.add_argument("--die", type=int)
     parser.add_argument("--say")
-    parser.add_argument("--stay", help="at 25 %% while this file exists")
+    parser.add_argument("--stay", help="stop the loading at 25 %% while this file exists")
     parser.add_argument("--wedge")
     parser.add_argument("--busy", action="store_true")
     options = parser.parse_args()

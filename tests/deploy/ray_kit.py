@@ -1,4 +1,4 @@
-"""What the tests of Ray and of the engine share: an environment with Ray on the rig's share, and plans for its nodes."""
+"""Shared code of the tests of Ray and of the engine: an environment with Ray on the rig's share, and plans for its nodes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CONFIG = {
 
 
 def ray_environment(wanted: Sequence[str] = (RAY,), name: str = f"ray-{RAY.rpartition('=')[2]}") -> Path:
-    """A relocatable environment of the nodes' Python with Ray, made once on this machine; from the index pip is told of."""
+    """A relocatable environment with the nodes' Python and Ray, from the configured index. It is made once on this machine."""
     folder = settings.load().home / "tests" / name
     uv = Path(sys.executable).with_name("uv")
     with lock(folder.with_name(folder.name + ".lock")):
@@ -56,7 +56,7 @@ def ray_environment(wanted: Sequence[str] = (RAY,), name: str = f"ray-{RAY.rpart
 
 
 def bring_ray(room: Rig, source: Path | None = None) -> None:
-    """Onto the share, as hard links where that is possible."""
+    """Copy the environment to the share, with hard links if they are possible."""
     source = source or ray_environment()
     target = room.folder / "share" / "rayenv"
     if subprocess.run(["cp", "-al", source, target], check=False, capture_output=True).returncode:
@@ -67,7 +67,7 @@ def bring_ray(room: Rig, source: Path | None = None) -> None:
 def deployment(
     room: Rig, folder: Path, *, layout: tuple[int, int] = (1, 2), env: Mapping[str, str] | None = None
 ) -> Deployment:
-    """deploy.toml for the rig's nodes in `folder`, prepared as `deploy init` does; Ray's environment is the active one."""
+    """Write deploy.toml for the rig's nodes in `folder`, like `deploy init`. The environment with Ray is active."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     lines = [
@@ -101,7 +101,7 @@ def deployment(
 
 
 def planned(room: Rig, made: Deployment) -> ServePlan:
-    """As `deploy plan` makes it, from facts that the nodes are asked for now."""
+    """The plan that `deploy plan` makes, from the current facts of the nodes."""
 
     async def go() -> Facts:
         async with open_fleet(made, config=[]) as fleet:

@@ -1,4 +1,4 @@
-"""What tests need around the rehearsal's nodes: an environment with real Ray and the stand-in, small models, a Ray cluster."""
+"""Shared code for the rehearsal's nodes: an environment with Ray and the simulated engine, small models, a Ray cluster."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOCK = Path(standin.__file__).parent.parent / "data" / "rehearsal.lock"
 
 
 def inventory(room: Rig) -> list[Node]:
-    """The nodes as the product knows them."""
+    """The nodes as objects of the product."""
     return [Node(name=node.name, rank=node.rank, address=node.address, user=USER, key=room.key) for node in room.nodes]
 
 
@@ -39,7 +39,7 @@ def run(
     timeout: float = 20,
     env: Mapping[str, str] | None = None,
 ) -> dict[str, CommandResult]:
-    """A command on nodes by the product's own SSH, with variables for it."""
+    """Run a command with variables on nodes, with the product's SSH code."""
     exports = "".join(f"export {name}={shlex.quote(value)}; " for name, value in (env or {}).items())
 
     async def go() -> dict[str, CommandResult]:
@@ -51,14 +51,14 @@ def run(
 
 
 def said(results: dict[str, CommandResult]) -> dict[str, str]:
-    """What each wrote to stdout; all must have ended well."""
+    """The stdout of each node's command. All commands must have succeeded."""
     bad = {name: (result.returncode, result.stderr, result.error) for name, result in results.items() if not result.ok}
     assert not bad, bad
     return {name: result.stdout.strip() for name, result in results.items()}
 
 
 def install(folder: Path) -> Path:
-    """An environment with the committed lock and the stand-in's wheel, by uv, which keeps what it once downloaded."""
+    """Create an environment with the committed lock and the simulated engine's wheel. uv caches its downloads."""
     wheel = standin.build(folder.parent)
     lock = folder.with_suffix(".lock")
     lock.write_text(LOCK.read_text() + f"{wheel.path} --hash=sha256:{wheel.sha256}\n")
@@ -74,7 +74,7 @@ def install(folder: Path) -> Path:
 
 
 def small_model(folder: Path, *, shards: int = 3, layers: int = 6, **config: object) -> Path:
-    """A Llama in shape: config.json, an index, shards of safetensors whose headers hold the sha256 of their numbers."""
+    """Write a model like Llama: config.json, an index, and safetensors. Their headers have the sha256 of the numbers."""
     folder.mkdir(parents=True)
     shape = {
         "architectures": ["LlamaForCausalLM"],
@@ -102,7 +102,7 @@ RAY_ENV = {"RAY_USAGE_STATS_ENABLED": "0"}
 
 @contextmanager
 def ray_cluster(room: Rig, env: Mapping[str, Mapping[str, str]], *, gpus: Mapping[str, int] | None = None) -> Iterator[str]:
-    """Real Ray on all nodes, started one after the other; the head's address. `env`: of each node's `ray start`."""
+    """Start real Ray on all nodes, one after the other. Yields the head's address. `env`: variables of each `ray start`."""
     ray = f"{MOUNT}/env/bin/ray"
     said(run(room, [f"{MOUNT}/env/bin/python", "-c", "import ray"], timeout=120))
     head = room.nodes[0]
@@ -120,7 +120,7 @@ def ray_cluster(room: Rig, env: Mapping[str, Mapping[str, str]], *, gpus: Mappin
 
 
 class Engine:
-    """The stand-in, started on the head as a user would."""
+    """The simulated engine on the head, started as a user would start it."""
 
     def __init__(self, room: Rig, address: str, arguments: Sequence[str], env: Mapping[str, str]) -> None:
         self.node: RigNode = room.nodes[0]
@@ -133,11 +133,11 @@ class Engine:
         said(run(room, f"({line}) > /tmp/engine.log 2>&1 &", names=[self.node.name], env=full))
 
     def text(self) -> str:
-        """Its log so far."""
+        """The log so far."""
         return self.log.read_text() if self.log.exists() else ""
 
     def wait(self, word: str, seconds: float = 60) -> str:
-        """Until its log has a word, or it ended; the log."""
+        """Wait until the log contains a word, or the engine has ended. Return the log."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             text = self.text()
@@ -145,16 +145,16 @@ class Engine:
                 return text
             time.sleep(0.1)
         status = run(self.room, [f"{MOUNT}/env/bin/ray", "status", "-v"], names=[self.node.name], timeout=30)[self.node.name]
-        raise AssertionError(f"no {word!r} within {seconds:g} s:\n{self.text()}\n{status.stdout}{status.stderr}")
+        raise AssertionError(f"the log has no {word!r} after {seconds:g} s:\n{self.text()}\n{status.stdout}{status.stderr}")
 
     def stop(self) -> None:
-        """SIGTERM, and wait."""
+        """Send SIGTERM, and wait for the end."""
         for pid in self.pids():
             nodefaults.kill(self.node, pid, "TERM")
         self.wait("\nended ")
 
     def pids(self) -> list[int]:
-        """Of the server on the head."""
+        """The pids of the server on the head."""
         program = f"{MOUNT}/env/bin/aphrodite"
         return [
             process["pid"]
@@ -163,11 +163,11 @@ class Engine:
         ]
 
     def get(self, path: str, *, key: str | None = None) -> httpx.Response:
-        """A GET on the head's loopback, where the engine listens."""
+        """Send a GET request on the head's loopback, where the engine listens."""
         return self._curl(path, key, None)
 
     def post(self, path: str, body: dict[str, object], *, key: str | None = None) -> httpx.Response:
-        """A POST there."""
+        """Send a POST request on the head's loopback."""
         return self._curl(path, key, body)
 
     def _curl(self, path: str, key: str | None, body: dict[str, object] | None) -> httpx.Response:

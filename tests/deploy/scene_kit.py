@@ -1,4 +1,4 @@
-"""A deployment of nodes in this process, with a pretend engine, for tests of commands that watch and stop it."""
+"""A deployment with nodes in this process and a simulated engine, for tests of commands that observe it and stop it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.deploy.test_tunnel import deploy
 
 @dataclass
 class Scene:
-    """A deployment of in-process nodes."""
+    """A deployment whose nodes are in this process."""
 
     folder: Path
     made: list[kit.Machine]
@@ -40,7 +40,7 @@ class Scene:
     plan: ServePlan
 
     async def serve(self) -> None:
-        """What `deploy serve` leaves: plan, key, state, and a pretend engine that runs."""
+        """Create the results of `deploy serve`: plan, key, state, and a running simulated engine."""
         self.keep("running")
         try:
             await engine.start_or_attach(self.fleet, remote_nodes(self.fleet)[0], self.spec(), Console())
@@ -62,7 +62,7 @@ class Scene:
         folder.state.write_text(State(steps=steps).model_dump_json())
 
     async def status(self, *words: str) -> tuple[int, dict[str, Any]]:
-        """`deploy status --json`: exit code and what it says."""
+        """Run `deploy status --json`. Return its exit code and its document."""
         async with deploy(self.folder, "status", "--json", *words) as process:
             out, err = await asyncio.wait_for(process.communicate(), 60)
             assert process.returncode is not None
@@ -73,7 +73,7 @@ class Scene:
 @asynccontextmanager
 async def scene(folder: Path, *more: str, nodes: int = 1) -> AsyncIterator[Scene]:
     (folder / "share").mkdir()
-    # Ray's sockets need a short path.
+    # Ray's sockets require a short path.
     with tempfile.TemporaryDirectory(prefix="gf", dir="/tmp") as local:
         async with kit.machines(folder, nodes) as made, _scene(folder, local, made, *more) as found:
             yield found

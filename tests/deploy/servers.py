@@ -1,4 +1,4 @@
-"""SSH servers in their own thread, for commands with their own event loop; they run real commands here."""
+"""SSH servers in a separate thread, for commands with an event loop. They run real commands on this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.deploy import kit
 
 
 class _Way(kit.Admitting):
-    """Also a jump host."""
+    """A server that is also a jump host."""
 
     def __init__(self, tunnels: list[tuple[str, int]]) -> None:
         self.tunnels = tunnels
@@ -28,7 +28,7 @@ class _Way(kit.Admitting):
 
 @dataclass
 class Servers:
-    """`addresses` all listen on `port`, with a host key each."""
+    """Servers at `addresses`, which all listen on `port`. Each has a separate host key."""
 
     addresses: list[str]
     port: int = 0
@@ -37,10 +37,10 @@ class Servers:
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
     folder: Path = Path()
     tunnels: list[tuple[str, int]] = field(default_factory=list)
-    "Where clients went through one of them."
+    "The destinations of connections through a server as jump host."
 
     async def start(self, address: str) -> None:
-        """Listen there, with a new host key."""
+        """Listen at an address, with a new host key."""
         key = self.keys[address] = asyncssh.generate_private_key("ssh-ed25519")
         home = self.folder / address
         home.mkdir(exist_ok=True)
@@ -50,7 +50,7 @@ class Servers:
         self.running[address] = server
 
     async def stop(self, address: str) -> None:
-        """Listen there no more."""
+        """Stop listening at an address."""
         server = self.running.pop(address)
         server.close()
         await server.wait_closed()
@@ -62,7 +62,7 @@ class Servers:
 
 @contextmanager
 def servers(folder: Path, count: int) -> Iterator[Servers]:
-    """`count` nodes on 127.0.0.21 and on."""
+    """Run `count` servers on 127.0.0.21 and the following addresses."""
     made = Servers(addresses=[f"127.0.0.{21 + index}" for index in range(count)], folder=folder)
     thread = threading.Thread(target=made.loop.run_forever)
     thread.start()

@@ -1,11 +1,11 @@
-"""STAND-IN for the program `vllm` of vLLM 0.26.0: only `vllm bench serve`, without a tokenizer; not the original.
+"""STAND-IN for the program `vllm` of vLLM 0.26.0, not the original. It has only `vllm bench serve`, without a tokenizer.
 
-Nasty as the original: it refuses unknown options with exit code 2, takes the key from OPENAI_API_KEY, follows the proxies of
-the environment, needs the files of the tokenizer, sends the same prompts again with the same --seed, counts failed requests
-without telling why, and writes its result only at the end.
+Like the original, it refuses unknown options with exit code 2, takes the key from OPENAI_API_KEY, uses the proxies of the
+environment, requires the files of the tokenizer, sends the same prompts again with the same --seed, counts failed requests
+without a reason, and writes its result only at the end.
 
-A file `mode` beside the program orders a fault: `old` knows no command `bench`, `traceback` fails with exit code 1, `no-file`
-and `half-file` end with exit code 0, `hang` ignores SIGTERM. The program notes its arguments in the file `seen`.
+A file `mode` beside the program orders a fault: `old` has no command `bench`, `traceback` fails with exit code 1, `no-file`
+and `half-file` end with exit code 0, `hang` ignores SIGTERM. The program writes its arguments to the file `seen`.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def mode() -> str:
-    """The ordered fault."""
+    """The fault that the file `mode` orders."""
     path = HERE / "mode"
     return path.read_text().strip() if path.exists() else ""
 
 
 class Answer:
-    """One request and its times."""
+    """One request, with its times."""
 
     def __init__(self, options: argparse.Namespace, prompt: str) -> None:
         chat = options.backend == "openai-chat"
@@ -73,7 +73,7 @@ class Answer:
         self.usage: dict[str, int] = {}
 
     def send(self) -> None:
-        """As the original: an answer without text and usage counts as failed."""
+        """Send the request. As in the original, an answer without text and usage counts as failed."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY')}"}
         self.begun = time.perf_counter()
         try:
@@ -82,10 +82,10 @@ class Answer:
                 for line in response:
                     self.read(line)
         except (OSError, ValueError):
-            self.usage = {}  # the original stores the reason only with --save-detailed
+            self.usage = {}  # the original stores the reason of a failure only with --save-detailed
 
     def read(self, line: bytes) -> None:
-        """A line of the stream."""
+        """Read a line of the stream."""
         if not line.startswith(b"data: {"):
             return
         chunk = json.loads(line.removeprefix(b"data: "))
@@ -98,7 +98,7 @@ class Answer:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the server counted."""
+        """The number of tokens according to the server."""
         return self.usage.get("completion_tokens", 0)
 
 

@@ -1,6 +1,6 @@
-"""Another architecture for a node: Debian's arm64 userland, run by qemu-user, entered over the node's own sshd.
+"""A node with another architecture: logins run in Debian's arm64 userland, which qemu-user emulates.
 
-The kernel is told of qemu in a user namespace of the node's own (Linux 6.7 and newer), not in this machine's binfmt_misc.
+qemu is registered in a user namespace of the node (Linux 6.7 and newer), not in this machine's binfmt_misc.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ PACKAGES = (
 SUITE = "bookworm"
 MAGIC = r"\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00"
 MASK = r"\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff"
-"An ELF file of aarch64, executable or position-independent."
+"They match an ELF file for aarch64, executable or position-independent."
 
 
 def arm64(home: Path) -> NodeSpec:
-    """A node with Debian's arm64 userland and Python 3.11; made once, kept in gracefarm's folder.
+    """A node with Debian's arm64 userland and Python 3.11. The userland is made once, and kept in gracefarm's folder.
 
     Raises:
-        HostError: mmdebstrap or apt fail; with their last words.
+        HostError: mmdebstrap or apt fail. The error has their last line.
     """
     folder = home / "rehearsal" / f"arm64-{SUITE}"
     with lock(folder.with_name(folder.name + ".lock")):
@@ -38,21 +38,21 @@ def arm64(home: Path) -> NodeSpec:
     variables = {
         "RIG_ROOT": str(folder / "root"),
         "RIG_QEMU": str(folder / "qemu-aarch64-static"),
-        # F: the kernel opens qemu now, for the root does not have it.
+        # F: the kernel opens qemu at registration, since the node's root does not have it.
         "RIG_BINFMT": f":rig-aarch64:M::{MAGIC}:{MASK}:/run/rig-qemu:F",
     }
     return NodeSpec(variables=variables, change=_chroot)
 
 
 def _chroot(node: RigNode) -> None:
-    """Sessions are in there."""
+    """Let sshd start sessions in the userland."""
     with (node.folder / "etc" / "sshd_config").open("a") as config:
         config.write("ChrootDirectory /run/rig-root\n")
 
 
 def _fill(folder: Path) -> None:
     root = folder / "root"
-    # Unpacked, not configured: nothing of another architecture runs while it is made.
+    # The packages are unpacked, but not configured, so that no program of the other architecture has to run now.
     _run(["mmdebstrap", "--quiet", "--arch=arm64", "--variant=extract", f"--include={','.join(PACKAGES)}", SUITE, str(root)])
     (root / "bin" / "sh").unlink(missing_ok=True)
     (root / "bin" / "sh").symlink_to("dash")

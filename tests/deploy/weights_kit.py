@@ -19,12 +19,12 @@ from gracefarm.console import Console
 from tests.deploy import kit
 
 TOKEN = "hf_" + secrets.token_hex(16)
-"Another run on this machine plants another one: every process is looked at."
+"Each test run has a different token, since a test searches all processes of this machine for it."
 
 
 @pytest.fixture(scope="session")
 def hub_python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A Python with the locked huggingface_hub, as the download environment has it."""
+    """A Python with the huggingface_hub of the lock, as in the environment for downloads."""
     folder = tmp_path_factory.mktemp("download") / "env"
     uv = Path(sys.executable).with_name("uv")
     subprocess.run([uv, "venv", "-q", "--no-project", "--python", sys.executable, folder], check=True)
@@ -35,7 +35,7 @@ def hub_python(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def bring(folder: Path, served: hub.Hub, python: str, *, count: int = 3, **more: object) -> weights.Brought:
-    """One `deploy weights`, with a share that all nodes have."""
+    """Run `deploy weights` once, with a share that all nodes have."""
     return asyncio.run(bringing(folder, served, python, count=count, **more))
 
 
@@ -65,7 +65,7 @@ def homes(tmp_path: Path) -> Iterator[Path]:
 
 
 def bring_again(folder: Path, served: hub.Hub, python: str, **more: object) -> weights.Brought:
-    """The same command once more: new connections, the same share."""
+    """Repeat the command, with new connections and the same share."""
     for home in folder.glob("home-*"):
         shutil.rmtree(home)
     return bring(folder, served, python, **more)
@@ -83,7 +83,7 @@ def workers_below(folder: Path) -> list[int]:
 
 
 async def served_count(served: hub.Hub, count: int, seconds: float = 60) -> None:
-    """Until so many files were downloaded whole."""
+    """Wait until this number of files was downloaded completely."""
     deadline = time.monotonic() + seconds
     while sum(map(len, served.served.values())) < count:
         assert time.monotonic() < deadline
@@ -91,5 +91,5 @@ async def served_count(served: hub.Hub, count: int, seconds: float = 60) -> None
 
 
 def each_once(served: hub.Hub) -> bool:
-    """Every wanted file was downloaded whole exactly once, by whichever node."""
+    """Whether each wanted file was downloaded completely exactly once, by any node."""
     return sorted(path for paths in served.served.values() for path in paths) == sorted(wanted(served.files))

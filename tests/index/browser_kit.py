@@ -11,7 +11,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, sync_playwright
 
 SECOND_HOST = "wheels.example"
-"`chromium` resolves this host to this machine: plain http from another host, as in a colleague's browser."
+"`chromium` resolves this host to this machine. So a test can use plain http with another host, like a colleague's browser."
 
 _WIDEST = """width => [...document.querySelectorAll("body *")].filter(
     item => item.getBoundingClientRect().right > width && !item.closest(".scroll, pre, .skip, .hidden")
@@ -21,9 +21,9 @@ _WIDEST = """width => [...document.querySelectorAll("body *")].filter(
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """A Chromium without further requirements."""
+    """Start Chromium. It requires nothing else."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # playwright's own loop, at its end
+        warnings.simplefilter("ignore")  # playwright's event loop warns at its end
         with sync_playwright() as play:
             arguments = ["--no-sandbox", f"--host-resolver-rules=MAP {SECOND_HOST} 127.0.0.1"]
             browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=arguments)

@@ -1,4 +1,4 @@
-"""An index without checks, and real installers."""
+"""An index that checks nothing, and real installers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from test_index_clients import clean
 
 @contextmanager
 def careless_index(folder: Path, files: list[tuple[str, bytes]], *, serves_metadata: bool = True) -> Iterator[str]:
-    """A static index of these files, with PEP 658 metadata of wheels if wanted, served by http.server."""
+    """Serve a static index of these files with http.server, optionally with the PEP 658 metadata of the wheels."""
     for filename, content in files:
         project = folder / filename.split("-")[0].replace("_", "-")
         project.mkdir(parents=True, exist_ok=True)
@@ -44,11 +44,11 @@ def careless_index(folder: Path, files: list[tuple[str, bytes]], *, serves_metad
 
 class _Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
-        """No log."""
+        """Log nothing."""
 
 
 def install(tool: str, url: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`pip install` or `uv pip install` into the folder, without caches."""
+    """Run `pip install` or `uv pip install` into the folder, without caches."""
     pip = [sys.executable, "-m", "pip", "install", "--no-cache-dir", "--retries", "0", "--ignore-installed", "--index-url"]
     uv = [sys.executable, "-m", "uv", "pip", "install", "--no-cache", "--default-index"]
     return subprocess.run(
@@ -58,5 +58,5 @@ def install(tool: str, url: str, folder: Path, *arguments: str) -> subprocess.Co
 
 
 def installed(folder: Path) -> list[str]:
-    """The .dist-info folders there."""
+    """The names of the .dist-info folders in a folder."""
     return sorted(path.name for path in folder.glob("*.dist-info"))

@@ -1,4 +1,4 @@
-"""Shared code of the index tests: tiny real wheels, a real server process, the legacy form."""
+"""Shared code of the index tests: tiny real wheels, a real server process, and the form of the legacy upload API."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ class Server:
         token: str | None = None,
         form: dict[str, str] | None = None,
     ) -> httpx.Response:
-        """POST like twine; `form` overrides fields, None omits a field."""
+        """Upload a file like twine. `form` replaces fields of the form; the value None omits a field."""
         stem = filename.split("-")
         fields: dict[str, str] = {
             ":action": "file_upload",
@@ -300,7 +300,7 @@ def preview_of(server: Server, name: str) -> str:
 
 
 def no_lock(server: Server, name: str, gone: str) -> None:
-    """A lock without that project would install less than the set, and with --no-deps without an error."""
+    """Check that there is no lock. A lock without project `gone` would install an incomplete set, perhaps without an error."""
     answer = server.client.get(f"/{name}/requirements.lock")
     assert answer.status_code == 404
     assert f"no longer has files of {gone}," in answer.text

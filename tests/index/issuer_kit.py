@@ -37,9 +37,9 @@ class OwnIssuer:
     repository: str = "farm/wheels"
     requests: list[str] = field(default_factory=list)
     resetting: bool = False
-    "Connections for its keys are reset after the request."
+    "If it is set, connections for the keys are reset after the request."
     answering: threading.Event = field(default_factory=threading.Event)
-    "Requests wait while it is cleared."
+    "Requests wait until this event is set."
 
     def claims(self, audience: str, **changes: object) -> dict[str, object]:
         """The claims that GitHub signs for a job; None omits a claim."""
@@ -60,7 +60,7 @@ class OwnIssuer:
         return {key: value for key, value in {**claims, **changes}.items() if value is not None}
 
     def token(self, audience: str, **changes: object) -> str:
-        """A valid identity token, except for the changes."""
+        """An identity token. It is valid unless the changes make it invalid."""
         return jwt.encode(self.claims(audience, **changes), self.key, algorithm="RS256", headers={"kid": "first"})
 
     @property

@@ -65,14 +65,14 @@ def filled(farm: Server) -> Server:
 
 
 def link(server: Server, project: str, prefix: str = "", version: str = "1.0") -> dict[str, object] | None:
-    """The entry of a release's JSON in the project's page."""
+    """The entry of a release's variants.json on the page of the project."""
     name = variants.index_filename(f"{project.replace('-', '_')}-{version}")
     files = server.page(project, prefix=prefix).json()["files"]
     return next((item for item in files if item["filename"] == name), None)
 
 
 def labels(server: Server, project: str, prefix: str = "", version: str = "1.0") -> list[str]:
-    """The variants in the JSON that the page links to."""
+    """The labels of the variants in the variants.json to which the page links."""
     item = link(server, project, prefix, version)
     assert item is not None
     answer = server.client.get(f"{prefix}/simple/{project}/{item['url']}")

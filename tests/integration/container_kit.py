@@ -1,4 +1,4 @@
-"""`--toolchain container` in tests: a stack that names an image, and the search for an engine."""
+"""Shared code of the tests of `--toolchain container`: a stack with an image, and the search for a container engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HERE = host_arch()
 
 
 def with_image(farm: Farm, sha256: str, **more: str) -> None:
-    """stacks/bare names the image."""
+    """Add an image to the stack `bare`."""
     place = farm.settings.project / "stacks/bare/stack.toml"
     own = {"name": "localhost/farm", "tag": "one", "sha256": sha256, **more}
     lines = "".join(f"{name} = {json.dumps(value)}\n" for name, value in own.items())
@@ -22,5 +22,5 @@ def with_image(farm: Farm, sha256: str, **more: str) -> None:
 
 
 def find() -> ContainerToolchain:
-    """As for a build against any stack: an engine and cibuildwheel are all that is looked for."""
+    """Find a container engine and cibuildwheel. The search does not depend on the stack."""
     return ContainerToolchain.find(stack.load(REPOSITORY / "stacks", "cu130"), Wanted(), cuda=False)

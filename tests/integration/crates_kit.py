@@ -1,4 +1,4 @@
-"""A mirror of crates.io on this machine: real crates, from Debian's source packages of them."""
+"""A mirror of crates.io on this machine. It has real crates, from Debian's source packages."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tests import projects
 
 LIST = Path(__file__).parent / "pyo3-debs.txt"
 REGISTRY = "usr/share/cargo/registry"
-"Where these packages have their crates."
+"The folder with the crate in each of these packages."
 
 
 def fill(mirror: Path, scratch: Path, settings: Settings) -> None:
-    """Write the .crate files of these packages into a folder, as NAME/NAME-VERSION.crate."""
+    """Write the .crate files of the packages in LIST into a folder, as NAME/NAME-VERSION.crate."""
     url = debian_mirror.mirror("bookworm", settings)
     lines = [line.split() for line in LIST.read_text().splitlines()[1:]]
     debs = [Download(url=f"{url}/{path}", sha256=sha256, what=path) for sha256, path in lines]
@@ -37,7 +37,7 @@ def write(mirror: Path, folder: str, files: Mapping[str, str | bytes]) -> Path:
 
 
 def locked(lock: str, mirror: Path) -> str:
-    """A Cargo.lock without checksums, with those of the mirror's crates."""
+    """Add the checksums of the mirror's crates to a Cargo.lock without checksums."""
     blocks = lock.split("\n\n")
     return "\n\n".join(_locked(block, mirror) if "\nsource = " in block else block for block in blocks)
 

@@ -1,4 +1,4 @@
-"""Machines for the tests of `--farm`: namespaces of one kernel, each with its network card, /tmp, GRACEFARM_HOME and Ray."""
+"""Machines for the tests of `--farm`: namespaces of one kernel. Each has a network card, a /tmp, a GRACEFARM_HOME, and Ray."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ RAY = str(Path(sys.executable).with_name("ray"))
 
 @dataclass(kw_only=True)
 class Machine:
-    """A machine of the room: commands run on it through `run` and `start`."""
+    """A machine of the room. `run` and `start` run commands on it."""
 
     name: str
     address: str
@@ -53,15 +53,15 @@ class Machine:
 
     @property
     def first(self) -> int:
-        """Its first process, as this machine numbers it."""
+        """The pid of its first process in the pid namespace of the tests."""
         return int(Path(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children").read_text().split()[0])
 
     def command(self, argv: Sequence[str]) -> list[str | Path]:
-        """`argv` on this machine."""
+        """The command line that runs `argv` on this machine."""
         return die_with_us(["nsenter", "-t", str(self.first), "-m", "-u", "-i", "-n", "-p", *argv])
 
     def start(self, argv: Sequence[str], **variables: str) -> subprocess.Popen[str]:
-        """Start `argv` and do not wait; its output goes to a file beside the home, named by the command."""
+        """Start `argv` in the background. Its output goes to a file beside the home. `output` reads this file."""
         with (self.home.parent / f"{self.name}-{len(self.started)}.log").open("w") as log:
             process = subprocess.Popen(
                 self.command(argv),
@@ -83,21 +83,21 @@ class Machine:
         return projects.Done(code=ended.returncode, out=ended.stdout, err=ended.stderr)
 
     def builder(self, *arguments: str, timeout: float = 300, **variables: str) -> projects.Done:
-        """`builder ARGUMENTS` on this machine."""
+        """Run `builder ARGUMENTS` on this machine."""
         return self.run(sys.executable, "-m", "builder", *arguments, timeout=timeout, **variables)
 
     def output(self, number: int) -> str:
-        """What the process that was started as that number has said so far."""
+        """The output so far of the process with this number, in the order of starts."""
         return (self.home.parent / f"{self.name}-{number}.log").read_text()
 
     def power_off(self) -> None:
-        """Every process of it is gone at once."""
+        """Kill all processes of the machine together."""
         end(self.holder)
         for process in self.started:
             process.wait(20)
 
     def slow_down(self, rate: str) -> None:
-        """Its network card sends no faster."""
+        """Limit the send rate of its network card."""
         done = self.run(
             "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "16kbit", "latency", "800ms"
         )
@@ -105,7 +105,7 @@ class Machine:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """Kill a process and close its pipes."""
+    """Kill a process, and close its pipes."""
     process.kill()
     process.wait()
     for pipe in (process.stdin, process.stdout):
@@ -115,7 +115,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 class Room:
-    """A switch, and the machines that are plugged in."""
+    """A switch, and the machines that are connected to it."""
 
     def __init__(self, farm: Farm) -> None:
         self.farm = farm
@@ -127,7 +127,7 @@ class Room:
         assert self.switch.stdout.readline() == "up\n"
 
     def machine(self, name: str, *, size: str = "", variables: Mapping[str, str] | None = None) -> Machine:
-        """A new machine; `size`: the file system of its home has no more room."""
+        """Start a machine. `size` limits the file system of its home."""
         home = self.farm.settings.home.parent / name / "home"
         home.mkdir(parents=True)
         address = f"10.77.0.{len(self.machines) + 1}"
@@ -159,7 +159,7 @@ class Room:
         return machine
 
     def head(self, name: str = "head") -> Machine:
-        """A machine with the cluster's head, which builds nothing."""
+        """Start a machine with the cluster's head, which does not build."""
         machine = self.machine(name)
         self.start_head(machine)
         return machine
@@ -174,13 +174,13 @@ class Room:
     def worker(
         self, head: Machine, name: str, *, cpus: int = 1, core: int = 0, arch: str | None = None, **options: str
     ) -> Machine:
-        """A machine that builds, bound to one core."""
+        """Start a machine that builds, and bind it to one core."""
         machine = self.machine(name, size=options.pop("size", ""), variables=options)
         self.join(machine, head, cpus=cpus, core=core, arch=arch)
         return machine
 
     def join(self, machine: Machine, head: Machine, *, cpus: int = 1, core: int = 0, arch: str | None = None) -> None:
-        """Start Ray on a machine as a part of a cluster."""
+        """Start Ray on a machine, and join a cluster."""
         resources = f'{{"{arch or os.uname().machine}": 1}}'
         memory = ("--memory", str(4 << 30), "--object-store-memory", str(100 << 20))
         command = [RAY, "start", "--block", "--address", f"{head.address}:6379", "--node-ip-address", machine.address]
@@ -197,7 +197,7 @@ class Room:
 
 @contextmanager
 def open_room(farm: Farm) -> Iterator[Room]:
-    """A room; everything of it is gone after the block."""
+    """Open a room. At the end of the block, all its machines are switched off."""
     room = Room(farm)
     try:
         yield room
@@ -208,7 +208,7 @@ def open_room(farm: Farm) -> Iterator[Room]:
 
 
 def wait_for(machine: Machine, port: int) -> None:
-    """Until a machine listens."""
+    """Wait until a machine listens on a port."""
     probe = f"import socket; socket.create_connection(('{machine.address}', {port}), 1).close()"
     deadline = time.monotonic() + 240
     while machine.run(sys.executable, "-I", "-c", probe).code != 0:

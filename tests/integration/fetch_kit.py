@@ -1,4 +1,4 @@
-"""Real servers on loopback for the fetch tests: files with ranges and bad manners, and git over http."""
+"""Real servers on loopback for the fetch tests. They serve files with ranges and with faults, and git over HTTP."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ def sha256(data: bytes) -> str:
 
 @dataclass
 class Served:
-    """One path of the server, and how badly it behaves."""
+    """One path of the server, with its faults."""
 
     data: bytes
     content_type: str = "application/octet-stream"
     etag: str = '"one"'
     ranges: bool = True
     breaks: list[int] = field(default_factory=list)
-    "Per request: how many bytes are sent before the connection is dropped."
+    "For each request: the number of bytes that are sent before the connection is closed."
     statuses: list[int] = field(default_factory=list)
-    "Per request: a status sent instead of the file."
+    "For each request: the status that is sent instead of the file."
     gate: threading.Event | None = None
-    "Half of the bytes are sent, the rest waits for it."
+    "The server sends half of the bytes, and waits for this event before it sends the rest."
     half: threading.Event = field(default_factory=threading.Event)
     password: str = ""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One request as it came."""
+    """One request that the server got."""
 
     path: str
     range: str
@@ -57,7 +57,7 @@ class Asked:
 
 
 class Server(ThreadingHTTPServer):
-    """What is served, and what was asked for."""
+    """A server with its files, and the requests so far."""
 
     daemon_threads = True
 
@@ -76,7 +76,7 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that goes away is what some tests are about."""
+        """Ignore errors, since clients of some tests disconnect."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -138,7 +138,7 @@ class Handler(BaseHTTPRequestHandler):
         self._git()
 
     def _git(self) -> None:
-        """CGI to git's own http-backend."""
+        """Answer with git's http-backend, through CGI."""
         path, _, query = self.path.partition("?")
         self.server.git_asked.set()
         if self.server.git_gate is not None:
@@ -220,7 +220,7 @@ class Repository:
         self.git("init", "--quiet", "--initial-branch=main")
 
     def git(self, *arguments: str) -> str:
-        """git as an invented author, with nothing from this machine's configuration."""
+        """Run git as a fixed author, without the configuration of this machine."""
         who = {f"GIT_{role}_{what}": "a@example.org" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
         when = {"GIT_AUTHOR_DATE": "1700000000 +0100", "GIT_COMMITTER_DATE": "1700000000 +0100"}
         alone = {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull, "PATH": os.environ["PATH"]}
@@ -256,7 +256,7 @@ class Repository:
 
 @contextmanager
 def pypiserver(folder: Path, *options: str) -> Iterator[str]:
-    """Another index, which knows nothing of records and takes uploads without a password."""
+    """Run a different index. It has no records, and accepts uploads without a password."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

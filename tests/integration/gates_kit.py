@@ -1,4 +1,4 @@
-"""Real wheels for the tests of the audit: the compilers of the project's root make their objects."""
+"""Real wheels for the tests of the audit. The compilers of the project's root make their objects."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ DRIVER = "int cuInit(unsigned f) { return f; } int cuReadMind(unsigned f) { retu
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """A stack with a root, an environment that holds one library, and a compiler."""
+    """A stack with a root, a compiler, and an environment with one library."""
 
     compiler: Compiler
     policy: Policy
     toolchain: Path
 
     def core(self, name: str, source: str, *options: str) -> bytes:
-        """An extension module; one name always stands for the same source and options, and is compiled once."""
+        """The bytes of an extension module, which is compiled once. A name always has the same source and options."""
         path = self.compiler.folder / name
         return (path if path.is_file() else self.compiler.link(name, source, *options)).read_bytes()
 
     def kernels(self, *sms: str) -> bytes:
-        """A library with device code for those sm values, compiled once."""
+        """The bytes of a library with device code for these sm values, which is compiled once."""
         path = self.compiler.folder / f"gpu_{'_'.join(sms)}.so"
         if not path.is_file():
             options = ("-Xlinker", "libcudart.so.13")
@@ -95,7 +95,7 @@ def versioned(one: Draft, version: str) -> Draft:
 
 
 def copied_library(bench: Bench) -> Draft:
-    """The stack's libfoo, carried along under the name that auditwheel would give it."""
+    """A wheel with a copy of the stack's libfoo, under the name that auditwheel gives such copies."""
     one = draft(bench.core("plain.so", module()))
     one.files["demo/libfoo-0123abcd.so.1"] = (bench.compiler.folder / "libfoo.so.1").read_bytes()
     return one
@@ -106,7 +106,7 @@ def build_path(bench: Bench) -> Draft:
 
 
 def cuda_draft(bench: Bench, *sms: str) -> Draft:
-    """A module beside a library with device code."""
+    """A wheel with a module, and with a library with device code."""
     one = draft(bench.core("plain.so", module()))
     one.files["demo/kernels.so"] = bench.kernels(*sms)
     return versioned(one, "1.0+cu130")

@@ -1,4 +1,4 @@
-"""`--toolchain host` in tests: a user's environment, a tiny C extension that is built over it, and a fake torch."""
+"""Shared code of the tests of `--toolchain host`: a user's environment, a tiny C extension that uses it, and a fake torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ cuda = SimpleNamespace(
 
 
 def python311() -> str:
-    """The interpreter that the stacks' locks are for."""
+    """A Python 3.11, for which the locks of the stacks are."""
     for candidate in ("/usr/bin/python3.11", shutil.which("python3.11") or sys.executable):
         if Path(candidate).exists() and host_tools.probe(Path(candidate)).minor == "3.11":
             return candidate
@@ -36,7 +36,7 @@ def python311() -> str:
 
 @pytest.fixture(scope="session")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python with its own packages, as a person has made it: no lock, only what builds a C extension."""
+    """A user's environment: without a lock, and with only the packages that a C extension requires to build."""
     folder = tmp_path_factory.mktemp("own") / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     install = [uv.find_uv_bin(), "pip", "install", "--quiet", "--python", folder / "bin/python3"]
@@ -46,7 +46,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """The tiny C extension, built once over the user's environment; the recipe has a GPU test that must not run."""
+    """The tiny C extension, built once with the user's environment. The recipe has a GPU test that must not run."""
 
     farm: Farm
     done: projects.Done
@@ -64,7 +64,7 @@ def built(shared_home: Path, own: Path) -> Iterator[Built]:
 
 
 def called(farm: Farm, patch: pytest.MonkeyPatch, *arguments: str, **variables: str) -> tuple[int, str]:
-    """The command line in this process, which has everything imported: exit code and the sentence of its error."""
+    """Run the command line in this process, which saves the imports. Return the exit code, and the sentence of the error."""
     for name, value in {**farm.environment, **variables}.items():
         patch.setenv(name, value)
     try:
@@ -84,13 +84,13 @@ from pathlib import Path
 (library,) = Path(next(iter(nvidia.__path__))).glob("*/lib/libcudart.so.*")
 ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 """
-"What `import torch` does for its CUDA, without its gigabytes."
+"It loads CUDA's library like `import torch`, but does not require gigabytes."
 
 
 def fake_torch(
     own: Path, into: Path, *, version: str, cuda: str | None, seen: bool = True, capability: str = "(9, 0)"
 ) -> Path:
-    """An environment with a torch that is none: what it says of itself and of a GPU."""
+    """Write an environment with a fake torch, which reports these versions and this GPU."""
     shutil.copytree(own, into, symlinks=True)
     (site,) = into.glob("lib/*/site-packages")
     (site / "torch").mkdir()

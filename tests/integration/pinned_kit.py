@@ -1,4 +1,4 @@
-"""Projects of the shapes of triton and aphrodite-engine, their sources and recipes, for the tests of the pinned builds."""
+"""Sources and recipes of small projects like triton and aphrodite-engine, for the tests of the pinned builds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UPSTREAM = "https://git.example/"
 URL = "https://blobs.example/tool.tar.gz"
 PYPROJECT = '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
 
-# Downloads on import unless it finds what it wants, swallows git's errors, has an extension without CPython's suffix.
+# This setup.py downloads files unless it finds them, ignores errors of git, and has an extension without CPython's suffix.
 TRITON = """
 import os, shutil, subprocess, sys, urllib.request
 from pathlib import Path
@@ -77,7 +77,7 @@ def archive(files: dict[str, str]) -> bytes:
 
 
 def git_recipe(farm: Farm, name: str, repository: Repository, commit: str, **tables: object) -> None:
-    """A recipe whose source is a repository that a mirror stands for."""
+    """Write a recipe whose source is a repository at UPSTREAM. A mirror has this repository."""
     url = UPSTREAM + repository.folder.name
     source = {"kind": "git", "url": url, "commit": commit, "tree": repository.tree(commit), **tables.pop("source", {})}  # type: ignore[dict-item]
     farm.recipe(name, {}, source=source, **tables)
@@ -88,7 +88,7 @@ def mirrors(tmp_path: Path) -> dict[str, str]:
 
 
 def trinity(farm: Farm, tmp_path: Path, **tables: object) -> str:
-    """The repository, the seed and the recipe of a project of triton's shape; the commit's first eight digits."""
+    """Write the repository, the seed and the recipe of a project like triton. Return the first eight digits of the commit."""
     (tmp_path / "tool.tar.gz").write_bytes(tool := archive({"bin/ptxas": "#!/bin/sh\necho release 12.4\n", "bin/other": ""}))
     repository = Repository(tmp_path / "triton")
     commit = repository.commit(
@@ -122,7 +122,7 @@ def trinity(farm: Farm, tmp_path: Path, **tables: object) -> str:
 
 
 def place(farm: Farm, name: str, folder: Path, sm: tuple[str, ...] | None = None) -> Sandbox:
-    """The sandbox of a build for aarch64 against that stack, with `folder` as its working folder."""
+    """The sandbox of a build for aarch64 with this stack, with `folder` as working folder."""
     farm.recipe("tiny", projects.backend("pass"), stack=name, build={"cuda": True})
     loaded = replace(stack.load(farm.settings.project / "stacks", name), asked_sm=sm)
     made = choice.make_plan(recipe.load(farm.settings.project / "recipes", "tiny"), loaded, host_arch(), Arch.AARCH64)
@@ -177,7 +177,7 @@ print(engine._C.__file__.rpartition("/")[2])
 
 
 def engine(farm: Farm, tmp_path: Path) -> None:
-    """The repositories and the recipe of a project of aphrodite-engine's shape."""
+    """Write the repositories and the recipe of a project like aphrodite-engine."""
     cutlass = Repository(tmp_path / "cutlass")
     inner = cutlass.commit({"include/cute.h": "#define CUTE 1\n", "CMakeLists.txt": "cmake_minimum_required(VERSION 3.25)\n"})
     repository = Repository(tmp_path / "engine")
@@ -203,7 +203,7 @@ def engine(farm: Farm, tmp_path: Path) -> None:
 
 
 def own_stack(farm: Farm, target: str) -> Path:
-    """The stack.toml of a stack `own`, whose environment has own-thing of an index apart, its digest unknown."""
+    """Write the stack `own`. Its environment has own-thing from a separate index, with unknown digest. Return stack.toml."""
     stacks = farm.settings.project / "stacks"
     shutil.copytree(stacks / "bare", stacks / "own")
     place = stacks / "own" / "stack.toml"
@@ -219,7 +219,7 @@ def own_stack(farm: Farm, target: str) -> Path:
 
 
 def with_driver(farm: Farm, folder: Path, target: str) -> dict[str, str]:
-    """Write stack `own`, whose environment has a cuda.h: its declarations are the driver's functions. The mirrors for it."""
+    """Write the stack `own` with a cuda.h, which declares the driver's functions. Return the mirrors for this stack."""
     own_stack(farm, target)
     own_wheel(folder / "index", **{"nvidia/cu13/include/cuda.h": "CUresult cuPointerGetAttribute(void);\n"})
     variables = mirrors(folder)
@@ -230,7 +230,7 @@ def with_driver(farm: Farm, folder: Path, target: str) -> dict[str, str]:
 
 
 def own_wheel(folder: Path, **files: str) -> bytes:
-    """A wheel on a simple index in a folder, as torch has one for each CUDA release; the Python index knows nothing of it."""
+    """Write a wheel and a simple index in a folder, like torch's index for a CUDA release. Return the bytes of the wheel."""
     raw = io.BytesIO()
     content = {
         **files,

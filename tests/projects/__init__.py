@@ -1,4 +1,4 @@
-"""Tiny packages that the tests build, and the source archives, recipes and stacks made of them."""
+"""Tiny packages that the tests build, and functions that write source archives, recipes and stacks for them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
 
 
 def backend(body: str) -> dict[str, str | bytes]:
-    """A source tree whose whole build is `body`: statements that return the name of the wheel they made with `wheel(...)`."""
+    """A source tree whose build runs only the statements `body`. They call `wheel(...)`, and return the name of the wheel."""
     lines = "".join(f"    {line}\n" for line in body.strip().splitlines())
     return {
         "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n',
@@ -63,7 +63,7 @@ def tree(name: str) -> dict[str, str | bytes]:
 
 
 def archive(files: Mapping[str, str | bytes], top: str = "project-1.0") -> bytes:
-    """A .tar.gz of `files` under one folder, the same bytes every time."""
+    """A .tar.gz of `files` in one folder. The bytes are the same every time."""
     import gzip
 
     raw = io.BytesIO()
@@ -85,7 +85,7 @@ def toml(value: object) -> str:
 
 
 def write_recipe(project: Path, name: str, files: Mapping[str, str | bytes], tables: Mapping[str, Any]) -> Path:
-    """recipes/NAME/recipe.toml for an archive of `files`, which is put beside it and named by a file:// URL and its digest."""
+    """Write an archive of `files`, and recipes/NAME/recipe.toml beside it, which has its file:// URL and its digest."""
     folder = project / "recipes" / name
     folder.mkdir(parents=True, exist_ok=True)
     data = archive(files)
@@ -110,15 +110,17 @@ OTHER_TOOLS = ("nvidia-cuda-cuobjdump", "cmake")
 
 
 def write_stacks(source: Path, into: Path) -> None:
-    """Copies of the real stacks, and two of cu130 without torch, so that a project needs no gigabytes: `bare`, without CUDA
-    too, and `cuda`, with the CUDA compiler and ninja."""
+    """Write copies of the real stacks, and two copies of cu130 without torch, which do not require gigabytes.
+
+    `bare` has no CUDA compiler. `cuda` has the CUDA compiler and ninja.
+    """
     shutil.copytree(source, into)
     _without_torch(source / "cu130", into / "bare", BUILD_TOOLS, ())
     _without_torch(source / "cu130", into / "cuda", (*BUILD_TOOLS, "ninja"), (*COMPILER, *OTHER_TOOLS))
 
 
 def _without_torch(source: Path, into: Path, environment: Sequence[str], compiler: Sequence[str]) -> None:
-    """A copy of a stack that requires these packages, as its locks have them."""
+    """Write a copy of a stack that requires only these packages, in the versions of the stack's locks."""
     shutil.copytree(source, into)
     text = (into / "stack.toml").read_text()
     text = re.sub(r"^name = .*$", f'name = "{into.name}"', text, count=1, flags=re.M)
@@ -146,7 +148,7 @@ class Done:
 
     @property
     def said(self) -> str:
-        """Everything it printed, white space folded so that a wrapped sentence can be looked for."""
+        """All output, with white space collapsed, so that a test can search for wrapped sentences."""
         return " ".join((self.out + self.err).split())
 
 
@@ -156,7 +158,7 @@ def environment(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def run_builder(arguments: Sequence[str], variables: Mapping[str, str], timeout: float = 1200, umask: int = -1) -> Done:
-    """`python -m builder ARGUMENTS` to its end; -1: with this process's umask."""
+    """Run `python -m builder ARGUMENTS` to its end. The umask -1 is that of this process."""
     done = subprocess.run(
         [sys.executable, "-m", "builder", *arguments],
         env=environment(variables),

@@ -144,11 +144,11 @@ OTHERS = MappingProxyType(
     {"aarch64": "x86_64", "x86_64": "aarch64", "BSD-3-Clause": "MIT", EVIDENCE["accepted"]["date"]: "2001-01-01"}
     | {"80": "86", "89": "87", "90": "90a", "90a": "75"}
 )
-"What has its own form."
+"Replacements for values that must have a special form."
 
 
 def other(value: object) -> object:
-    """Another value of the same kind."""
+    """A different value of the same kind."""
     match value:
         case bool():
             return not value
@@ -172,7 +172,7 @@ def other(value: object) -> object:
 
 
 def changed(table: dict[str, Any], path: tuple[Any, ...]) -> dict[str, Any]:
-    """A copy with another value at a path."""
+    """A copy of the table with a different value at a path."""
     result = copy.deepcopy(table)
     inner: Any = result
     for step in path[:-1]:

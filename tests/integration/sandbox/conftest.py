@@ -16,7 +16,7 @@ from tests.integration.sandbox.kit import USERS, User, acting_as, processes
 
 @pytest.fixture(params=USERS)
 def user(request: pytest.FixtureRequest) -> Iterator[User]:
-    """All users that may build: root, if the tests run as root, and an ordinary user."""
+    """Each user that may build: the user of the tests, and if that is root, also an ordinary user."""
     with acting_as(request.param) as someone:
         yield someone
 
@@ -30,7 +30,7 @@ def me(tmp_path: Path) -> User:
 
 @pytest.fixture
 def marker() -> Iterator[str]:
-    """A word to find processes by; whatever carries it at the end is killed."""
+    """A word for the command lines of processes. All processes with this word are killed at the end."""
     word = f"marker-{uuid.uuid4()}"
     yield word
     for pid in processes(word):

@@ -1,4 +1,4 @@
-"""The users of the sandbox in its tests: the user that runs them, and an ordinary one; the host's files are the root."""
+"""The users of the sandbox in its tests: the user of the tests, and an ordinary user. The root has the host's files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class User:
     folder: Path
     python: str
     prefix: tuple[str, ...]
-    "Command that becomes this user."
+    "The start of a command line that changes to this user."
 
     @property
     def build(self) -> Path:
@@ -74,7 +74,7 @@ class User:
         return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
 
     def driver(self, box: Sandbox, argv: Sequence[str], *, prologue: str = "", **options: object) -> list[str]:
-        """The command line of a builder of this user that runs one sandbox."""
+        """The command line of a builder that runs one sandbox as this user."""
         spec = {
             "mounts": [(str(mount.source), mount.target, mount.writable) for mount in box.mounts],
             "environment": dict(box.environment),
@@ -106,13 +106,13 @@ class User:
 
 
 def driver_environment() -> dict[str, str]:
-    """What a builder in another process needs to find the project; the secret must not get in."""
+    """The environment of a builder in another process. The sandbox must not get the secret in it."""
     packages = f"{PROJECT}:{sysconfig.get_path('purelib')}"
     return {"PATH": os.environ["PATH"], "PYTHONPATH": packages, "TWINE_PASSWORD": "hunter2"}
 
 
 def nobody() -> tuple[str, tuple[str, ...]] | None:
-    """An interpreter that the ordinary user may run, with the command that becomes that user; None without one."""
+    """An interpreter that the ordinary user may run, and the command that changes to this user; None without such a Python."""
     become = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
     probe = "import subprocess, sys, builder.box.sandbox; subprocess.run([sys.executable, '-c', ''], check=True)"
     for python in (sys.executable, "/usr/bin/python3"):

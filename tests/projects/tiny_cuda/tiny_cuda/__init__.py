@@ -1,3 +1,3 @@
-import torch  # noqa: F401 brings libcudart into the process, as the real packages do it
+import torch  # noqa: F401 loads libcudart into the process, as in the real packages
 
 from tiny_cuda._core import devices as devices
