@@ -1,4 +1,4 @@
-"""Whether a wheel depends on the stack's CUDA and torch, measured at its objects: by device code and needed libraries."""
+"""Determine whether a wheel depends on the stack's CUDA and torch, from device code and needed libraries of its objects."""
 
 from __future__ import annotations
 

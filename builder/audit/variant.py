@@ -1,4 +1,4 @@
-"""The variant of a wheel (PEP 825, a draft), measured at its content: CUDA's release, and architectures of its device code.
+"""Determine the variant of a wheel (PEP 825, a draft) from its content: CUDA's release, and architectures of its device code.
 
 NVIDIA's provider, which is built into uv, has `cuda_version_lower_bound` (for the driver) and `sm_arch`: 90_real runs on 9.0
 and later 9.x, 90_virtual (PTX) on 9.0 and all later ones. glibc is not a property, since the platform tag names it.

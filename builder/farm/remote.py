@@ -1,4 +1,4 @@
-"""What runs on the cluster: the foreman, one actor on the head, and a task for each cell.
+"""The code that runs on the cluster: an actor on the head, which is called the foreman, and a task for each cell.
 
 Ray sends this module by value, with gracefarm.process; both import only Ray and the standard library. So a machine without
 gracefarm, or with a different one, can report that.

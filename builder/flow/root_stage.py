@@ -1,4 +1,4 @@
-"""The stage `root`: assemble the ground of a build, with progress; and open the place of an earlier compile again."""
+"""The stage `root`: assemble the ground of a build, and show the progress. `reopen` opens the place of an earlier compile."""
 
 from __future__ import annotations
 

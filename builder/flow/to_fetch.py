@@ -1,4 +1,4 @@
-"""Where sources and interpreter of a build come from, if they are not on this machine yet; without a request to a server."""
+"""List the hosts from which a build will fetch sources and interpreter that are not on this machine. No request is sent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The functions of NVIDIA's driver library: libcuda.so.1 is part of the driver, and CUDA's headers declare its functions."""
+"""The functions of NVIDIA's driver library, libcuda.so.1, which is part of the driver. They are read from CUDA's headers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds with a release of torch that is older than the releases to keep."""
+"""Find builds for releases of torch that are older than the releases to keep."""
 
 from __future__ import annotations
 

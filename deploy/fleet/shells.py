@@ -1,4 +1,4 @@
-"""The nodes of a fleet as RemoteNode, on which `calls.call` runs functions over the connections of deploy.fleet.ssh."""
+"""Converts the nodes of a fleet to RemoteNode. `calls.call` runs functions on these over connections of deploy.fleet.ssh."""
 
 from __future__ import annotations
 

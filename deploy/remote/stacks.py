@@ -1,4 +1,4 @@
-"""The current stacks of a deployment's Python processes, by py-spy, which Ray installs in the environment."""
+"""Reads the current stacks of a deployment's Python processes with py-spy, which Ray installs in the environment."""
 
 from __future__ import annotations
 

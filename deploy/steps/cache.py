@@ -1,4 +1,4 @@
-"""A cache for the shared folder on each node's local disk (cachefilesd, `fsc`), where it is possible, with its speed.
+"""Switches on a cache for the shared folder on each node's local disk (cachefilesd, `fsc`), if possible, and measures it.
 
 The cache makes the second start faster. It is optional, so a node without it has a reason, not an error.
 """

@@ -1,4 +1,4 @@
-"""The plan that is served, for the model on the share."""
+"""Makes the plan that `deploy serve` executes, for the model on the share."""
 
 from __future__ import annotations
 
