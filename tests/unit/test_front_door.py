@@ -92,7 +92,9 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_result_is_the_same_json_before_and_after_the_verb() -> None:
+def test_the_result_is_the_same_json_before_and_after_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an own GRACEFARM_HOME, because builds that run at the same time change the list."""
+    monkeypatch.setenv("GRACEFARM_HOME", str(tmp_path))
     before, after = run("builder", "--json", "list"), run("builder", "list", "--json")
     assert before.returncode == 0, before.stderr
     assert json.loads(before.stdout) == json.loads(after.stdout)
