@@ -29,7 +29,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "audit": ("builder.cli.check:audit_command", "Check the files in a wheel against a stack."),
         "smoke": ("builder.cli.check:smoke_command", "Install a wheel in a new environment, and import it."),
         "certify": ("builder.cli.certify:certify_command", "Test a wheel on a GPU, and sign a certificate of the results."),
-        "verify": ("builder.cli.verify:verify_command", "Check that a wheel is unchanged, or build it again and compare."),
+        "verify": (
+            "builder.cli.verify:verify_command",
+            "Check that a wheel is unchanged, or build it again and compare both wheels.",
+        ),
         "set": ("builder.cli.sets:set_command", "Build, test and publish sets: wheels that belong together."),
         "lock": ("builder.cli.lock:lock_command", "Write lock files, and fill in unknown sha256 digests."),
         "stack": ("builder.cli.stack:stack_command", "Create a stack for a version of torch."),

@@ -18,8 +18,8 @@ accept_option = click.option(
     "--accept-new",
     "accepts",
     is_flag=True,
-    help="Download the files whose digest is unknown, and store their digests without comparing them with another source. The "
-    "command asks for confirmation first.",
+    help="Download the files whose digest is unknown, and store their digests. These digests are not compared with another "
+    "source. The command asks for confirmation first.",
 )
 yes_option = click.option("--yes", is_flag=True, help="With --accept-new: do not ask for confirmation.")
 

@@ -37,8 +37,8 @@ from gracefarm.errors import ConfigError, DiskFullError, GracefarmError, Several
 @click.option(
     "--changed",
     is_flag=True,
-    help="Build each recipe that was not built successfully yet with its current sources, options and compilers. With "
-    "--matrix: build each cell to which this applies.",
+    help="Skip each recipe or cell that was already built successfully with its current sources, options and compilers. "
+    "Without --matrix, build all other recipes. With --matrix, build all other cells of the selector.",
 )
 @click.option(
     "--matrix",
@@ -67,21 +67,22 @@ from gracefarm.errors import ConfigError, DiskFullError, GracefarmError, Several
     type=click.Choice(MODES),
     default="read",
     show_default=True,
-    help="How to use the compiled code that several machines share: objects, and device code for the GPU. off: do not use it. "
-    "read: only read. write: read and write. The setting shared_cache in settings.toml is the address of the cache. `builder "
-    "doctor` prints the path of settings.toml.",
+    help="How to use the cache of compiled code (object files and GPU code) that several machines share. off: do not use "
+    "the cache. read: only read from the cache. write: read from the cache and write to it. The setting shared_cache in "
+    "settings.toml contains the address of the cache. `builder doctor` prints the path of settings.toml.",
 )
 @click.option(
     "--until",
     type=click.Choice(["root", "compile"]),
-    help="Stop the build before or after the compile. The same command without --until continues the build. root: stop before "
-    "the compile, and print the folders and files that the compile reads, one on each line. compile: stop after the compile, "
-    "before the audit and the tests, and print the folder of the build.",
+    help="Stop the build before or after the compilation. root: stop before the compilation, and print the folders and "
+    "files that the compilation reads, one on each line. compile: stop after the compilation, before the audit and the "
+    "tests, and print the folder of the build. The same command without --until continues the build.",
 )
 @click.option(
     "--no-device-store",
     is_flag=True,
-    help="Compile all GPU code. Without this option, a build uses GPU code that an earlier build of the recipe compiled.",
+    help="Compile all GPU code again. Without this option, a build reuses GPU code that earlier builds of the recipe have "
+    "compiled.",
 )
 @accept_option
 @yes_option
@@ -105,14 +106,16 @@ def build_command(
 ) -> None:
     """Build wheels from recipes, test them, and publish them.
 
-    NAMES are recipes: folders in recipes/, each of which describes how to build one package. To select recipes in a
-    different way, use --changed or --matrix. The steps for each wheel are: fetch the sources, compile them in a sandbox
-    without network, check the files of the wheel (audit), import the wheel in a new environment (smoke test), and upload it
-    if --publish is given. A wheel that was already built from the same sources, options and compilers is not built again.
+    NAMES are recipes (folders in recipes/). A recipe describes how to build one package. To select recipes in a different
+    way, use --changed or --matrix. The steps for each wheel are: fetch the sources, compile them in a sandbox without
+    network, check the files of the wheel (audit), and import the wheel in a new environment (smoke test). With --publish,
+    the command also uploads the wheel. If a wheel was already built from the same sources, options and compilers, the
+    command does not build it again.
 
-    With --matrix, a recipe is built several times, for example for several Pythons. Each of these wheels is a cell. A
-    selector names the cells as a list of AXIS=VALUES. The axes are recipe, stack, torch, cuda, python, target (processor
-    architecture) and sm (GPU architectures). A comma separates values. A + joins GPU architectures that one wheel contains.
+    With --matrix, the command can build several wheels from one recipe, for example one wheel for each Python. Each of these
+    wheels is a cell. A selector is a list of AXIS=VALUES that names the cells. The axes are recipe, stack, torch, cuda,
+    python, target (processor architecture) and sm (GPU architectures). A comma separates values. A + joins GPU architectures
+    that one wheel supports.
 
     \b
     # Build the wheel of one recipe.
@@ -127,9 +130,10 @@ def build_command(
     builder build flash_attn --toolchain container
     # Ask whether to accept the files whose digest is unknown, then build.
     builder build triton --accept-new
-    # Build two wheels, for Python 3.11 and 3.13, each for two GPU architectures.
+    # Build a wheel for Python 3.11 and a wheel for Python 3.13. Both wheels
+    # support two GPU architectures.
     builder build causal_conv1d --matrix 'python=3.11,3.13 sm=90+100'
-    # Build those aarch64 cells of the selector `default` that have changed.
+    # Build the changed aarch64 cells of the selector `default`.
     builder build --changed --matrix default --only target=aarch64
     # Build the changed cells of the selector `default` on a Ray cluster.
     builder build --changed --matrix default --farm ray://head:10001
@@ -481,14 +485,14 @@ def build_one(plan: Plan, options: BuildOptions, settings: Settings, console: Co
 def run_command(name: str, stack_name: str | None, target: str) -> None:
     """Build one wheel, publish it on this machine, install it with pip, and import it.
 
-    NAME is a recipe: a folder in recipes/, which describes how to build one package. The default is causal_conv1d. The
-    command starts an index on this machine, uploads the wheel to it, and installs the wheel from it in a new environment. At
-    the end it stops the index, and prints the paths of the wheel, the record and the log.
+    NAME is a recipe (a folder in recipes/). A recipe describes how to build one package. The default is causal_conv1d. The
+    command starts an index on this machine, uploads the wheel to this index, and installs the wheel from the index into a
+    new environment. At the end it stops the index, and prints the paths of the wheel, the record and the log.
 
     \b
-    # Run all these steps for causal_conv1d on aarch64.
+    # Run all these steps for causal_conv1d and aarch64.
     builder run
-    # Run them for x86_64.
+    # Run all these steps for x86_64.
     builder run causal_conv1d --target x86_64
     """
     from builder.flow import run

@@ -37,7 +37,7 @@ _CUOBJDUMP = "install the CUDA toolkit and give its folder with --cuda PATH, or 
     "--stack",
     "stack_name",
     metavar="NAME",
-    help="Test the wheel with the packages that this stack pins (a folder in stacks/). Default: the stack that the recipe "
+    help="Test the wheel with the packages that this stack (a folder in stacks/) pins. Default: the stack that the recipe "
     "names.",
 )
 @click.option(
@@ -73,13 +73,13 @@ def certify_command(
     recipe compares the results of the wheel with correct results, for example those of torch. The command writes a report
     file. The report contains the digest (hash) of the wheel's GPU code.
 
-    2. Copy the report to the machine that built the wheel, and run the command there with --accept. The command looks there
-    for a wheel whose GPU code has the same digest. Then it signs a certificate with the key of that machine (see `builder
-    key`).
+    2. Copy the report to the machine that built the wheel, and run the command there with --accept. The command looks on
+    that machine for a wheel whose GPU code has the same digest. Then the command signs a certificate with the key of that
+    machine (see `builder key`).
 
-    The certificate applies to each wheel with the same GPU code, even if the wheel is for a different processor
-    architecture or Python. The exit code is 31 if results are wrong. It is 32 if the machine of step 2 has built no
-    wheel with the GPU code of the report.
+    The certificate applies to each wheel with the same GPU code, even if the wheel is for a different processor architecture
+    or Python. The exit code is 31 if results are wrong. The exit code is 32 if the machine of step 2 has built no wheel with
+    the GPU code of the report.
 
     \b
     # Test a wheel on the GPU of this machine, and write thing-1.0.whl.gpu.json.

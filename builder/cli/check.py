@@ -53,7 +53,7 @@ def audit_command(
 ) -> None:
     """Check the files in a wheel against a stack, without running the wheel.
 
-    WHEEL is the path of a .whl file, which any program may have built. A stack (a folder in stacks/) pins torch, CUDA,
+    WHEEL is the path of a .whl file. Any program may have built the wheel. A stack (a folder in stacks/) pins torch, CUDA,
     Python and compilers. Each check is called a gate. Each line of the output shows one gate and its result: passed, failed
     or not applicable. The exit code is 30 if a gate failed.
 
@@ -96,12 +96,15 @@ def _foreign_policy(wheel: Path, stack_name: str, sm: tuple[str, ...] | None, se
     "stack_name",
     required=True,
     metavar="NAME",
-    help="Install the wheel beside the packages that this stack pins (a folder in stacks/).",
+    help="Install the wheel beside the packages that this stack (a folder in stacks/) pins.",
 )
 @click.option("--import", "imports", multiple=True, metavar="MODULE", help="Module to import. The option can be repeated.")
 @click.option("--script", type=FILE, help="Python script to run after the imports.")
 @click.option(
-    "--recipe", "recipe_name", metavar="NAME", help="Use the modules and the script of this recipe (a folder in recipes/)."
+    "--recipe",
+    "recipe_name",
+    metavar="NAME",
+    help="Import the modules of this recipe (a folder in recipes/), and run the script of the recipe.",
 )
 @click.option(
     "--gpu",
@@ -121,11 +124,11 @@ def smoke_command(
 ) -> None:
     """Install a wheel in a new environment, and import it.
 
-    WHEEL is the path of a .whl file. Give the modules to import with --import or --recipe. The command prints the path
-    of each imported module. With --gpu, a script also tests the wheel on a GPU.
+    WHEEL is the path of a .whl file. The option --import or --recipe names the modules to import. The command prints the
+    path of each imported module. With --gpu, a script also tests the wheel on a GPU.
 
     \b
-    # Install a wheel beside the packages of the stack cu130, and import thing.
+    # Install a wheel beside the packages of the stack cu130. Import thing.
     builder smoke thing.whl --stack cu130 --import thing
     # Import the modules of the recipe thing, and run its smoke_gpu.py on a GPU.
     builder smoke thing.whl --stack cu130 --recipe thing --gpu

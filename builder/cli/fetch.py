@@ -27,10 +27,10 @@ from gracefarm.files import lock, remove_tree
 def fetch_command(names: tuple[str, ...], stack_name: str | None) -> None:
     """Download and check the sources of recipes.
 
-    NAMES are recipes: folders in recipes/, each of which describes how to build one package. The command compares each
-    commit and the digest (sha256) of each file with the value in the recipe. It also tests whether the patches of the recipe
-    can be applied to the sources. The downloaded files stay on this machine for later builds. The command does not download
-    files whose digest is unknown.
+    NAMES are recipes (folders in recipes/). A recipe describes how to build one package. The command compares the id of each
+    commit and the digest (sha256) of each file with the values in the recipe. It also tests whether the patches of the
+    recipe can be applied to the sources. The downloaded files stay on this machine for later builds. The command does not
+    download files whose digest is unknown.
 
     \b
     # Download and check the sources of one recipe.

@@ -22,8 +22,9 @@ def init_command(folder: Path) -> None:
     """Create the project folder DIR with copies of gracefarm's recipes, stacks, interpreters and sets.
 
     A recipe describes how to build one package. A stack pins the versions of torch, CUDA, Python and the compilers. An
-    interpreter is an additional Python to build for. A set is a list of wheels that are published together. You can change
-    the copies in DIR, and add new recipes, stacks, interpreters and sets. DIR must not exist, or must be empty.
+    interpreter is an additional version of Python for which wheels can be built. A set is a list of wheels that are
+    published together. You can change the copies in DIR, and add new recipes, stacks, interpreters and sets. DIR must not
+    exist, or must be empty.
 
     \b
     # Create the project folder wheels.

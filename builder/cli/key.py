@@ -15,8 +15,8 @@ from gracefarm.errors import ConfigError
 def key_command() -> None:
     """Create or show the key that signs statements about the origin of wheels.
 
-    For each wheel, the builder writes a statement about its origin (provenance): the sources, the options and the
-    compilers. If this machine has a key, the builder signs the statement with it. The key is an ed25519 key.
+    For each wheel, the builder writes a statement about its origin (provenance): the sources, the options and the compilers.
+    If this machine has a key, the builder signs the statement with this key. The key is an ed25519 key.
 
     \b
     # Create the key.
@@ -45,9 +45,9 @@ def _private() -> Ed25519PrivateKey:
 def create_command() -> None:
     """Create the key that signs statements about the origin of wheels.
 
-    A statement lists the sources, the options and the compilers of a wheel. Later builds on this machine sign it with the
-    key. The private key is in a file that only its owner can read. The command prints the path of this file, and the public
-    key.
+    A statement lists the sources, the options and the compilers of a wheel. Later builds on this machine sign their
+    statements with the key. The private key is in a file that only its owner can read. The command prints the path of this
+    file, and the public key.
 
     \b
     # Create the key, and print its public key.
@@ -84,7 +84,7 @@ def show_command() -> None:
 def sign_command(names: tuple[str, ...]) -> None:
     """Sign the statements about the origin of wheels that are already built.
 
-    NAMES are recipes: folders in recipes/, each of which describes how to build one package. A statement about the origin
+    NAMES are recipes (folders in recipes/). A recipe describes how to build one package. A statement about the origin
     (provenance) lists the sources, the options and the compilers of a wheel. The command signs the statement of each
     recipe's last build with the key of this machine. Use the command if you created the key after the build. The command
     prints the path of each signed statement.

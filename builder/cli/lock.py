@@ -36,7 +36,9 @@ NAMES: Mapping[str, Callable[[Settings], list[str]]] = {
     metavar="NAME",
     help="With a stack: write only the lock for this Python, a folder in interpreters/, such as 3.13.",
 )
-@click.option("--digests", is_flag=True, help="With a stack: fill in its unknown digests instead of writing its locks.")
+@click.option(
+    "--digests", is_flag=True, help="With a stack: fill in the unknown digests of the stack. Do not write lock files."
+)
 @click.option(
     "--stack",
     "stack_name",
@@ -52,7 +54,8 @@ NAMES: Mapping[str, Callable[[Settings], list[str]]] = {
 def lock_command(name: str, python: str | None, digests: bool, stack_name: str | None, toolchain: ToolchainKind) -> None:
     """Write lock files, and fill in unknown digests.
 
-    A lock pins packages by version and digest (sha256). The argument is the name of a recipe, stack, set or interpreter:
+    A lock file pins packages by version and digest (sha256). The argument is the name of a recipe, stack, set or
+    interpreter:
 
     \b
     RECIPE (a folder in recipes/)

@@ -55,7 +55,7 @@ def list_command() -> None:
 def plan_command(name: str, aim: Aim) -> None:
     """Show what a build would do, without starting it.
 
-    NAME is a recipe: a folder in recipes/, which describes how to build one package. The output shows the inputs of the
+    NAME is a recipe (a folder in recipes/). A recipe describes how to build one package. The output shows the inputs of the
     build (such as sources, options and compilers), the build id (the hash of the inputs), the steps, and the command that
     compiles. It also shows which files are not downloaded yet, which files have an unknown digest (sha256), and whether the
     wheel exists already.
@@ -108,8 +108,8 @@ def plan_command(name: str, aim: Aim) -> None:
 def log_command(name: str) -> None:
     """Print the log of the last build of a recipe.
 
-    NAME is a recipe: a folder in recipes/, which describes how to build one package. The last build is the build that was
-    started last on this machine, for any stack and architecture.
+    NAME is a recipe (a folder in recipes/). A recipe describes how to build one package. The last build is the most recently
+    started build of the recipe on this machine. It can be for any stack and any architecture.
 
     \b
     # Print the log of the last build of causal_conv1d.
@@ -137,10 +137,10 @@ def log_command(name: str) -> None:
 def show_command(name: str) -> None:
     """Show the record of the last build of a recipe.
 
-    NAME is a recipe: a folder in recipes/, which describes how to build one package. The last build is the build that was
-    started last on this machine, for any stack and architecture. The record shows the result, the duration of each step, the
-    result of each check of the wheel (gate), and the paths of the files. For a failed build, it shows the cause and the
-    remedy.
+    NAME is a recipe (a folder in recipes/). A recipe describes how to build one package. The last build is the most recently
+    started build of the recipe on this machine. It can be for any stack and any architecture. The record shows the result,
+    the duration of each step, the result of each check (gate) of the wheel, and the paths of the wheel and of the record. If
+    the build failed, the record shows the cause and a remedy.
 
     \b
     # Show the record of the last build of causal_conv1d.

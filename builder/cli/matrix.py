@@ -72,34 +72,36 @@ def parted(function: Callable[..., None]) -> Callable[..., None]:
     "--prune",
     "prunes",
     is_flag=True,
-    help="Do not list the cells. List the builds on this machine that use an old release of torch. keep_torch in matrix.toml "
-    "is the number of newest releases that are not old. Each line shows recipe, stack, torch, Python, target and build id. "
-    "NAMES select recipes. The command removes nothing.",
+    help="Do not list the cells. List the builds on this machine that use an old release of torch. A release is old if it "
+    "is not one of the N newest releases in the stacks and builds. keep_torch in matrix.toml sets N. Each line shows "
+    "recipe, stack, torch, Python, target and build id. With NAMES, list only builds of these recipes. The command removes "
+    "nothing.",
 )
 @json_option
 def matrix_command(names: tuple[str, ...], selector: str, part: Part, url: str | None, name: str | None, prunes: bool) -> None:
     """List the wheels that could be built (the cells), and the state of each.
 
-    A cell is one wheel: a recipe with a stack, a Python, a processor architecture (target) and GPU architectures (sm). A
-    recipe describes how to build one package. A stack pins torch, CUDA, Python and compilers. NAMES are recipes (folders in
-    recipes/). Default: the recipes that the selector names, else all recipes.
+    A cell is one wheel. A recipe, a stack, a Python, a processor architecture (target) and GPU architectures (sm) determine
+    this wheel. A recipe describes how to build one package. A stack pins torch, CUDA, Python and compilers. NAMES are
+    recipes (folders in recipes/). Without NAMES, the command uses the recipes that the selector names. If the selector names
+    no recipes, the command uses all recipes.
 
-    A selector names the cells as a list of AXIS=VALUES. The axes are recipe, stack, torch, cuda, python, target and sm. A
-    comma separates values, and 3.11..3.14 is a range. A + joins GPU architectures that one wheel contains.
+    A selector is a list of AXIS=VALUES that names the cells. The axes are recipe, stack, torch, cuda, python, target and sm.
+    A comma separates values, and 3.11..3.14 is a range. A + joins GPU architectures that one wheel supports.
 
-    Each line shows the state of a cell, and the CPU seconds and the disk space of its build. For a cell that is
-    not built, both values are estimated from another build of the recipe. The states are:
+    Each line shows the state of a cell, and the CPU seconds and the disk space of its build. If a cell is not built yet, the
+    command estimates both values from another build of the recipe. The states are:
 
     \b
     built      the wheel exists on this machine
-    served     the wheel of another Python can also be used for this cell (abi3)
+    served     the wheel for another Python also works for this cell (abi3)
     running    a build of the cell is running on this machine
     failed     the last build failed or was interrupted
     blocked    the cell cannot be built now; the line ends with the reason
-    not tried  no build was started yet; the line names the hosts to fetch from
+    not tried  no build was started yet; the line names the hosts to download from
 
     \b
-    # List the cells of one recipe that the selector `default` names.
+    # List the cells of the selector `default` for one recipe.
     builder matrix causal_conv1d
     # List the cells for four Pythons and two GPU architectures.
     builder matrix causal_conv1d --matrix 'python=3.11..3.14 sm=90+100'

@@ -39,7 +39,7 @@ from gracefarm.files import atomic_directory, lock, remove_tree
     metavar="NAME",
     default="cu130",
     show_default=True,
-    help="Stack to build against: a folder in stacks/, which pins torch, CUDA, Python and compilers.",
+    help="Stack (a folder in stacks/) to build against. A stack pins torch, CUDA, Python and compilers.",
 )
 @click.option("--git", "url", metavar="URL", help="Take the source from this git repository. Requires --commit.")
 @click.option("--commit", metavar="ID", help="With --git: full id of the commit.")
@@ -47,10 +47,10 @@ from gracefarm.files import atomic_directory, lock, remove_tree
 def new_command(name: str, version: str | None, stack_name: str, url: str | None, commit: str | None) -> None:
     """Write a recipe for the package NAME into recipes/NAME.
 
-    A recipe (a folder in recipes/) describes how to build one package. The command downloads the source of the package, by
-    default the source archive (sdist) on the Python index. Then it writes recipe.toml, NOTES.md, smoke.py (a test script),
-    and a lock file of the packages that the build requires. For each value in recipe.toml, the command prints where in the
-    source it found the value, or why the value is a guess. The command executes no code of the package.
+    A recipe (a folder in recipes/) describes how to build one package. The command downloads the source of the package. By
+    default, this is the source archive (sdist) on the Python index. Then the command writes recipe.toml, NOTES.md, smoke.py
+    (a test script), and a lock file of the packages that the build requires. For each value in recipe.toml, the command
+    prints where in the source it found the value, or why the value is a guess. The command executes no code of the package.
 
     \b
     # Write a recipe for the newest release of xformers.

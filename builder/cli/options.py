@@ -49,8 +49,8 @@ _STACK = click.option(
     "--stack",
     "stack_name",
     metavar="NAME",
-    help="Stack to build against: a folder in stacks/, which pins torch, CUDA, Python and compilers. Default: the stack that "
-    "the recipe names.",
+    help="Stack (a folder in stacks/) to build against. A stack pins torch, CUDA, Python and compilers. Default: the stack "
+    "that the recipe names.",
 )
 _target_option = functools.partial(
     click.option,
@@ -77,14 +77,14 @@ _TOOLS = (
         "--python",
         metavar="NAME",
         help=f"Python of the wheel: a folder in interpreters/, such as 3.13, or {matrix.ROOT} for the Python of the stack. "
-        f"Default: {matrix.ROOT}. With --toolchain host: path of a Python on this machine instead. The default is then the "
-        "Python on PATH with the same version as the Python of the stack.",
+        f"Default: {matrix.ROOT}. With --toolchain host: path of a Python on this machine. The default is then the Python on "
+        "PATH that has the same version as the stack's Python.",
     ),
     click.option(
         "--cuda",
         type=_PLACE,
         help="With --toolchain host: folder of the CUDA toolkit. Default: the environment variable CUDA_HOME, else "
-        "/usr/local/cuda, else the toolkit of the nvcc on PATH.",
+        "/usr/local/cuda, else the toolkit that contains the nvcc on PATH.",
     ),
 )
 
@@ -96,8 +96,8 @@ def _device_code(sm: str, ptx: str) -> tuple[Function, Function]:
 _DEVICE_CODE = _device_code(
     "GPU architectures to compile for, joined with +, such as 90 or 90a+100f. 90 stands for compute capability 9.0. Default: "
     "the architectures in the stack.",
-    "Also include PTX (portable GPU code) for this GPU architecture, such as 90. Newer GPUs can run PTX. none: no PTX. "
-    "Default: the value in the recipe, else the value in the stack.",
+    "Also include PTX (portable GPU code) for this GPU architecture, such as 90. Newer GPUs can run PTX. none: include no "
+    "PTX. Default: the value in the recipe, else the value in the stack.",
 )
 _AUDITED_DEVICE_CODE = _device_code(
     "GPU architectures that the wheel must have code for, joined with +, such as 90 or 90a+100f. 90 stands for compute "
@@ -114,8 +114,9 @@ _VARIANT = click.option(
 _TWIN = click.option(
     "--twin",
     is_flag=True,
-    help="Build the x86_64 twin of an aarch64 wheel: a test of the twin on a GPU certifies the aarch64 wheel (see `builder "
-    "certify`). GPU code is compiled with unsigned char, as on aarch64. A twin is not published.",
+    help="Build the x86_64 twin of an aarch64 wheel. If the twin passes a test on a GPU, the certificate also applies to "
+    "the aarch64 wheel (see `builder certify`). In the GPU code of the twin, the type char is unsigned, as on aarch64. A "
+    "twin cannot be published.",
 )
 _TOOLCHAIN = (
     toolchain_option(
@@ -145,20 +146,20 @@ _COMPARED_TOOLS = (
         "own",
         type=_PLACE,
         help="For builds with --toolchain host: Python interpreter or virtual environment to compare with. Required if the "
-        "build used --environment. Default: a new environment with the packages that the stack pins.",
+        "earlier build used --environment. Otherwise the default is a new environment with the packages that the stack pins.",
     ),
     click.option(
         "--python",
         metavar="NAME",
-        help=f"Python to compare with: a folder in interpreters/, such as 3.13, or {matrix.ROOT} for the Python of the stack. "
-        "Default: the Python of the build. For builds with --toolchain host: path of a Python on this machine instead. The "
-        "default is then the Python on PATH with the same version as the Python of the stack.",
+        help=f"Python to compare with: a folder in interpreters/, such as 3.13, or {matrix.ROOT} for the Python of the "
+        "stack. Default: the Python of the earlier build. For builds with --toolchain host: path of a Python on this "
+        "machine. The default is then the Python on PATH that has the same version as the stack's Python.",
     ),
     click.option(
         "--cuda",
         type=_PLACE,
         help="For builds with --toolchain host: folder of the CUDA toolkit to compare with. Default: the environment "
-        "variable CUDA_HOME, else /usr/local/cuda, else the toolkit of the nvcc on PATH.",
+        "variable CUDA_HOME, else /usr/local/cuda, else the toolkit that contains the nvcc on PATH.",
     ),
 )
 
@@ -170,8 +171,8 @@ _LLVM = click.option(
     type=click.Choice(["archive", SOURCE]),
     default="archive",
     show_default=True,
-    help="Where LLVM comes from, for recipes that link with LLVM, such as triton. archive: download the archive that the "
-    "recipe pins. source: first build LLVM with the recipe llvm.",
+    help="For recipes that link with LLVM, such as triton: how to get LLVM. archive: download the archive that the recipe "
+    "pins. source: first build LLVM with the recipe llvm.",
 )
 
 

@@ -21,8 +21,8 @@ from gracefarm.cli import CommandGroup, json_option
 def set_command() -> None:
     """Build, test and publish several wheels together.
 
-    A set (a folder in sets/) lists recipes whose wheels are built, and packages from the Python index. A recipe describes
-    how to build one package. All wheels of a set are tested in one environment.
+    A set (a folder in sets/) lists recipes to build wheels from, and packages to get from the Python index. A recipe
+    describes how to build one package. All wheels of a set are tested in one environment.
 
     \b
     # List the sets.
@@ -63,7 +63,7 @@ def list_command() -> None:
 def plan_command(name: str, from_source: tuple[str, ...]) -> None:
     """Show what the build of a set would do, without starting it.
 
-    NAME is a set: a folder in sets/, which lists wheels that are built, tested and published together. The output shows the
+    NAME is a set (a folder in sets/). A set lists wheels that are built, tested and published together. The output shows the
     wheels to build, in the order of the builds. For each of these wheels, it shows the sources, and whether the wheel is
     built already. The output also shows the wheels from the Python index, the tests, and the files whose digest (sha256) is
     unknown.
@@ -71,7 +71,7 @@ def plan_command(name: str, from_source: tuple[str, ...]) -> None:
     \b
     # Show what the build of the set gh200-cu124 would do.
     builder set plan gh200-cu124
-    # Show the same plan for a build of LLVM from source.
+    # Show what the same build would do with LLVM from source.
     builder set plan gh200-cu124 --llvm source
     """
     settings, console = start()
@@ -157,7 +157,9 @@ def _lines(planned: SetPlan, value: dict[str, Any]) -> str:
     metavar="URL",
     help="Address of the index to upload the set to. The index shows the set only when all of its wheels are uploaded.",
 )
-@click.option("--as", "shown_as", metavar="NAME", help="Name that the set gets on the index. Default: the name in sets/.")
+@click.option(
+    "--as", "shown_as", metavar="NAME", help="Name that the set gets on the index. Default: the name of its folder in sets/."
+)
 @accept_option
 @yes_option
 @json_option
@@ -173,7 +175,7 @@ def build_command(
 ) -> None:
     """Build the wheels of a set, test them in one environment, and write the lock files of the set.
 
-    NAME is a set: a folder in sets/, which lists wheels that are built, tested and published together. The command prints
+    NAME is a set (a folder in sets/). A set lists wheels that are built, tested and published together. The command prints
     the paths of the lock files and of the record (set.json, which contains the results). With --stage, the command also
     uploads the set to an index and publishes it there. The environment variables TWINE_USERNAME and TWINE_PASSWORD contain
     the user name and the password for the upload.
@@ -219,9 +221,9 @@ def build_command(
 def run_command(name: str, from_source: tuple[str, ...], jobs: int | None) -> None:
     """Run all steps of a set on this machine: build, test, publish, install and import.
 
-    NAME is a set: a folder in sets/, which lists wheels that are built, tested and published together. The command starts an
-    index on this machine, uploads the built wheels, and copies the other wheels from the Python index. Then it installs the
-    set from the new index into a new environment, checks the hash of each wheel, and imports the modules.
+    NAME is a set (a folder in sets/). A set lists wheels that are built, tested and published together. The command starts
+    an index on this machine, uploads the built wheels, and copies the other wheels from the Python index. Then it installs
+    the set from the new index into a new environment, checks the hash of each wheel, and imports the modules.
 
     \b
     # Run all steps of the set gh200-cu130.

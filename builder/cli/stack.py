@@ -45,15 +45,15 @@ def stack_command() -> None:
 @click.option(
     "--like",
     metavar="STACK",
-    help="Existing stack to copy the other settings from, such as GPU architectures. The new stack also uses the Debian "
+    help="Existing stack to copy all other settings from, such as the GPU architectures. The new stack also uses the Debian "
     "system of that stack. Default: the stack with the newest torch.",
 )
 @json_option
 def new_command(name: str, version: str, like: str | None) -> None:
-    """Create the stack NAME for a version of torch, with its lock files.
+    """Create the stack NAME and its lock files for a version of torch.
 
     A stack (a folder in stacks/) pins the versions of torch, CUDA, Python and the compilers that wheels are built with. The
-    new stack uses the CUDA version that this torch requires, and the compiler nvcc of the same version. The command
+    new stack uses the CUDA version that this torch requires, and the compiler nvcc of the same CUDA version. The command
     writes a lock file (a list of packages with their digests) for each Python in interpreters/ that this torch supports.
 
     \b

@@ -21,8 +21,8 @@ from gracefarm.errors import FetchError
     default="7d",
     show_default=True,
     metavar="TIME",
-    help="Do not propose releases that are younger than this, such as 7d (days) or 12h (hours). Bad releases are often "
-    "withdrawn in their first days.",
+    help="Minimum age of the listed releases, such as 7d (days) or 12h (hours). Bad releases are often withdrawn in their "
+    "first days.",
 )
 @json_option
 def updates_command(age: str) -> None:

@@ -32,8 +32,8 @@ from gracefarm.tables import parse_size
 def doctor_command(fix: bool) -> None:
     """Check whether this machine can build wheels.
 
-    Each line of the output shows one check: ok or NO, its name, and what was found. After a NO, the next line says how to
-    fix the problem. The exit code is 4 if a check failed.
+    Each line of the output shows one check: the result (ok or NO), the name of the check, and what the command found. After
+    a NO, the next line says how to fix the problem. The exit code is 4 if a check failed.
 
     \b
     # Check this machine.
@@ -68,16 +68,16 @@ def doctor_command(fix: bool) -> None:
 @click.option(
     "--keep",
     metavar="SIZE",
-    help="Remove temporary files, downloaded files, environments and caches until the folder GRACEFARM_HOME has at most this "
-    "size, such as 20GiB. The least recently used are removed first. Wheels, records and logs stay.",
+    help="Remove temporary files, downloaded files, environments and caches until the folder GRACEFARM_HOME has at most "
+    "this size, such as 20GiB. The least recently used files are removed first. Wheels, records and logs stay.",
 )
 @json_option
 def clean_command(everything: bool, keep: str | None) -> None:
     """Remove temporary files of builds on this machine.
 
     These are the working folders of builds, such as /build in `builder shell`. Wheels, records, logs and caches stay, unless
-    --all is given. If a build is running, the command waits until the build ends. With --keep, the command does not wait: it
-    does not remove what a running build uses. A later build creates removed files again.
+    --all is given. If a build is running, the command waits until the build ends. With --keep, the command does not wait. It
+    then keeps the files that a running build uses. Later builds download or create the removed files again.
 
     \b
     # Remove the temporary files.
@@ -130,8 +130,9 @@ def _keep(text: str, settings: Settings, console: Console) -> None:
 def shell_command(name: str) -> None:
     """Open a shell in the sandbox of the last build of a recipe, even if this build failed.
 
-    NAME is a recipe: a folder in recipes/, which describes how to build one package. The files of the build are in /build.
-    Leave the shell with exit. The command requires a build with --toolchain sandbox, the default of `builder build`.
+    NAME is a recipe (a folder in recipes/). A recipe describes how to build one package. The files of the build are in
+    /build. Leave the shell with exit. The last build must have used --toolchain sandbox, which is the default of `builder
+    build`.
 
     \b
     # Open a shell in the sandbox of the last build of causal_conv1d.

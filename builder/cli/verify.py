@@ -38,33 +38,34 @@ from gracefarm.errors import ConfigError, UsageError, VerifyError
     "--provenance",
     "envelope",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="File with the signed statement, or record.json of the build, which contains the statement. Default: "
-    "FILE.whl.intoto.jsonl beside the wheel.",
+    help="File with the signed statement. It can also be the file record.json of the build, which contains the statement. "
+    "Default: FILE.whl.intoto.jsonl beside the wheel.",
 )
 @click.option(
     "--rebuild",
     "again",
     is_flag=True,
-    help="Build the wheel again in a different folder, and compare both wheels, instead of the four checks.",
+    help="Do not run the four checks. Build the wheel again in a different folder, and compare both wheels.",
 )
 @jobs_option
 @json_option
 def verify_command(what: str, key_file: Path | None, envelope: Path | None, again: bool, jobs: int | None) -> None:
-    """Check that a wheel is unchanged, or build it again and compare.
+    """Check that a wheel is unchanged, or build it again and compare both wheels.
 
-    The argument is the path of a wheel that the builder built, or a recipe (a folder in recipes/). For a recipe, the
-    command checks the wheel of its last build on this machine. Each line of the output shows one check:
+    The argument is the path of a wheel that the builder built, or a recipe (a folder in recipes/). If the argument is a
+    recipe, the command checks the wheel of the recipe's last build on this machine. Each line of the output shows one check:
 
     \b
-    record      each file in the wheel has the digest in the wheel's file RECORD
+    record      the file RECORD in the wheel has the correct digest of each file
     build-id    the wheel lists the inputs of its build (such as sources, options
-                and compilers), and its build id is the hash of this list
+                and compilers), and the wheel's build id is the hash of this list
     sbom        the list of components in the wheel matches the inputs
     provenance  the signed statement about the origin names this wheel, and the
                 signature is from the machine that built the wheel
 
-    With --rebuild, the result is `identical`, `device code only` (only the GPU code differs), or `differs` with the files
-    that differ. The exit code is 32 if a check fails or is not possible, or if the result is `differs`.
+    With --rebuild, the result is `identical`, `device code only` (only the GPU code differs), or `differs`. If the result is
+    `differs`, the command also lists the files that differ. The exit code is 32 if a check fails or is not possible, or if
+    the result is `differs`.
 
     \b
     # Check the last wheel of the recipe causal_conv1d.

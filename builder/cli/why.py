@@ -31,7 +31,7 @@ _WIDTH = 70
     "every",
     is_flag=True,
     help="For each wheel that this machine has built, compare the inputs of its build with the current inputs. With NAME: "
-    "only for the wheels of this recipe.",
+    "compare only for the wheels of this recipe.",
 )
 @compared
 @json_option
@@ -45,13 +45,14 @@ def why_command(
 ) -> None:
     """Show which inputs of a build have changed.
 
-    NAME is a recipe: a folder in recipes/, which describes how to build one package. Inputs are everything that can change
-    the wheel, such as sources, patches, options and compilers. The build id is the hash of the inputs. If an input has
-    changed, `builder build` builds the wheel again.
+    NAME is a recipe (a folder in recipes/). A recipe describes how to build one package. Inputs are everything that can
+    change the wheel, such as sources, patches, options and compilers. The build id is the hash of the inputs. If an input
+    has changed, `builder build` builds the wheel again.
 
-    Without ids, the command compares the last build of NAME with the current inputs for the same stack, architecture and
-    toolchain. With two ids, it compares two builds of NAME. The first characters of a build id are sufficient. The command
-    also lists the other recipes that the change affects, and the duration of their last builds.
+    Without ids, the command compares the inputs of the last build of NAME with the current inputs. The stack, the
+    architecture and the toolchain stay the same. With two ids, the command compares the inputs of two builds of NAME. The
+    first characters of a build id are sufficient. The command also lists the other recipes that the changes affect, and the
+    duration of their last builds.
 
     \b
     # Show what has changed since the last build.

@@ -64,8 +64,8 @@ def ask(
 ) -> None:
     """Send a prompt to the model, and show the answer and its speed.
 
-    QUESTION is the prompt. The command reaches the engine (the program that serves the model) through ssh. It prints
-    the answer while the model generates it, then the number of tokens per second.
+    QUESTION is the prompt. The command reaches the engine (the program that serves the model) through ssh. It prints the
+    answer while the model generates the answer. At the end, it prints the number of tokens per second.
 
     \b
     # Ask the model a question.

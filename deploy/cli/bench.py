@@ -74,8 +74,8 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
     type=click.Choice(["auto", "vllm", "own"]),
     default="auto",
     show_default=True,
-    help="Program that sends the requests. vllm: the program `vllm bench serve` on the head. own: this program, on this "
-    "machine, through ssh. auto: vllm if the engine is vLLM and has `vllm bench serve`, else own.",
+    help="Program that sends the requests. vllm: the program `vllm bench serve` on the head. own: `deploy bench` itself, on "
+    "this machine, through ssh. auto: vllm if the engine is vLLM and has `vllm bench serve`, else own.",
 )
 @click.option(
     "--patience",
@@ -112,10 +112,10 @@ def bench(
 ) -> None:
     """Measure the speed with several requests at the same time.
 
-    The command sends requests to the engine (the program that serves the model). For each number of concurrent
-    requests, it shows tokens/s, latencies, the prediction of `deploy plan`, and the cost ($/Mtok). The cost is computed
-    from price_per_node_hour in deploy.toml, or from the prices of the GPUs in `deploy plan`. The results are stored in
-    the folder .deploy/bench beside deploy.toml, except with --url.
+    The command sends requests to the engine (the program that serves the model). For each number of concurrent requests, it
+    shows tokens/s, latencies, the prediction of `deploy plan`, and the cost in dollars per million tokens ($/Mtok). The cost
+    is computed from price_per_node_hour in deploy.toml, or from the prices of the GPUs in `deploy plan`. The results are
+    stored in the folder .deploy/bench beside deploy.toml, except with --url.
 
     \b
     # Measure with 1, 4 and 16 concurrent requests.

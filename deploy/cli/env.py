@@ -59,8 +59,8 @@ def env_list(context: DeployContext) -> None:
     """List the environments in the shared folder, newest first.
 
     An environment is a Python environment with the engine (the program that serves the model) or with the program that
-    downloads models. Each line shows its id, the name of its set of wheels, and its state. The state is `env` (the engine
-    uses it), `download` (downloads use it) or `-` (not used).
+    downloads models. Each line shows the id of an environment, the name of its set of wheels, and its state. The state is
+    `env` (the engine uses it), `download` (downloads use it) or `-` (not used).
 
     \b
     # List all environments.
@@ -104,7 +104,7 @@ def env_matrix(context: DeployContext) -> None:
 @env.command("rollback")
 @reporting
 def env_rollback(context: DeployContext) -> None:
-    """Activate the environment that was active before.
+    """Activate the environment that was active before the current environment.
 
     An environment is a Python environment with the engine (the program that serves the model) and all packages of its lock
     file. The next `deploy serve` uses the activated environment. A running engine continues with its old environment.
@@ -126,19 +126,20 @@ def env_rollback(context: DeployContext) -> None:
     default=2,
     show_default=True,
     type=click.IntRange(1),
-    help="Number of environments with the engine to keep, and the same number for downloads. The most recently activated "
-    "ones are kept.",
+    metavar="N",
+    help="Number of environments to keep of each kind: N with the engine, and N with the download program. The command "
+    "keeps the most recently activated environments.",
 )
 @reporting
 def env_gc(context: DeployContext, keep: int) -> None:
     """Remove old environments that no process on any node uses.
 
     Environments are Python environments in the folder that all nodes share. They contain the engine (the program that serves
-    the model) or the program that downloads models. `deploy serve` uses the active environments, which always stay.
-    Environments that are less than an hour old also stay.
+    the model) or the program that downloads models. `deploy serve` uses the active environments. The active environments
+    always stay. Environments that are less than an hour old also stay.
 
     \b
-    # Keep only the active environment, and those in use.
+    # Of each kind, keep only one environment and the environments in use.
     deploy env gc --keep 1
     """
     root = paths.environment_root(context.deployment)

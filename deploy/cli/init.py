@@ -61,14 +61,14 @@ def _absolute(share: str) -> str | None:
     "--share",
     metavar="PATH",
     callback=lambda _context, _option, share: _absolute(share or ""),
-    help="Folder on the nodes for the software and the model, on a file system that all nodes share. Without this option, the "
-    "command asks. Without an answer, it uses the network file system that all nodes have mounted.",
+    help="Folder on the nodes for the software and the model, on a file system that all nodes share. Without this option, "
+    "the command asks for the folder. If you give no answer, it uses the network file system that all nodes have mounted.",
 )
 @click.option(
     "--model",
     metavar="REPO",
-    help="Model on the Hugging Face Hub, such as Qwen/Qwen3-32B. Without this option, the command asks. If there is no "
-    "terminal, it uses Llama 3.1 405B.",
+    help="Model on the Hugging Face Hub, such as Qwen/Qwen3-32B. Without this option, the command asks for the model. If "
+    "there is no terminal, the command uses Llama 3.1 405B.",
 )
 @click.option(
     "--accept",
@@ -79,7 +79,7 @@ def _absolute(share: str) -> str | None:
 @click.option(
     "--repin",
     is_flag=True,
-    help="Also ask about host keys that have changed. Without this option, a changed key is an error.",
+    help="Also ask whether to trust host keys that have changed. Without this option, a changed key is an error.",
 )
 @reporting
 def init(

@@ -37,8 +37,8 @@ from gracefarm.errors import ConfigError, UsageError
 @click.option(
     "--objective",
     type=click.Choice(["speed", "throughput", "cost"]),
-    help="What the layout is optimised for. speed: tokens/s of one request. throughput: tokens/s of all requests together. "
-    "cost: tokens per dollar. Default: the value in deploy.toml, else speed.",
+    help="Goal of the layout. speed: tokens/s of one request. throughput: tokens/s of all requests together. cost: tokens "
+    "per dollar. Default: the value in deploy.toml, else speed.",
 )
 @click.option(
     "--price",

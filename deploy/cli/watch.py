@@ -190,8 +190,9 @@ def speed_of(moment: Moment) -> str:
 def top(context: DeployContext, every: float, canary_every: float, count: int | None) -> None:
     """Show the state live, with tokens/s and cost, until Ctrl-C.
 
-    Every 2 seconds by default, the command shows the counters of the engine (the program that serves the model), and
-    the GPUs and disks of the nodes. Every 30 seconds, it also sends a test request for one token to the engine.
+    Every 2 seconds by default, the command shows the counters of the engine (the program that serves the model), and the
+    GPUs and disks of the nodes. Every 30 seconds by default, the command also sends a test request for one token to the
+    engine.
 
     \b
     # Update the screen every 2 seconds.
@@ -242,10 +243,12 @@ async def _live(moments: AsyncIterator[Moment]) -> None:
     "-f",
     "--follow",
     is_flag=True,
-    help="Also show new lines. The command ends with Ctrl-C, or when the engine ends. If the connection is lost, it connects "
-    "again.",
+    help="Also show new lines. The command ends with Ctrl-C, or when the engine ends. If the connection is lost, the "
+    "command connects again.",
 )
-@click.option("--ray", "only_ray", is_flag=True, help="Show only the logs of Ray. Without NODE, show those of all nodes.")
+@click.option(
+    "--ray", "only_ray", is_flag=True, help="Show only the logs of Ray. Without NODE, show the logs of Ray on all nodes."
+)
 @click.option(
     "-n", "--lines", default=50, show_default=True, type=click.IntRange(0), help="Show the last N lines of each log."
 )
@@ -364,8 +367,8 @@ async def _all(tasks: Sequence[asyncio.Task[None]]) -> None:
 def collect(context: DeployContext, into: Path) -> None:
     """Collect all logs in one archive, without secrets.
 
-    The archive also contains the plan, the state and the facts of the nodes. API keys and access tokens are hidden in
-    all files. summary.md in the archive starts with the first cause of a failure. If the command cannot reach a node,
+    The archive also contains the plan, the state and the facts of the nodes. API keys and access tokens are hidden in all
+    files. If something failed, summary.md in the archive starts with the first cause. If the command cannot reach a node,
     the archive says so, and contains the files of the other nodes.
 
     \b

@@ -70,5 +70,6 @@ def at_work(context: DeployContext, keeper: Keeper, do: Callable[[Work], Awaitab
 no_wait_option = click.option(
     "--no-wait",
     is_flag=True,
-    help="If another deploy command is working on these nodes, fail instead of waiting for its end.",
+    help="If another deploy command is working on these nodes, fail at once. Without this option, wait until the other "
+    "command ends.",
 )

@@ -25,7 +25,7 @@ def export(context: IndexContext, folder: Path, url: str | None) -> None:
     """Write the index as static files.
 
     nginx or an object store can then serve FOLDER to pip and uv, without `index serve`. FOLDER must be new, empty, or an
-    earlier export. In an earlier export, the command writes only the files that have changed.
+    earlier export. If FOLDER is an earlier export, the command writes only the files that have changed.
 
     \b
     # Write the files into /srv/wheels.

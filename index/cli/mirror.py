@@ -47,8 +47,9 @@ def mirror(
 
     A set is a group of wheels that become visible together (see `index stage`). LOCK is a requirements file that lists
     packages with versions and with the sha256 hashes of their files. The command downloads the files with these hashes from
-    a Python index, and stores them. The environment variable GRACEFARM_PYTHON_INDEX contains the address of this Python
-    index. Default: the index that uv or pip uses. The command does not download files that were uploaded to this index.
+    a Python index, and stores them. The environment variable GRACEFARM_PYTHON_INDEX contains the address of the Python
+    index. If the variable is not set, the command uses the Python index that uv or pip uses. If a file was already uploaded
+    to the index in --root, the command does not download this file.
 
     \b
     # Add all files of the lock to the set spring.
@@ -82,7 +83,7 @@ def mirror(
 @in_context
 @click.argument("filename")
 @click.option("--reason", default="", help="Reason to write into the audit log.")
-@click.option("--undo", is_flag=True, help="Add the file to its sets again.")
+@click.option("--undo", is_flag=True, help="Undo an earlier `index withdraw`: add the file to its sets again.")
 def withdraw(context: IndexContext, filename: str, reason: str, undo: bool) -> None:
     """Remove a mirrored file (see `index mirror`) from all sets.
 

@@ -77,8 +77,8 @@ def add(
 def list_(context: IndexContext) -> None:
     """List the CI workflows that may upload.
 
-    Each line shows a project of the index, github or gitlab, and the repository and file of a workflow that may upload to
-    this project.
+    Each line shows a project of the index, and a workflow that may upload to this project. For the workflow, the line shows
+    github or gitlab, the repository and the file.
 
     \b
     index publisher list
@@ -98,10 +98,11 @@ def list_(context: IndexContext) -> None:
 @click.argument("project")
 @click.argument("repository")
 def remove(context: IndexContext, project: str, repository: str) -> None:
-    """Stop uploads from the workflows of a repository to a project.
+    """Remove the workflows of a repository from the publishers of a project.
 
-    PROJECT is the name of the project on the index. REPOSITORY is OWNER/NAME on GitHub, or GROUP/NAME on GitLab. Upload
-    tokens that these workflows already have are no longer valid for the project.
+    PROJECT is the name of the project on the index. REPOSITORY is OWNER/NAME on GitHub, or GROUP/NAME on GitLab. The
+    workflows of REPOSITORY can then no longer upload to the project. Their existing upload tokens become invalid for the
+    project.
 
     \b
     # Remove all workflows of OWNER/NAME from flash-attn.

@@ -155,7 +155,7 @@ from index.store import auth, htpasswd
     default=Limits.writes_per_second,
     show_default=True,
     type=float,
-    help="Maximum number of requests per second that upload or change data, from one client address.",
+    help="Maximum number of requests from one client address in one second. Only requests that upload or change data count.",
 )
 def serve(
     context: IndexContext,

@@ -18,7 +18,7 @@ def stage() -> None:
     """Create, fill and publish sets of wheels.
 
     A set is a group of wheels that become visible together. A new set is staged: pip and uv do not see its wheels. After
-    `index stage publish`, pip and uv can install all of them from /NAME/simple/.
+    `index stage publish`, pip and uv can install all wheels of the set from /NAME/simple/.
 
     \b
     # Create the set spring, which must contain one wheel.
@@ -49,7 +49,7 @@ def stage() -> None:
     "--without",
     multiple=True,
     metavar="PROJECT",
-    help="Project that the set need not contain, even if wheels of the set require it. The option can be repeated.",
+    help="Project that may be missing in the set, even if wheels of the set require it. The option can be repeated.",
 )
 @click.option(
     "--nightly", is_flag=True, help="Publish the wheels in the nightly channel (/nightly/simple/) instead of /simple/."
@@ -60,10 +60,11 @@ def create(
     """Create the staged set NAME.
 
     A set is a group of wheels that become visible together, when you publish the set. The command prints two paths of the
-    index: /stage/NAME/legacy/, to which you upload the wheels, and a secret path, at which pip and uv see the staged set.
+    index. You upload the wheels to the first path, /stage/NAME/legacy/. The second path is secret. With this path, pip and
+    uv can install the staged wheels.
 
     \b
-    # The set must contain causal-conv1d 1.7.0 for two Pythons on aarch64.
+    # Create the set spring, which must contain two wheels of causal-conv1d.
     index stage create spring --expect 'causal-conv1d==1.7.0 cp311,cp312 aarch64'
     """
     lines = [*expect, *(matrix.read_text().splitlines() if matrix else [])]
@@ -127,10 +128,10 @@ def add(context: IndexContext, name: str, filenames: tuple[str, ...]) -> None:
 def publish(context: IndexContext, name: str) -> None:
     """Make all wheels of the set NAME visible at /NAME/simple/.
 
-    A set is a group of wheels that become visible together. Its wheels that were uploaded to this index also become visible
-    at /simple/ and on the web pages. If the set was created with --nightly, they become visible at /nightly/simple/ instead
-    of /simple/. The command fails if the set does not contain an expected wheel, or does not contain a package that its
-    wheels require. A published set cannot be changed.
+    A set is a group of wheels that become visible together. The wheels that were uploaded to this index also become visible
+    at /simple/ and on the web pages. If the set was created with --nightly, these wheels become visible at /nightly/simple/
+    instead of /simple/. The command fails if an expected wheel is missing in the set, or if a package that the wheels
+    require is missing. A published set cannot be changed.
 
     \b
     # Publish the set spring.
@@ -148,7 +149,7 @@ def put_pylock(context: IndexContext, name: str, file: Path) -> None:
     """Store the pylock.toml of the staged set NAME.
 
     A set is a group of wheels that become visible together. FILE is a lock file in the format of PEP 751. The index serves
-    FILE at /NAME/pylock.toml. `index stage publish` fails if the set does not contain all packages in FILE.
+    FILE at /NAME/pylock.toml. `index stage publish` fails if a package in FILE is missing in the set.
 
     \b
     # Store pylock.toml of the set spring.
@@ -164,8 +165,8 @@ def put_pylock(context: IndexContext, name: str, file: Path) -> None:
 def drop(context: IndexContext, name: str) -> None:
     """Drop the staged set NAME, and delete its unpublished files.
 
-    A set is a group of wheels that become visible together, when you publish the set. Files that another set also contains
-    stay. A published set cannot be dropped. The name of a dropped set cannot be used for a new set.
+    A set is a group of wheels that become visible together, when you publish the set. Files that are also in another set are
+    not deleted. A published set cannot be dropped. The name of a dropped set cannot be used for a new set.
 
     \b
     # Drop the set spring.

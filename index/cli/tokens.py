@@ -47,11 +47,11 @@ def create(
 ) -> None:
     """Create an upload token and print it.
 
-    Store the token: the index cannot show it again. Clients send the token as the password, with the user name __token__.
-    Without --project, --set, --nightly and --cache, the token is valid for all uploads.
+    Store the token: the index cannot show it again. Clients send the token as the password, with the user name __token__. If
+    none of --project, --set, --nightly and --cache is given, the token is valid for all uploads.
 
     \b
-    # Create a token for uploads to one project, which is valid for 90 days.
+    # Create a token for one project. The token is valid for 90 days.
     index token create --name ci --project causal-conv1d --expires 90d
     """
     if (set_name is not None) + nightly + cache > 1 or (cache and project):
@@ -86,7 +86,7 @@ def create(
 @click.option("--project", help="Let the users upload only to this project.")
 @click.option("--set", "set_name", help="Let the users upload only to this set of wheels (see `index stage`).")
 def import_(context: IndexContext, file: Path, project: str | None, set_name: str | None) -> None:
-    """Import the users of an htpasswd file, who can then upload with their passwords.
+    """Import the users of an htpasswd file, and let them upload with their passwords.
 
     FILE is a file that the program htpasswd has written. If a user of an earlier import is missing in this file, the
     user can no longer upload.

@@ -53,7 +53,7 @@ def gc(context: IndexContext) -> None:
     These are, for example, the files of deleted releases. The command prints how much disk space becomes free.
 
     \b
-    # Delete these files.
+    # Delete the files.
     index gc
     """
     count, size = upkeep.gc(context.store, context.catalogue(), context.actor)
@@ -107,7 +107,7 @@ def stats(context: IndexContext) -> None:
 
 @click.command("log")
 @in_context
-@click.option("--since", default=0, type=int, help="Show only the changes with a higher serial number than this.")
+@click.option("--since", default=0, type=int, help="Show only the changes whose serial number is higher than this number.")
 def log(context: IndexContext, since: int) -> None:
     """Show the audit log: all changes of the index.
 
