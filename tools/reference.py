@@ -173,8 +173,8 @@ This page lists every key of the JSON documents that gracefarm's programs write 
 Each document has a section. The first table of a section lists the top-level keys. Each further heading names the keys
 whose values the next table describes. For example, `gpu.comparisons` is the key `comparisons` in the object `gpu`.
 
-{COLUMNS} Without such a value, an absent key means null if null is one of the types. For the other types, it means an empty
-string, list or object.
+{COLUMNS} If there is no default and null is one of the types, an absent key means null. If there is no default and null is
+not one of the types, an absent key means an empty string, list or object.
 
 These words occur in several tables:
 

@@ -64,7 +64,7 @@ class MatrixTable(Table):
     keep_torch: int = Field(default=4, ge=1)
     (
         "Number of torch releases that are still in use, counted from the newest. `builder matrix --prune` lists the builds "
-        "for all older releases. It removes nothing"
+        "for all older releases, but removes nothing"
     )
     selectors: dict[str, Annotated[str, AfterValidator(_selector)]] = Field(default_factory=dict)
     "Selectors. The key is a name for the option `--matrix`, for example `default`"

@@ -44,7 +44,7 @@ ToolchainKind = Literal["sandbox", "host", "container"]
 
 
 class Substitution(Table):
-    """Replaces a text in one file of the source tree."""
+    """A text in one file of the source tree, and the text that replaces it."""
 
     path: InsidePath
     "File in the source tree"
@@ -156,8 +156,8 @@ class Wheel(Table):
     "sm values that the source supports. Other sm values are refused. Default: all that CUDA supports"
     allow_sm_fallback: bool = False
     (
-        "`true`: a source file that requests 90a may be compiled for 90, and a file that requests 100f for 100. `false`: "
-        "such a build fails"
+        "`true`: a source file that requests 90a may be compiled for 90, and a source file that requests 100f may be "
+        "compiled for 100. `false`: such a build fails"
     )
     ptx: Ptx | None = None
     "sm value of the PTX in the wheel. It replaces the key `ptx` of the stack. `none`: the wheel has no PTX"

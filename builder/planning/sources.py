@@ -100,7 +100,7 @@ class FileSource(PinnedDownload):
 
 
 class File(DigestFields):
-    """An additional file in the source tree. Give one of `url`, `name`, `deb` and `text`.
+    """An additional file in the source tree. Give exactly one of `url`, `name`, `deb` and `text`.
 
     It comes from a URL (`url`), from the Python index (`name`, `version`) or from Debian's archive (`deb`, `suite`).
     """

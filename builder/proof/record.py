@@ -140,8 +140,8 @@ class Record(Table):
     "`true`: the option `--variant` was given. The wheel's file name then has a variant label"
     asked_twin: bool = False
     (
-        "`true`: the option `--twin` was given. The wheel for x86_64 then has the device code of the aarch64 wheel, which it "
-        "certifies. It is not published"
+        "`true`: the option `--twin` was given. The x86_64 wheel then has the same device code as the aarch64 wheel. A GPU "
+        "test of the x86_64 wheel certifies this device code. The x86_64 wheel is not published"
     )
     inputs: dict[str, object]
     (
@@ -171,7 +171,7 @@ class Record(Table):
     torch_cxx11_abi: bool | None = None
     (
         "`true`: the torch of the build environment uses the C++11 ABI. null: the environment has no torch, or the build "
-        "failed before the compile"
+        "failed before the compilation"
     )
     crates: tuple[Crate, ...] = Field(default=(), exclude_if=_none)
     "Rust crates in the Cargo.lock of the source. Empty: the recipe does not use Rust"
@@ -187,7 +187,7 @@ class Record(Table):
     units: dict[str, Unit] = Field(default_factory=dict)
     (
         "Cost of each compiled source file. The key is the path of the file in the source tree. If a result came from a "
-        "cache, the cost is that of the earlier compilation"
+        "cache, the value is the cost of the earlier compilation"
     )
     compiler_cache: CacheStatistics | None = None
     "Use of the compiler cache (ccache). null: the cache was off, or nothing was compiled"
@@ -208,7 +208,7 @@ class Record(Table):
     (
         "Digest of the wheel's device code for each sm value. The key is the sm value. A certificate names one of these "
         "digests, and is valid for each wheel that has it. If the GPU of the test can run code of several sm values, such as "
-        "90 and 90a, it is not known which of them ran"
+        "90 and 90a, it is not known for which of these values code ran"
     )
     gpu: GpuResult | None = None
     "Result of the recipe's GPU test, the script smoke_gpu.py. null: the recipe has no such script, or the build failed"

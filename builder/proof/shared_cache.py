@@ -50,7 +50,7 @@ NAMED = 10
 
 
 class SharedCacheUse(Table):
-    """Use of the shared cache on an index. The numbers count entries. A source file has one or two entries of the compiler
+    """Use of the shared cache on an index. The numbers count entries. A source file has one or two entries in the compiler
     cache. In the device store, a run of cicc has two or three entries, and a run of ptxas has one."""
 
     url: str

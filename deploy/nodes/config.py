@@ -119,7 +119,7 @@ class GroupConfig(Access):
     name: Name
     "Name of the group. The option `-k GROUP` selects the nodes of the group."
     hosts: tuple[Address, ...]
-    "Addresses of the nodes in the group. In the order of all nodes, they follow those of `[nodes]`."
+    "Addresses of the nodes in the group. In the list of all nodes, they come after the nodes of `[nodes]`."
 
 
 class NodeConfig(Access):

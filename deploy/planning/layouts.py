@@ -92,16 +92,16 @@ class MemoryPlan(BaseModel):
     weights_gib: float
     "GiB of weights of the GPU that has the most weights. The value includes offloaded weights."
     by_stage_gib: tuple[tuple[float, ...], ...]
-    "GiB of weights of each GPU of one replica. Each inner list has the GPUs of one stage."
+    "GiB of weights of each GPU of one replica. Each inner list has the values of one stage."
     budget_gib: float
     (
         "GiB that the engine may use on each GPU: the GPU's total memory multiplied by `gmu`. If the GPUs have different "
-        "memory, the smallest value."
+        "amounts of memory, this is the smallest of their values."
     )
     reserve_gib: float
     "GiB of `budget_gib` that are reserved on each GPU for activations and other buffers."
     cache_gib: float
-    "GiB for the KV cache on one GPU. It is the GPU whose KV cache holds the fewest tokens."
+    "GiB for the KV cache on the GPU whose KV cache holds the fewest tokens."
     token_bytes: int
     "Bytes of KV cache that one token needs on the GPU of `cache_gib`."
     cache_tokens: int

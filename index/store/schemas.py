@@ -78,7 +78,7 @@ class MatrixCell(SentDocument):
     estimate: ShortText = ""
     (
         "Source of the estimates in `cpu_seconds` and `disk_bytes`, for example `estimated from a build for target x86_64`. "
-        "The text names only what differs between that build and this cell. Empty: no value is estimated."
+        "The text names only the differences between this other build and the cell. Empty: no value is estimated."
     )
 
 

@@ -30,7 +30,8 @@ class ArchiveSource(Table):
 
 
 class DebianSource(Table):
-    """The Python of a Debian suite, with the C library of the suite. This C library may be newer than that of the root."""
+    """The Python of a Debian suite, with the C library of the suite. This C library may be newer than the C library of the
+    root."""
 
     kind: Literal["debian"]
     "Selects this kind of source"
