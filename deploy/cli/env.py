@@ -11,6 +11,7 @@ from deploy.steps import environment, order, spares
 from deploy.steps.order import StepChoice
 from deploy.steps.step import Work
 from gracefarm.cli import CommandGroup
+from gracefarm.console import counted
 
 
 @click.group(cls=CommandGroup)
@@ -50,7 +51,7 @@ def env_up(context: DeployContext, no_wait: bool) -> None:
     with held(context, no_wait=no_wait) as keeper:
         keeper.forget("environment")  # forget a rollback
         changed = at_work(context, keeper, go)
-    context.console.result({"changed": changed}, "active" if changed else "nothing to do")
+    context.console.result({"changed": changed}, "the environment is active" if changed else "nothing to do")
 
 
 @env.command("list")
@@ -116,7 +117,9 @@ def env_rollback(context: DeployContext) -> None:
     """
     with held(context) as keeper:
         answer = at_work(context, keeper, environment.roll_back)
-    text = f"{answer['active'][:12]} is active (before: {(answer['from'] or 'none')[:12]}); `deploy serve` uses it"
+    text = (
+        f"{answer['active'][:12]} is active (before: {(answer['from'] or 'none')[:12]}), and the next `deploy serve` uses it"
+    )
     context.console.result(answer, text + "; undo the rollback with `deploy env up`")
 
 
@@ -145,5 +148,5 @@ def env_gc(context: DeployContext, keep: int) -> None:
     root = paths.environment_root(context.deployment)
     with held(context) as keeper:
         answer = at_work(context, keeper, lambda work: environment.collect(work.nodes, root, keep=keep))
-    text = f"{len(answer['removed'])} removed, {answer['freed'] / 1e9:.1f} GB freed"
+    text = f"{counted(len(answer['removed']), 'environment')} removed, {answer['freed'] / 1e9:.1f} GB freed"
     context.console.result(answer, text + (f"; in use: {', '.join(answer['in_use'])}" if answer["in_use"] else ""))

@@ -257,11 +257,13 @@ def _propose(deployment: Deployment, asked: Facts, console: Console) -> None:
     """Write what the facts of all nodes determine into deploy.toml."""
     architectures = {node.arch for node in asked.nodes}
     if name := template.propose_set(deployment, architectures):
-        console.step("set", f"{name} has wheels for {', '.join(architectures)}; written to {deployment.path.name}")
+        console.step("set", f"the set {name} has wheels for {', '.join(architectures)}; written to {deployment.path.name}")
     if deployment.data.share is not None:
         return
     if len(asked.shares) == 1 and template.propose_share(deployment, asked.shares[0]):
-        console.step("share", f"{asked.shares[0]} is on all nodes, from the same source; written to {deployment.path.name}")
+        console.step(
+            "share", f"{asked.shares[0]} is mounted on all nodes from the same source; written to {deployment.path.name}"
+        )
 
 
 @click.command()

@@ -105,7 +105,7 @@ def serve(context: DeployContext, skip_up: bool, no_wait: bool) -> None:
         **served.engine.answer,
     }
     lines = [
-        f"READY  {served.engine.answer['model']} on {head.name}, port {port} of its loopback",
+        f"READY  {served.engine.answer['model']} on {head.name}, at 127.0.0.1:{port} of this node",
         f"       deploy tunnel                          # http://127.0.0.1:{port} on this machine",
         f"       {curl_line(key, port)}",
     ]
@@ -138,8 +138,8 @@ def down(context: DeployContext, keep_ray: bool, no_wait: bool) -> None:
             ended = at_work(context, keeper, lambda work: order.down(work, keep_ray=keep_ray))
         finally:
             tunnels.end_all(context.deployment.folder)  # also if a node cannot be reached
-    what = "the engine is stopped, Ray is still running" if keep_ray else "no process of this deployment is running"
-    text = ", ".join(f"{node} {count}" for node, count in ended.items() if count)
+    what = "the engine is stopped, and Ray is still running" if keep_ray else "no process of this deployment is running"
+    text = ", ".join(f"{count} on {node}" for node, count in ended.items() if count)
     context.console.result(
         {"ended": ended}, f"{what}" + (f"; processes stopped: {text}" if text else "; none was running before")
     )
@@ -207,7 +207,7 @@ def purge(context: DeployContext, share: bool, weights: bool, cache: bool, yes: 
         keeper.forget(*(name for name in keeper.state.steps if name not in kept))
     lines = [*removed.places, f"{removed.bytes / 1e9:.2f} GB removed"]
     if cached and not cache:
-        lines.append(f"kept the cache of the shared folder on {', '.join(cached)}; `deploy purge --cache` removes it")
+        lines.append(f"the cache of the shared folder is kept on {', '.join(cached)}; `deploy purge --cache` removes it")
     console.result({"removed": removed.places, "bytes": removed.bytes, "cached": cached}, "\n".join(lines))
     if removed.failed:
         raise combined_error(removed.failed, len(deployment.nodes))

@@ -19,6 +19,7 @@ from deploy.cli.common import DeployContext, reporting
 from deploy.fleet import tunnels
 from deploy.fleet.ssh import open_fleet
 from deploy.nodes.deployment import Folder
+from gracefarm.console import counted
 from gracefarm.errors import GracefarmError, SshError
 
 
@@ -62,7 +63,7 @@ def tunnel(context: DeployContext, port: int | None, dashboard_port: int | None,
     deployment = context.deployment
     if end:
         count = tunnels.end_all(deployment.folder)
-        context.console.result({"ended": count}, f"{count} closed" if count else "no tunnel was open")
+        context.console.result({"ended": count}, f"{counted(count, 'tunnel')} closed" if count else "no tunnel was open")
         return
     if background:
         _in_background(context, port, dashboard_port)

@@ -141,7 +141,7 @@ async def call(
         raise refusal_of(node.name, function, ended.stderr)
     last = last_line(ended.stderr, heard.last or f"exit code {ended.code}")
     if ended.code == 127 or "not found" in last:
-        there = f"check that the shared folder is mounted on this node: it contains {python}"
+        there = f"check that the shared folder, which contains {python}, is mounted on this node"
         raise HostError(f"{node.name}: {last}", remedy=there if "/" in python else f"install {python} on this node")
     raise HostError(
         f"{node.name}: the program for {function} ended without an answer: {last}",

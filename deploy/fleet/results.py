@@ -67,7 +67,7 @@ def refusal_of(node: str, what: str, words: str) -> GracefarmError:
         line = next(line for line in words.splitlines() if full(line))
         place = _PLACE.search(line) or _PLACE.search(words) or _PLACE.search(what)
         where = place[0] if place else "its local disk"
-        look = f"`deploy run -k {node} -- df -h{' ' + where if place else ''}` shows it"
+        look = f"`deploy run -k {node} -- df -h{' ' + where if place else ''}` shows how much is free"
         return DiskFullError(f"{node}: no space left on {where}", remedy=f"free space there ({look}), then repeat the command")
     return NodeError(
         f"{node}: {what}: {last_line(words)}", remedy=f"open a shell on the node with `deploy ssh {node}`, and fix this error"

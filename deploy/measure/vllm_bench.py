@@ -46,7 +46,7 @@ cat "$0/result.json" 2>/dev/null
 
 
 class NoVllmBenchError(NodeError):
-    """The engine's environment has no `vllm bench serve` that accepts our options."""
+    """The engine's environment has no `vllm bench serve` that accepts the options of `deploy bench`."""
 
 
 class VllmResult(BaseModel):

@@ -22,7 +22,7 @@ def share(deployment: Deployment) -> str:
     if deployment.data.share is None:
         raise ConfigError(
             f"{deployment.path}: the key `share` is missing",
-            remedy='add share = "/path" to this file, with the path of a folder that all nodes share at the same path',
+            remedy='add share = "/path" to this file; the path must be the same shared folder on all nodes',
         )
     return deployment.data.share
 
@@ -86,7 +86,7 @@ def ray_temp(deployment: Deployment, node: Node, user: str) -> str:
     folder = posixpath.join(base(deployment, node, user), deployment.folder.id[:8])
     if len(folder.encode()) > RAY_TEMP_BYTES:
         raise ConfigError(
-            f"the path {folder} has {len(folder.encode())} bytes, but Ray's sockets require at most {RAY_TEMP_BYTES}",
+            f"the path {folder} has {len(folder.encode())} bytes, but Ray's sockets allow at most {RAY_TEMP_BYTES}",
             remedy='set a shorter `local` in deploy.toml, such as local = "/tmp/gf-{user}"',
         )
     return folder

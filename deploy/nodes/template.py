@@ -39,7 +39,7 @@ def write_config(ips: Path, path: Path, *, access: Access, share: str | None = N
         if before == relative:
             return False
         raise ConfigError(
-            f"{path} already exists and takes its nodes from {before or 'its own lists'}",
+            f"{path} already exists and takes its nodes from {before or 'the lists in deploy.toml itself'}",
             remedy=f"to use the nodes of this file, run `deploy init {path}`; to deploy to other nodes, run `deploy "
             "init` in a different folder, or `deploy --file PATH init`",
         )

@@ -27,7 +27,8 @@ def choose(question: Question) -> LayoutChoice:
     if not question.machines or not question.machines[0].gpus:
         raise LayoutError(
             "the head (the first node) has no usable GPU, but the engine's main process runs there and requires one",
-            remedy="list a node with a GPU first in [nodes] of deploy.toml or in its file of addresses",
+            remedy="put a node with a GPU in the first place: in [nodes] of deploy.toml, or in the file of addresses that "
+            "[nodes] names",
         )
     _check_forced(question, forced)
     reason = engines.gpu_refusal(question.engine, question.model, min(_capabilities(question)))
@@ -228,9 +229,9 @@ def _own_splits(question: Question, fitting: Sequence[Candidate]) -> Iterator[Re
         if theirs > ours:
             yield Rejected(
                 layout=name,
-                reason=f"the last stage has {usual.memory.weights_gib:.1f} GiB of weights per GPU, {theirs:g} GiB of them in "
-                f"host memory; with the partition {short(candidate.layout.partition)}, no GPU has more than "
-                f"{candidate.memory.weights_gib:.1f} GiB, {ours:g} GiB of them in host memory",
+                reason=f"the last stage has {usual.memory.weights_gib:.1f} GiB of weights per GPU ({theirs:g} GiB of them in "
+                f"host memory); with the partition {short(candidate.layout.partition)}, no GPU has more than "
+                f"{candidate.memory.weights_gib:.1f} GiB of weights ({ours:g} GiB of them in host memory)",
             )
 
 

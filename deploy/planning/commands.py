@@ -54,8 +54,8 @@ def node_env(deployment: Deployment, engine: Engine, layout: Layout, facts: Node
         if name in (engine.host_variable, engine.partition_variable):
             raise ConfigError(
                 f"[env] {name} is set by the plan",
-                remedy="remove this variable from [env]; to change its value, set `private` of a [[node]], or "
-                "`partition` in [layout]",
+                remedy="remove this variable from [env]; to change its value, set "
+                + ("`private` of a [[node]]" if name == engine.host_variable else "`partition` in [layout]"),
             )
         if layout.offload_gib and engine.offload_env.get(name, value) != value:
             raise ConfigError(

@@ -118,8 +118,8 @@ def planned_for(deployment: Deployment) -> tuple[Engine, list[str]]:
     notes = [planned.note] if planned.note else []
     if version is not None and Version(version) != Version(planned.version):
         notes.append(
-            f"the lock of the set {data.set} has {planned.name} {version}, which gracefarm does not know: options and "
-            f"environment are those of {planned.version}"
+            f"the lock of the set {data.set} has {planned.name} {version}, which gracefarm does not know; gracefarm "
+            f"uses the options and environment variables of {planned.name} {planned.version}"
         )
     return planned, notes
 
@@ -192,7 +192,10 @@ def refusal(engine_: Engine, model: Model, split: Split) -> str | None:
         if number % ranks:
             return f"{sizes(tp, ranks)}: {engine_.name} splits evenly, but {number} {what} are not divisible by {ranks}"
     if not model.latent and model.kv_heads % tp and tp % model.kv_heads:
-        return f"tp {tp}: {engine_.name} requires that {model.kv_heads} KV heads are divisible by tp, or tp by the KV heads"
+        return (
+            f"tp {tp}: {engine_.name} requires that tp divides the number of KV heads ({model.kv_heads}), or is a multiple of "
+            "this number"
+        )
     return _blocks(engine_, model, split) or _whole_experts(engine_, model, split)
 
 
@@ -206,12 +209,12 @@ def _uneven(engine_: Engine, model: Model, tp: int) -> str | None:
         return None
     if tp % model.kv_heads:
         return (
-            f"tp {tp}: with more ranks than the {model.kv_heads} KV heads, {engine_.name} requires that tp is divisible by "
-            f"the KV heads; 1 to {model.kv_heads} work"
+            f"tp {tp}: if tp is larger than the number of KV heads ({model.kv_heads}), {engine_.name} requires that tp is a "
+            f"multiple of this number; a tp from 1 to {model.kv_heads} works"
         )
     return (
         f"tp {tp}: without quantisation, {engine_.name} assigns no query heads to ranks {model.kv_heads} to {tp - 1}; "
-        f"1 to {model.kv_heads} work"
+        f"a tp from 1 to {model.kv_heads} works"
     )
 
 
@@ -237,8 +240,8 @@ def _whole_experts(engine_: Engine, model: Model, split: Split) -> str | None:
     count, ranks = model.experts.count, split.expert_ranks
     if count < ranks:
         return (
-            f"{sizes(split.tp, ranks)}: with {count} experts, some of the {ranks} ranks would have no expert, which deploy "
-            "does not plan"
+            f"{sizes(split.tp, ranks)}: with {count} experts, some of the {ranks} ranks would have no expert, and deploy "
+            "does not plan such layouts"
         )
     if count % ranks and model.architecture == "GptOssForCausalLM":
         return f"{sizes(split.tp, ranks)}: {engine_.name} requires that the {count} experts are divisible by {ranks} ranks"
@@ -388,7 +391,8 @@ def _check_cache(engine_: Engine, given: Mapping[str, GivenValue], arch: str) ->
     options_ = {key.replace("_", "-"): value for key, value in given.items()}
     if str(options_.get("kv-cache-dtype", "auto")).startswith("fp8"):
         raise ConfigError(
-            "[engine_options] kv-cache-dtype: with fp8, this version of aphrodite requires xformers, which aarch64 lacks",
+            "[engine_options] kv-cache-dtype: with fp8, this version of aphrodite requires xformers, which does "
+            "not exist for aarch64",
             remedy="remove kv-cache-dtype from [engine_options]; the default is auto",
         )
     if int(str(options_.get("block-size", 16))) % 16:

@@ -329,7 +329,7 @@ def _offload(question: Question, name: str, held: Sequence[RankShare], budgets: 
         raise LayoutError(
             f"{name}: a GPU has {held[least].weights / GIB:.1f} GiB of weights"
             + (f" ({chosen:g} GiB of them offloaded)" if chosen else "")
-            + f" and requires {reserve / GIB:.0f} GiB in addition, but the engine may use {budgets[least] / GIB:.1f} GiB",
+            + f" and requires {reserve / GIB:.0f} GiB in addition, but the engine may use only {budgets[least] / GIB:.1f} GiB",
             remedy="use more nodes, or set cpu_offload_gib (weights in host memory) or gpu_memory_utilization in [layout]",
         )
     return chosen

@@ -244,8 +244,8 @@ def _ask(path: str, repo: str, revision: str, token: str | None) -> dict[str, An
     except httpx.HTTPError as error:
         raise FetchError(
             f"{base} cannot be reached: {error or type(error).__name__}",
-            remedy="check the network of this machine; or set the environment variable HF_ENDPOINT to a mirror, or config in"
-            " [model] of deploy.toml to a local config.json",
+            remedy="check the network of this machine; or set the environment variable HF_ENDPOINT to a mirror; or set "
+            "config in [model] of deploy.toml to a local config.json",
         ) from error
     except (ValueError, RecursionError) as error:
         raise FetchError(f"{base} does not answer like the Hugging Face Hub", remedy=_HUB) from error

@@ -230,8 +230,8 @@ def _machines(deployment: Deployment, known: Mapping[str, NodeFacts]) -> tuple[t
             raise LayoutError(
                 f"{node}: the head has no usable GPU ({facts.cuda.text}), but the engine's main process runs there "
                 "and requires one",
-                remedy=f"list a node with a GPU first in {_list(deployment)}, or repair the NVIDIA driver of this node; then "
-                "run `deploy facts`",
+                remedy=f"put a node with a GPU in the first place in {_list(deployment)}, or repair the NVIDIA driver of this "
+                "node; then run `deploy facts`",
             )
         else:
             notes.append(f"{node} cannot serve: {facts.cuda.text}")
@@ -411,10 +411,13 @@ def _notes(question: Question, best: Candidate, facts: Facts) -> list[str]:
     notes += [f"the speed model does not know {name}: the predicted speed is a guess" for name in sorted(names)]
     kinds = sorted({slot.gpu.name for slot in best.slots})
     if len(kinds) > 1:
-        notes.append(f"the GPUs differ ({', '.join(kinds)}): the smallest and the slowest GPU of each stage limit it")
+        notes.append(f"the GPUs differ ({', '.join(kinds)}): the smallest and the slowest GPU of each stage limit the stage")
     networks = sorted({facts.node(slot.machine.name).network for slot in best.slots})
     if len(networks) > 1:
-        notes.append(f"the private addresses are in {len(networks)} networks ({', '.join(networks)}): set private or nic")
+        notes.append(
+            f"the private addresses are in {len(networks)} networks ({', '.join(networks)}): set private or nic of the nodes, "
+            "so that all these addresses are in one network"
+        )
     return notes
 
 
@@ -428,7 +431,7 @@ def _unused(question: Question, best: Candidate, unused: Sequence[str]) -> list[
     idle = "1 is not used" if len(unused) == 1 else f"{len(unused)} are not used"
     if question.objective == "throughput" and not question.engine.replicas:
         whose = question.engine.name
-        return [f"{serving}, {idle} ({which}): replicas of {whose} are not planned"]
+        return [f"{serving}, {idle} ({which}): deploy does not plan replicas of {whose}"]
     what = {"speed": "one stream", "throughput": "all streams together", "cost": "a token"}[question.objective]
     better = "cheaper" if question.objective == "cost" else "faster"
     return [f"{serving}, {idle} ({which}): with all nodes, {what} would not be noticeably {better}"]

@@ -32,7 +32,7 @@ def render(plan: ServePlan, nodes: Sequence[Node] = ()) -> str:
         _functions([(node, access.get(node.name)) for node in plan.nodes]),
         "# Secrets: created once, stored here with mode 0600, and sent on stdin to files that only the nodes' user can read.",
         _secrets(plan),
-        f"# Ray: exactly {plan.layout.world} GPUs in all, or the engine's placement group may miss its driver.",
+        f"# Ray must have exactly {plan.layout.world} GPUs. With more, Ray may give the engine no GPU on the head.",
         _ray(head),
         *(_ray(node) for node in rest),
         "# The engine. It continues without this connection. Its log and process id are in the head's folder.",

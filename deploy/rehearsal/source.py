@@ -59,11 +59,14 @@ def prepare(home: Path, console: Console) -> Source:
     every = locks.merged(text, locks.on(locks.committed("rehearsal-download"), machine))
     name = f"rehearsal-{hashlib.sha256(every.encode()).hexdigest()[:12]}"
     source = Source(root=home / "rehearsal" / "index", set_name=name, lock=text, count=every.count("=="))
-    with lock(home / "rehearsal" / "index.lock", lambda: console.step("wait", "another rehearsal fills the index")):
+    with lock(
+        home / "rehearsal" / "index.lock",
+        lambda: console.step("wait", "another rehearsal is filling the index; waiting for it"),
+    ):
         try:
             sets = index_command(source.root, "stage", "list")
         except HostError as error:  # the catalogue is damaged or from another version; it is only a cache
-            console.step("wheels", f"{error.cause}: replacing the index")
+            console.step("wheels", f"{error.cause}; replacing the index")
             remove_tree(source.root)
             sets = []
         if any(entry["name"] == name and entry["state"] == "published" for entry in sets):

@@ -155,7 +155,9 @@ def rehearsal(
         begin = time.monotonic()
         room = stack.enter_context(open_rig(folder, count=count, share_size=share_size))
         console.step(
-            "nodes", f"{count} with sshd and {MOUNT} in {time.monotonic() - begin:.1f} s: {room.ips.read_text().split()}"
+            "nodes",
+            f"{count} nodes with sshd and {MOUNT} are ready after {time.monotonic() - begin:.1f} s: "
+            f"{room.ips.read_text().split()}",
         )
         root, port = str(source.private(home, wheels, folder / "index").root), str(INDEX_PORT)
         serve = [sys.executable, "-m", "index", "--root", root, "--json", "serve", "--host", GATEWAY, "--port", port]

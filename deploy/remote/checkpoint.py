@@ -61,7 +61,9 @@ def read(request: Json) -> Json:
     for shard in shards(folder, index):
         for name, dtype, shape in header(folder / shard):
             if index is not None and unread.pop(name, None) != shard:
-                raise _wrong(folder / shard, f"it contains {name}, but {INDEX} does not list it for this file")
+                raise _wrong(
+                    folder / shard, f"it contains the tensor {name}, but {INDEX} does not list this tensor for this file"
+                )
             if place := folded(name):
                 layers.setdefault(place[0], Counter())[place[1], dtype, shape] += 1
             elif match := _OUTER.fullmatch(name):
@@ -69,7 +71,9 @@ def read(request: Json) -> Json:
             else:
                 other += math.prod(shape) * BITS[dtype] // 8
     for name, shard in unread.items():
-        raise _wrong(folder / shard, f"{INDEX} lists {name} for it, but it does not contain this tensor")
+        raise _wrong(
+            folder / shard, f"{INDEX} lists the tensor {name} for this file, but the file does not contain this tensor"
+        )
     return {**_told_once(layers), "outer": [(*entry, 1) for entry in outer], "other": other}
 
 
@@ -146,7 +150,8 @@ def header(path: Path) -> Iterator[Entry]:
     for name, dtype, shape, begin, end in sorted(entries, key=lambda entry: (entry[3], entry[4])):
         if begin != place or end - begin != -(-math.prod(shape) * BITS[dtype] // 8):
             raise _wrong(
-                path, f"{name} is at {begin} to {end} in the header, which does not match its shape or its neighbours"
+                path,
+                f"the header places {name} at {begin} to {end}; this does not match the shape or the neighbours of the tensor",
             )
         place = end
         yield name, dtype, shape

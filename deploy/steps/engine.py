@@ -185,9 +185,9 @@ async def start_or_attach(fleet: Fleet, head: RemoteNode, spec: EngineSpec, cons
         if answer.kind == "ok":
             return Answering(how="running", seconds=answer.seconds, phases=spec.last, model=answer.model)
         if answer.kind == "refused":
-            console.step("engine", "already loading: waiting for it")
+            console.step("engine", "the engine is already loading; waiting for it")
         else:
-            console.step("engine", f"running, but it generates no tokens ({answer.text}): restarting it")
+            console.step("engine", f"the engine is running, but generates no tokens ({answer.text}); restarting it")
             same = False
     elif not left and seen["holders"]:
         who = next(iter(seen["holders"].values()))
@@ -223,7 +223,7 @@ async def _require_memory(spec: EngineSpec, console: Console) -> None:
             return
         if time.monotonic() > deadline:
             raise EngineError(
-                f"{full}; another process uses the rest",
+                f"{full}; another process uses GPU memory there",
                 remedy="find the process with `nvidia-smi` on that node and stop it, or set a smaller"
                 " gpu_memory_utilization in [layout] of deploy.toml, then repeat the command",
             )
@@ -330,8 +330,9 @@ def _slow(progress: Progress, spec: EngineSpec) -> str:
     line = f"; the last line of its log: {last[:200]}" if last else ""
     usual = progress.usual(spec.last) or 0.0
     return (
-        f"the engine has been in phase `{progress.phase}` for {progress.elapsed():.0f} s, usually {usual:.0f} s{line}. "
-        "It may hang: `deploy preflight` checks the nodes and their network, `deploy collect` collects the stack of each rank"
+        f"the engine has been in phase `{progress.phase}` for {progress.elapsed():.0f} s (usually {usual:.0f} s){line}. "
+        "It may hang: `deploy preflight` checks the nodes and their network, and `deploy collect` collects the stack of each "
+        "rank"
     )
 
 
@@ -343,12 +344,13 @@ def _text(progress: Progress, spec: EngineSpec) -> str:
 async def _give_up(fleet: Fleet, place: Node, spec: EngineSpec, progress: Progress) -> None:
     if progress.phase == PHASES[-1]:  # the engine is ready but not reachable, so it is not stopped
         raise EngineError(
-            f"the engine answered no request within {spec.load:g} s, but its log says that it listens; it is still running",
+            f"the engine answered no request within {spec.load:g} s, but its log says that it listens; the engine "
+            "is still running",
             remedy="find the reason with `deploy status`, and read the engine's log with `deploy logs`",
         )
     await stop_job(fleet, place, paths.ENGINE_JOB)
     raise EngineError(
-        f"the engine answered no request within {spec.load:g} s and was stopped; its last phase was `{progress.phase}`, "
+        f"the engine answered no request within {spec.load:g} s and was stopped; it had been in phase `{progress.phase}` "
         f"for {progress.elapsed():.0f} s",
         remedy="read the engine's log with `deploy logs`; if the engine needs more time, increase load_timeout in "
         "[options] of deploy.toml",

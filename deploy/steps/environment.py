@@ -162,7 +162,7 @@ class EnvironmentStep(Step):
         """Build, test and activate the environment."""
         built = await build_and_activate(work.nodes, spec_of(work), work.settings, work.console)
         count = sum("error" not in row and "skipped" not in row for rows in built.rows.values() for row in rows)
-        text = f"{built.id[:12]} is active, {count} imports on {len(built.rows)} nodes"
+        text = f"{built.id[:12]} is active, {count} imports tested on {len(built.rows)} nodes"
         return Applied(text=text, now="built now" if built.built else "", data={"id": built.id})
 
     async def undo(self, work: Work) -> Undone:
@@ -204,7 +204,7 @@ async def roll_back(work: Work) -> Json:
     answer = await call(work.nodes[0], "environment.roll_back", {"root": work.environment_root, "link": "env"})
     step = EnvironmentStep()
     work.keeper.begin(step.name, step.inputs(work, {}))
-    work.keeper.end(step.name, "done", f"{answer['active'][:12]} is active, rolled back to", {"id": answer["active"]})
+    work.keeper.end(step.name, "done", f"{answer['active'][:12]} is active after a rollback", {"id": answer["active"]})
     return answer
 
 
@@ -267,9 +267,9 @@ async def prove(targets: Sequence[RemoteNode], folder: str, wanted: Matrix, seco
     bad = [f"{node}: {row['name']}: {row['error']}" for node, tried in rows.items() for row in tried if "error" in row]
     if bad:
         raise InstallError(
-            f"the environment does not work on all nodes: {'; '.join(bad[:4])}" + ("; …" if len(bad) > 4 else ""),
-            remedy="see all results with `deploy env matrix`, and check the nodes with `deploy preflight`; the environment "
-            "was not activated",
+            f"tests of the environment failed: {'; '.join(bad[:4])}" + ("; …" if len(bad) > 4 else ""),
+            remedy="check these nodes with `deploy preflight`, then repeat the command; a new environment becomes active only "
+            "if all its tests pass on all nodes",
         )
     return rows
 

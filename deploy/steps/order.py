@@ -136,9 +136,11 @@ async def down(work: Work, *, keep_ray: bool = False) -> dict[str, int]:
 def unfinished(failed: Mapping[str, GracefarmError], ended: Mapping[str, int], of: int) -> GracefarmError:
     """The error of an incomplete `down`: what failed on which nodes, and what was stopped on the others."""
     error = combined_error(failed, of)
-    others = [f"{node} ({count})" for node, count in ended.items() if node not in failed and count]
+    others = [f"{count} on {node}" for node, count in ended.items() if node not in failed and count]
     clean = [node for node in ended if node not in failed]
-    stopped = f"stopped on the others: {', '.join(others)} processes" if others else "nothing was running on the others"
+    stopped = (
+        f"processes stopped on the other nodes: {', '.join(others)}" if others else "nothing was running on the other nodes"
+    )
     stopped = stopped if clean else "nothing could be stopped"
     away = ", ".join(failed)
     remedy = f"repeat `deploy down`, since processes on {away} may still run and cost money; {error.remedy}"

@@ -322,7 +322,10 @@ async def all_reduce(targets: Sequence[RemoteNode], spec: PreflightSpec, backend
         if "torch cannot be imported" in cause:
             cells.append(NodeCheck(check=backend, node=node, status="skipped", text=cause))
         else:
-            remedy = error.remedy or "check the rows names, route and ports, which usually have the cause"
+            remedy = (
+                error.remedy
+                or "check the rows `names`, `route` and `ports` of `deploy preflight`, which usually show the cause"
+            )
             cells.append(NodeCheck(check=backend, node=node, status="bad", text=cause, remedy=remedy))
     return cells
 

@@ -231,7 +231,7 @@ def _route(seen: Pairs, expected: Expected) -> Judgement:
     ]:
         here = f"; the interface of this node has mtu {seen.mtu}" if seen.mtu else ""
         return _bad(
-            f"64 KiB {' and '.join(lost)} do not arrive, but small packets do{here}",
+            f"64 KiB {' and '.join(lost)} do not arrive, but small packets arrive{here}",
             "the network drops packets of the size that the interfaces send: set a smaller mtu on every node (`ip link set "
             "dev NAME mtu 1500`), or allow jumbo frames on the switches",
         )
@@ -280,10 +280,10 @@ def _clock(seen: Pairs) -> Judgement:
     apart = sum(abs(offset) > CLOCK_S for offset in offsets.values())
     if apart > len(offsets) / 2:  # the majority is right; with two nodes, both get a red cell
         return _bad(
-            f"the clock differs by {abs(worst):.1f} s from that of {peer}",
+            f"the clock differs by {abs(worst):.1f} s from the clock of {peer}",
             "switch on time synchronisation: `timedatectl set-ntp true`",
         )
-    return _ok(f"within {max(abs(worst) * 1e3, 0.1):.1f} ms" if not apart else f"only {peer} differs")
+    return _ok(f"within {max(abs(worst) * 1e3, 0.1):.1f} ms" if not apart else f"only the clock of {peer} differs")
 
 
 def _share(survey: Survey, seen: Pairs, expected: Expected) -> Judgement:
@@ -327,7 +327,7 @@ def _python(python: NodePython, environment: ActiveEnvironment | None, source: s
     """Judge the Python of a node. The system's Python does not matter if the environment has, or will have, its own."""
     passing = source != "system" and not (environment and f"/python/{source}-" in environment.interpreter)
     if passing and (environment or not python.error):
-        return _ok(f"{python.version or python.error} of the system; the environment will have its own ({source})")
+        return _ok(f"{python.version or python.error} of the system; the environment will have its own Python ({source})")
     if python.error and environment is None:
         return _bad(python.error, "install python3 on this node")
     if python.error and environment and source == "system":
@@ -338,7 +338,7 @@ def _python(python: NodePython, environment: ActiveEnvironment | None, source: s
         )
     if python.error and environment:
         return _bad(
-            python.error, f"check that the shared folder is mounted on this node: it contains {environment.interpreter}"
+            python.error, f"check that the shared folder, which contains {environment.interpreter}, is mounted on this node"
         )
     if python.version != common:
         remedy = "check that this node has the same shared folder as the other nodes"
@@ -354,7 +354,7 @@ def _cuda(cuda: Cuda, gpus: int, rehearsal: bool) -> Judgement:
         return _skipped("rehearsal with declared GPUs")
     count = f"{len(cuda.gpus)} x {cuda.gpus[0].name}" if cuda.gpus else ""
     if gpus == 0:  # the facts have no GPU either, so the plan does not use the node, and `up` of the others continues
-        reason = f"{count}, which the stored facts do not have" if count else cuda.error or "no NVIDIA driver"
+        reason = f"{count}, but the stored facts have no GPU of this node" if count else cuda.error or "no NVIDIA driver"
         return _warn(
             f"{reason}, so the plan does not use this node", "fix the driver or replace the node, then run `deploy facts`"
         )
@@ -385,7 +385,7 @@ def _memory(cuda: Cuda) -> Judgement:
 def _pages(survey: Survey) -> Judgement:
     page = f"{survey.page >> 10} KiB pages"
     if survey.environment is None or survey.environment.alignment is None:
-        return _skipped(f"{page}; no environment is active yet to compare with")
+        return _skipped(f"{page}; not compared, because no environment is active yet")
     aligned = f"aligned to {survey.environment.alignment >> 10} KiB"
     if survey.environment.alignment < survey.page:
         remedy = "use wheels that passed `builder audit` (gate alignment), or a kernel with smaller pages"

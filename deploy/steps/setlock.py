@@ -99,7 +99,7 @@ def _fetch_lock(index: str, name: str, path: Path, console: Console) -> str:
             remedy=f"check the index, and its address in `index` of deploy.toml; or {by_hand}",
         )
     atomic_write(path, answer.text)
-    console.step("environment", f"{address} is stored as {path}, which is used from now on")
+    console.step("environment", f"the lock from {address} is stored as {path}; later commands use this file")
     return answer.text
 
 

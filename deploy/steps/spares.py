@@ -18,5 +18,5 @@ async def without_lost_spares(work: Work) -> Work:
     tried = await work.fleet.connect(sorted(spares))
     lost = {name: error for name, error in tried.items() if error}
     for error in lost.values():
-        work.console.warn(f"{error.cause}; it is a spare node and is ignored")
+        work.console.warn(f"{error.cause}; this node is a spare and is ignored")
     return replace(work, away=tuple(lost))

@@ -103,7 +103,7 @@ class WeightsStep(Step):
         """Check that every node sees the manifest, and the head sees every file with its size."""
         for node, seen in looks.items():
             if seen["weights"] is None or seen["weights"]["manifest"] != record.data["manifest"]:
-                return f"{node} does not see them"
+                return f"{node} does not see the files of the model"
             if seen["weights"]["wrong"]:
                 return f"missing or of a different size: {', '.join(seen['weights']['wrong'][:3])}"
         return None
@@ -250,7 +250,7 @@ class _Run:
         for corrupt in (answer["corrupt"] for answer in good.values()):
             self.corrupt += corrupt
             if corrupt:
-                self.console.warn(f"corrupt; another node will download these files again: {', '.join(corrupt)}")
+                self.console.warn(f"these files are corrupt, and another node will download them again: {', '.join(corrupt)}")
         return bad
 
     def _without(self, nodes: list[RemoteNode], bad: Mapping[str, GracefarmError]) -> list[RemoteNode]:
@@ -262,7 +262,7 @@ class _Run:
         if not left:
             raise combined_error(bad, len(nodes))
         for error in bad.values():
-            self.console.warn(f"{error.cause}; the other nodes download its files")
+            self.console.warn(f"{error.cause}; the other nodes download the files of this node")
         return left
 
     async def _fetch(self, node: RemoteNode, share: Portion, nonce: str) -> Json:

@@ -312,7 +312,7 @@ def _hanging(log: bytes, texts: Mapping[str, bytes], head: str, silence: float) 
         if posixpath.basename(name) == STACKS
         for place in places(content.decode(errors="replace"))
     ]
-    where = f"; it waits at {'; '.join(waits[:SHOWN])}" + (" …" if len(waits) > SHOWN else "") if waits else ""
+    where = f"; the engine waits at {'; '.join(waits[:SHOWN])}" + (" …" if len(waits) > SHOWN else "") if waits else ""
     text = f"{cause.text}; no output for {silence:.0f} s{where}"
     remedy = "check the network between the nodes with `deploy preflight`; see the stacks in nodes/NODE/stacks.txt"
     return [Finding(rank=LAST, where="engine", text=text, remedy=remedy, file=f"nodes/{head}/{ENGINE_LOG}")]

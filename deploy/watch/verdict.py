@@ -99,7 +99,7 @@ def _of_running(signs: Signs, dead: list[str]) -> Diagnosis:
             return Diagnosis(kind="degraded", text=f"the engine answers, but {signs.lost(dead)}", remedy=_AGAIN)
         return Diagnosis(kind="ready", text=f"a completion took {answer.seconds:.2f} s")
     if dead:
-        return Diagnosis(kind="dead-node", text=f"{signs.lost(dead)}; the engine still waits for it", remedy=_AGAIN)
+        return Diagnosis(kind="dead-node", text=f"{signs.lost(dead)}; the engine still waits", remedy=_AGAIN)
     if answer is None or answer.kind == "refused":
         return Diagnosis(kind="loading", text=f"the engine does not listen yet{': ' + signs.phase if signs.phase else ''}")
     if moved(signs.before, signs.after):

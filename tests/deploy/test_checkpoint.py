@@ -164,7 +164,7 @@ DEEP = b'{"a":' * 100_000
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"data_offsets": [0, 10**12]}, f"{GATE} is at 0 to 1000000000000 in the header, which does not match its shape"),
+        ({"data_offsets": [0, 10**12]}, f"the header places {GATE} at 0 to 1000000000000; this does not match the shape"),
         ({"data_offsets": [10**12, 10**12 + 4096]}, "which does not match its shape"),
         ({"data_offsets": [-4096, 0]}, "which does not match its shape"),
         ({"shape": [8, 255]}, "which does not match its shape"),

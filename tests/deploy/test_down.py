@@ -83,7 +83,7 @@ def test_with_a_node_away_everything_ends_on_all_others_and_then_it_is_told(tmp_
             assert code == 60, said
             assert "k2 127.0.0.13" in said
             assert "cannot be reached" in said
-            assert "; stopped on the others: k0 (4), k1 (2) processes" in said
+            assert "; processes stopped on the other nodes: 4 on k0, 2 on k1" in said
             assert "repeat `deploy down`, since processes on k2 may still run and cost" in said
             assert said.count("cannot be reached") == 1
             assert running(made) == [("k2", "ray")]
@@ -229,7 +229,7 @@ def test_purge_names_the_nodes_whose_cache_it_keeps_and_removes_it_if_asked(tmp_
         for _ in range(2):
             code, said = await purge(made, "--yes")
             assert code == 0, said
-            assert "kept the cache of the shared folder on k0; `deploy purge --cache` removes it" in said
+            assert "the cache of the shared folder is kept on k0; `deploy purge --cache` removes it" in said
         code, said = await purge(made, "--yes", "--cache")  # no cache was set up here
         assert code == 0, said
         assert "kept the cache" not in said
@@ -311,7 +311,7 @@ def test_a_spare_that_is_away_is_left_out_and_a_node_that_serves_is_not(
                 await step.look_at_nodes(again)
 
     play(tmp_path, work, nodes=3)
-    assert "it is a spare node and is ignored" in capsys.readouterr().err
+    assert "this node is a spare and is ignored" in capsys.readouterr().err
 
 
 def test_ray_makes_room_for_itself_and_not_of_a_build_or_a_download_that_is_at_work(tmp_path: Path) -> None:

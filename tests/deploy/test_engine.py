@@ -38,7 +38,7 @@ def big() -> Model:
 def test_aphrodite_takes_one_to_eight_and_says_why_no_more() -> None:
     assert engines.legal(APHRODITE, big(), 64) == tuple(range(1, 9))
     for tp in range(9, 16):
-        assert "requires that tp is divisible by the KV heads" in str(engines.refusal(APHRODITE, big(), Split(tp=tp)))
+        assert "requires that tp is a multiple of this number" in str(engines.refusal(APHRODITE, big(), Split(tp=tp)))
     assert "no query heads" in str(engines.refusal(APHRODITE, big(), Split(tp=16)))
 
 

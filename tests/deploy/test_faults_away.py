@@ -117,7 +117,7 @@ def test_down_ends_what_a_killed_command_left_at_work(scene: Scene) -> None:
     made = scene.made
     kill(scene.downloading())
     output = well(made, "down")
-    assert all(f"{name} " in output.partition("processes stopped: ")[2] for name in ("k0", "k1", "k2"))
+    assert all(f" on {name}" in output.partition("processes stopped: ")[2] for name in ("k0", "k1", "k2"))
     assert walkthrough.left(made) == {}
     assert faultkit.in_files(made) == []
     scene.served.rate = None
@@ -133,7 +133,7 @@ def test_a_node_that_goes_away_in_a_download_leaves_its_files_to_the_others(scen
     try:
         done = end(process, 300)
         assert done.code == 0, done.output  # all that was missing is there
-        assert "the other nodes download its files" in done.output
+        assert "the other nodes download the files of this node" in done.output
         assert "k1 10.77.0.12:22 cannot be reached" in done.output
         assert steps(made)["weights"]["outcome"] == "done"
         assert scene.whole()
@@ -191,7 +191,7 @@ def test_a_spare_that_is_away_holds_nobody_up(scene: Scene) -> None:
     nodefaults.unplug(made.room["k2"])
     try:
         output = well(made, "serve", seconds=400)
-        assert "k2 10.77.0.13:22 cannot be reached: no answer; it is a spare node and is ignored" in output
+        assert "k2 10.77.0.13:22 cannot be reached: no answer; this node is a spare and is ignored" in output
         assert "READY" in output
         assert "up to date" in well(made, "up")
     finally:
@@ -207,7 +207,7 @@ def test_down_with_a_node_away_ends_everything_on_the_others(scene: Scene) -> No
         done = deploy(made, "down")
         assert done.code == SSH, done.output
         assert "k1 10.77.0.12:22 cannot be reached" in done.error
-        assert "; stopped on the others: k0 (" in done.error
+        assert " on k0" in done.error.partition("; processes stopped on the other nodes: ")[2]
         assert "repeat `deploy down`, since processes on k1 may still run" in done.error
         assert set(walkthrough.left(made)) == {"k1"}
     finally:

@@ -52,7 +52,7 @@ def test_interrupted_in_the_first_build_it_goes_on_until_down_ends_it_and_nothin
     assert done.code == 130
     assert "repeat the command" in done.output
     assert walkthrough.left(made)
-    assert "processes stopped: k0" in well(made, "down")
+    assert " on k0" in well(made, "down").partition("processes stopped: ")[2]
     assert walkthrough.left(made) == {}
     assert not [path.name for path in (root / "envs").glob(".*")]
 
@@ -98,7 +98,7 @@ def test_killed_while_ray_starts_and_while_the_engine_loads(made: Rehearsal) -> 
         loading = faultkit.engine_pid(made)
         kill(process)
         output = well(made, "serve")
-        assert "already loading: waiting for it" in output
+        assert "the engine is already loading; waiting for it" in output
         assert "READY" in output
         assert faultkit.engine_pid(made) == loading
     finally:

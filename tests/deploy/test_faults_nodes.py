@@ -65,7 +65,7 @@ def test_every_check_is_told_and_environments_are_listed_and_imported(made: Rehe
     assert any(line.startswith(identifier) and line.rstrip().endswith("env") for line in listed)
     rows = well(made, "env", "matrix")
     assert all(f"k{rank}  aphrodite._C: " in rows for rank in range(3))
-    assert well(made, "env", "gc").startswith("0 removed")
+    assert well(made, "env", "gc").startswith("0 environments removed")
 
 
 @pytest.mark.parametrize("command", [("up",), ("serve",), ("preflight",), ("run", "--", "true"), ("down",)])
@@ -259,7 +259,7 @@ def test_a_rolled_back_environment_stays_active_until_somebody_goes_forward(made
         second = faultkit.steps(made)["environment"]["data"]["id"]
         assert second != first
         well(made, "env", "rollback")
-        assert f"{first[:12]} is active, rolled back to" in well(made, "up")
+        assert f"{first[:12]} is active after a rollback" in well(made, "up")
         assert f"{second[:12]} is active" in well(made, "env", "up")
     finally:
         lock.write_text(before)

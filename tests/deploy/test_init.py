@@ -331,7 +331,7 @@ def test_a_head_without_a_gpu_is_a_sentence(tmp_path: Path, nodes: Servers) -> N
     done = deploy(tmp_path, "plan")
     assert done.returncode == 64
     assert "head has no usable GPU (no NVIDIA driver)" in done.stderr
-    assert "list a node with a GPU first in ips.txt, or repair the NVIDIA driver" in " ".join(done.stderr.split())
+    assert "put a node with a GPU in the first place in ips.txt, or repair the NVIDIA driver" in " ".join(done.stderr.split())
 
 
 def test_the_commit_whose_weights_were_brought_is_the_one_that_is_planned(tmp_path: Path, nodes: Servers) -> None:
@@ -375,7 +375,7 @@ def test_supposed_nodes_need_nothing(tmp_path: Path) -> None:
     assert "ray start" not in deploy(tmp_path, "plan", "--nodes", "10").stdout
     other = deploy(tmp_path, "plan", "--nodes", "10", "--engine", "aphrodite")
     assert "tp5 pp2 on 10 nodes" in other.stdout
-    assert "requires that tp is divisible by the KV heads" in other.stdout
+    assert "requires that tp is a multiple of this number" in other.stdout
     assert list(tmp_path.iterdir()) == [tmp_path / "home"]  # nothing is written
 
 
@@ -415,7 +415,7 @@ def test_whole_experts_are_planned_or_refused_as_the_option_says(tmp_path: Path)
     ("arguments", "code", "words"),
     [
         (("--nodes", "2"), 64, "the maximum is 60%"),
-        (("--nodes", "12", "--engine", "aphrodite", "--tp", "11"), 64, "requires that tp is divisible by the KV heads"),
+        (("--nodes", "12", "--engine", "aphrodite", "--tp", "11"), 64, "requires that tp is a multiple of this number"),
         (("--nodes", "10", "--engine", "vllm", "--tp", "5"), 64, "are not divisible by 5"),
         (("--nodes", "10", "--gpu", "mi300"), 2, "unknown kind of node 'mi300'"),
         (("--tp", "5"), 2, "add --nodes N"),

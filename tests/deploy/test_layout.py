@@ -325,7 +325,7 @@ def assert_fits(engine: Engine, of: Model, one: Candidate) -> None:
     [
         (
             {"tensor_parallel": 10},
-            "tp 10: with more ranks than the 8 KV heads, aphrodite requires that tp is divisible by the KV heads",
+            r"tp 10: if tp is larger than the number of KV heads \(8\), aphrodite requires that tp is a multiple of this",
         ),
         ({"tensor_parallel": 5, "pipeline_parallel": 3}, "tp5 pp3 requires 15 GPUs, but there are 10"),
         (
@@ -345,7 +345,7 @@ def assert_fits(engine: Engine, of: Model, one: Candidate) -> None:
             r"94.5 GiB of weights \(5 GiB of them offloaded\)",
         ),
         ({"cpu_offload_gib": 300}, "304 GiB of the"),
-        ({"gpu_memory_utilization": 0.03}, "the engine may use 2.9 GiB"),
+        ({"gpu_memory_utilization": 0.03}, "the engine may use only 2.9 GiB"),
     ],
 )
 def test_a_forced_layout_is_refused_with_the_limit(forced: dict[str, object], words: str) -> None:
@@ -364,7 +364,7 @@ def test_a_forced_layout_that_fits_is_taken_as_it_is() -> None:
 def test_rejected_layouts_say_why() -> None:
     rejected = {rejection.layout: rejection.reason for rejection in choosing.choose(question(16)).rejected}
     for tp in range(9, 16):
-        assert "requires that tp is divisible by the KV heads" in rejected[f"tp{tp}"]
+        assert "requires that tp is a multiple of this number" in rejected[f"tp{tp}"]
     assert "assigns no query heads to ranks 8 to 15" in rejected["tp16"]
     overload = {rejection.layout: rejection.reason for rejection in choosing.choose(question(10)).rejected}
     assert "the last stage has 110.8 GiB of weights" in overload["tp1 pp10 with the engine's default partition 12x9,18"]

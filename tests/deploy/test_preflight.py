@@ -135,7 +135,7 @@ def test_a_node_that_differs_is_the_one_that_is_told(check: str, change: Json, s
     [
         ({"absent": True}, "no NVIDIA driver"),
         ({"error": "cuInit: system not yet initialized (802)"}, "802"),
-        ({"version": 12040, "gpus": [GPU]}, "which the stored facts do not have"),
+        ({"version": 12040, "gpus": [GPU]}, "but the stored facts have no GPU of this node"),
     ],
 )
 def test_a_node_that_had_no_gpu_when_facts_were_asked_is_told_and_stops_nobody(cuda: Json, word: str) -> None:
@@ -154,7 +154,7 @@ def test_the_nodes_own_pythons_do_not_matter_where_the_environment_brings_one(en
     assert judged(nodes)["python", "k1"].status == "bad"
     cell = judged(nodes, python="managed")["python", "k1"]
     assert cell.status == "ok"
-    assert "the environment will have its own (managed)" in cell.text
+    assert "the environment will have its own Python (managed)" in cell.text
 
 
 def test_a_managed_python_that_a_node_does_not_see_is_told() -> None:
@@ -163,7 +163,7 @@ def test_a_managed_python_that_a_node_does_not_see_is_told() -> None:
     nodes = {node: survey(environment=own) for node in NODES} | {"k1": survey(environment=lost)}
     cells = judged(nodes, python="managed")
     assert (cells["python", "k0"].status, cells["python", "k1"].status) == ("ok", "bad")
-    assert "the shared folder is mounted on this node: it contains /share/gracefarm/" in cells["python", "k1"].remedy
+    assert "the shared folder, which contains /share/gracefarm/" in cells["python", "k1"].remedy
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_managed_python_that_a_node_does_not_see_is_told() -> None:
                     "k2": {"ports": {"6379": {"rtt": 0.1}}, "rtt": 0.1, "offset": 0.0, "bulk": {}},
                 },
             },
-            "64 KiB to k0 (10.0.0.0) do not arrive, but small packets do; the interface of this node has mtu 9000",
+            "64 KiB to k0 (10.0.0.0) do not arrive, but small packets arrive; the interface of this node has mtu 9000",
         ),
         ("share", {"nonces": {"k1": "nonce-k1"}}, "is not shared on this node"),
         ("share", {"nonces": {"k0": "nonce-k0", "k1": "nonce-k1"}}, "files of k2 are missing"),

@@ -49,7 +49,7 @@ def check(events: list[dict[str, Any]], count: int) -> None:
     output = "\n".join(event["text"] for event in events if event.get("event") == "output")
     tp, pp = walkthrough.layout(count)
     assert f"layout   tp{tp} pp{pp} on {count} nodes" in output
-    assert f"imports on {count} nodes" in output
+    assert f"imports tested on {count} nodes" in output
     assert f"{count} GPUs at 10.77.0.11:6379" in output
 
 

@@ -301,7 +301,10 @@ def test_the_version_in_the_lock_of_the_set_decides_what_weights_in_host_memory_
     lock.write_text(f"vllm==0.30.0 --hash=sha256:{'0' * 64}\n")
     between = planned(1, repo=repo, lock=str(lock))
     assert between.serve_env["VLLM_USE_V2_MODEL_RUNNER"] == "0"
-    assert "has vllm 0.30.0, which gracefarm does not know: options and environment are those of 0.26.0" in str(between.notes)
+    assert (
+        "has vllm 0.30.0, which gracefarm does not know; gracefarm uses the options and environment variables of vllm 0.26.0"
+        in str(between.notes)
+    )
 
 
 def test_where_host_and_gpu_share_a_memory_nothing_is_moved() -> None:

@@ -147,7 +147,7 @@ def test_in_the_background_until_it_is_ended_and_a_killed_one_is_no_trouble(tmp_
             os.kill(int(first.name), signal.SIGKILL)
             async with deploy(tmp_path, "tunnel", "--end") as process:
                 out, err = await asyncio.wait_for(process.communicate(), 30)
-                assert (process.returncode, out) == (0, b"1 closed\n"), err
+                assert (process.returncode, out) == (0, b"1 tunnel closed\n"), err
             for port in ports:
                 with pytest.raises(httpx.TransportError):
                     await models(port)

@@ -218,5 +218,5 @@ def test_a_node_that_is_lost_leaves_its_files_to_the_others(
         assert content(outcome) == wanted(served.files)
         assert dies or each_once(served)
     assert "k2" in (said := capsys.readouterr().err)
-    assert "the other nodes download its files" in said
+    assert "the other nodes download the files of this node" in said
     assert outcome.rounds == (2 if dies else 1)
