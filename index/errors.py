@@ -24,7 +24,7 @@ class RefusalError(GracefarmError):
 
 
 class RefusedError(RefusalError):
-    """The input is invalid: a name, a digest, an archive."""
+    """The input is invalid, for example a name, a digest or an archive."""
 
 
 class UnauthenticatedError(RefusalError):
@@ -34,7 +34,7 @@ class UnauthenticatedError(RefusalError):
 
 
 class ForbiddenError(RefusalError):
-    """The token is valid but does not cover this, or the index does not host the project."""
+    """The token is valid but does not cover this request, or the index does not host the project."""
 
     status = 403
 
@@ -90,7 +90,10 @@ class DamagedError(RefusalError):
 
 
 class UnreachableError(RefusalError):
-    """A service that a check requires is unreachable. Not 503: on 503, twine sends the whole file five times in a row."""
+    """A service that a check requires is unreachable.
+
+    The status is not 503, since on 503 twine sends the whole file five times in a row.
+    """
 
     exit_code = ExitCode.FETCH
     status = 424

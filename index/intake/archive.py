@@ -127,7 +127,8 @@ def _check_names(filename: str, members: list[zipfile.ZipInfo]) -> None:
         if folded in seen:
             raise RefusedError(
                 f"{filename} contains {name!r} twice",
-                remedy="build the distribution again with only one of these files, since installers would not agree on one",
+                remedy="build the distribution again with only one of these files, since installers would not "
+                "all choose the same one",
             )
         seen.add(folded)
         if member.flag_bits & 0x1:

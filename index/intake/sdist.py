@@ -114,7 +114,7 @@ def _check_project(defects: Defects, has_file: HasFile) -> None:
 
 
 class _SparseError(tarfile.TarError):
-    """A member is sparse."""
+    """A member of the archive is a sparse file."""
 
 
 class _Member(tarfile.TarInfo):

@@ -143,7 +143,7 @@ def _lacking(
 
 def _instead(others: Sequence[SetFile], requirement: Requirement) -> str:
     if any(_satisfies(each.version, requirement) for each in others):
-        return "; the set has it only for other machines"
+        return "; the set has this project only for other machines"
     versions = sorted({each.version for each in others})
     return f"; the set has {', '.join(versions)}" if versions else ""
 

@@ -235,7 +235,7 @@ def _upstream(catalogue: Catalogue, upstream: PyPISimple, pin: Pin) -> list[_Ups
     ]
     if not files:
         raise FetchError(
-            f"the lock has the sha256 of none of the files of {pin.name} {pin.version} on the upstream index",
+            f"no file of {pin.name} {pin.version} on the upstream index has a sha256 that the lock lists",
             remedy="create the lock again, or set the environment variable GRACEFARM_PYTHON_INDEX to the index from which the"
             " lock was created",
         )
@@ -295,7 +295,7 @@ def _version(filename: str, pin: Pin) -> str:
         ) from error
     if not same:
         raise FetchError(
-            f"the upstream index lists {filename!r} as a file of {pin.name} {pin.version}, but its name is that of a "
+            f"the upstream index lists {filename!r} as a file of {pin.name} {pin.version}, but its name belongs to a "
             "different release",
             remedy=_UNTRUSTED,
         )
@@ -415,7 +415,7 @@ def _download(store: Store, client: httpx.Client, item: _UpstreamFile) -> Iterat
                     count += len(chunk)
                     if count > bound:
                         raise DigestError(
-                            f"the upstream index sends more than the {bound} bytes that {item.filename} may have",
+                            f"the upstream index sends more than {bound} bytes for {item.filename}",
                             remedy=_UNTRUSTED,
                         )
                     digest.update(chunk)

@@ -82,7 +82,7 @@ def parse(raw: bytes) -> dict[str, object]:
             json.dumps(document, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise RefusedError(
-                "the record contains an escape \\ud800 to \\udfff without its other half",
+                "the record contains only one half of a surrogate pair (an escape from \\ud800 to \\udfff)",
                 remedy="remove this escape from the record, or send the record that the builder wrote",
             ) from None
     return document

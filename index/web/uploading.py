@@ -18,8 +18,8 @@ Upload wheels and sdists to this address (POST) with twine or uv publish. `index
   TWINE_USERNAME=__token__ TWINE_PASSWORD=gf_... twine upload --verbose --repository-url {address} dist/*
   UV_PUBLISH_TOKEN=gf_... uv publish --publish-url {address} --check-url {simple} dist/*
 
-With --verbose twine shows why a file was refused; without it, only "400 Bad Request".
-With --check-url uv skips files that the index already has.
+With --verbose, twine shows why a file was refused. Without --verbose, twine shows only "400 Bad Request".
+With --check-url, uv skips files that the index already has.
 Repeating an upload is safe: for the same bytes with the same name, the index answers 200 and changes nothing.
 """
 

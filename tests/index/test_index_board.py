@@ -130,7 +130,7 @@ def test_the_board_says_why(site: Server) -> None:
     assert blocked.index(BLOCKER) < blocked.index("the licence forbids it"), "the most frequent cause comes first"
     assert "board_pkg 1.0" in blocked
     assert "other_pkg 1.0" in blocked
-    assert "The remaining cells need about 2 h 00 min of CPU and 3.00 GiB of disk." in text
+    assert "The remaining cells need about 2 h 00 min of CPU time and 3.00 GiB of disk space." in text
     others = text.partition("Other builds")[2]
     assert "elsewhere" in others
     assert "board-built" not in others, "it is in the matrix"

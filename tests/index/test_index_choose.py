@@ -247,7 +247,7 @@ def test_with_pip_it_prints_a_command_for_pip(stocked: Server, tmp_path: Path, g
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     places = {**os.environ, "PATH": os.pathsep.join([str(environment / "bin"), str(gpu), os.defpath])}
     asked = shell(line_of(stocked), places)
-    assert "It requires torch 2.1" in asked.stderr
+    assert "The wheel requires torch 2.1" in asked.stderr
     assert "-m pip install" in asked.stdout
     installed = shell(asked.stdout, {**places, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INDEX": "1"})
     assert installed.returncode == 0, installed.stderr

@@ -75,7 +75,10 @@ def test_an_extra_that_is_asked_for_is_required(shared: Server) -> None:
 def test_every_python_of_the_matrix_finds_what_it_needs(shared: Server) -> None:
     both = [wheel("two_pkg", "1.0", f"cp{python}-cp{python}-{AARCH64}", requires=("one_dep",)) for python in (311, 312)]
     refused = stage(shared, "pythons", *both, wheel("one_dep", "1.0", GH200), expect=("two_pkg==1.0 cp311,cp312 aarch64",))
-    assert "one_dep (required by two-pkg 1.0; the set has it only for other machines), for Python 3.12 on aarch64" in refused
+    assert (
+        "one_dep (required by two-pkg 1.0; the set has this project only for other machines), for Python 3.12 on aarch64"
+        in refused
+    )
     more = wheel("one_dep", "1.0", f"cp312-abi3-{AARCH64}")
     assert shared.upload(*more, path="/stage/pythons/legacy/").status_code == 200
     run_index(shared.root, "stage", "publish", "pythons")

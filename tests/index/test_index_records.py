@@ -203,6 +203,6 @@ def test_odd_records_break_no_export(server: Server, tmp_path: Path) -> None:
 def test_half_a_surrogate_pair_is_refused(shared: Server) -> None:
     answer = shared.client.put("/records/half-1", content=b'{"recipe": "\\ud800"}', auth=("__token__", shared.token))
     assert answer.status_code == 400
-    assert "without its other half" in answer.text
+    assert "only one half of a surrogate pair" in answer.text
     whole = b'{"recipe": "\\ud83d\\ude00"}'
     assert shared.client.put("/records/half-2", content=whole, auth=("__token__", shared.token)).status_code == 200

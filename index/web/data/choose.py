@@ -221,15 +221,15 @@ def main() -> int:
     document = json.loads(WHEELS)
     name = document["name"]
     machine = ThisMachine()
-    sys.stderr.write(f"# This is {machine.describe()}.\n")
+    sys.stderr.write(f"# This machine has {machine.describe()}.\n")
     wheel, reason = choose(document["wheels"], machine)
     if wheel is None:
         sys.stderr.write(f"# {name}: {reason}.\n")
         return 1
     if wheel["torch"] and not machine.torch:
-        sys.stderr.write(f"# It requires torch {wheel['torch']}, which is not installed: install torch first.\n")
+        sys.stderr.write(f"# The wheel requires torch {wheel['torch']}, which is not installed: install torch first.\n")
     if wheel["sm"] and not machine.gpus:
-        sys.stderr.write(f"# No GPU was found, so its device code (sm {', '.join(wheel['sm'])}) was not checked.\n")
+        sys.stderr.write(f"# No GPU was found, so the wheel's device code (sm {', '.join(wheel['sm'])}) was not checked.\n")
     sys.stdout.write(" ".join(shlex.quote(part) for part in [*installer(), f"{name} @ {wheel['url']}"]) + "\n")
     return 0
 
