@@ -161,7 +161,7 @@ def bench(
 def _on_head(url: str | None, plan: ServePlan | None, *, required: bool) -> bool:
     """Whether the engine may have `vllm bench serve`. Raises UsageError if it does not and this is `required`."""
     if url:
-        reason = "`vllm bench serve` runs on the head of a deployment, but --url names a different server"
+        reason = "`vllm bench serve` runs only on the head, so it cannot be used with --url"
     elif plan is None:
         reason = "`deploy serve` has not started an engine yet"
     else:

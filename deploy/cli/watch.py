@@ -384,7 +384,7 @@ def collect(context: DeployContext, into: Path) -> None:
     context.console.step("collect", f"collecting logs of {len(deployment.nodes)} nodes")
     bundle = asyncio.run(go())
     for node, why in bundle.missing.items():
-        context.console.warn(f"the archive has no files of {node}: {why}")
+        context.console.warn(f"the archive does not have all files of {node}: {why}")
     first = bundle.findings[0] if bundle.findings else None
     lines = [f"{bundle.status.service.label}  {bundle.status.service.text}"]
     lines.append(f"first cause  {first.text}" if first else "first cause  none found")
