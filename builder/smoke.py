@@ -25,7 +25,7 @@ from gracefarm.files import remove_tree
 from gracefarm.tables import Table
 
 MARK = "GRACEFARM"
-TRAP = "raise ImportError('imported from the working directory: the import did not reach the installed wheel')\n"
+TRAP = "raise ImportError('the module was imported from the working directory, not from the installed wheel')\n"
 
 
 class SmokeResult(Table):
@@ -141,7 +141,7 @@ def _require_own(wheel: Path, result: SmokeResult) -> None:
         if any(name == inside or name.startswith(f"{inside}/") for name in brought):
             return
     raise SmokeError(
-        f"none of {', '.join(result.modules)} comes from {wheel.name}: they are from other packages of the environment",
+        f"none of the imported modules ({', '.join(result.modules)}) is from {wheel.name}; other packages contain them",
         remedy="name modules of the wheel in `imports` of [smoke]",
     )
 
@@ -160,12 +160,12 @@ def run_gpu(trial: Trial, sm: Sequence[str], ptx: str | None = None) -> GpuResul
         SmokeError: it failed.
     """
     if trial.environment.emulated:
-        return GpuResult(status="not run", reason="no GPU: the wheel's architecture is emulated here")
+        return GpuResult(status="not run", reason="this machine emulates the wheel's architecture, so the test has no GPU")
     if not gpu.devices():
         return GpuResult(status="not run", reason="no GPU")
     with _clean(trial, with_gpu=True) as clean:
         probe = (f"{clean.prefix}/bin/python3", "-P", f"{clean.files}/gpu.py")
-        answer, _ = _answer(trial, clean, probe, "cannot be tested on a GPU: torch fails")
+        answer, _ = _answer(trial, clean, probe, "cannot be tested on a GPU, because torch fails")
         probed = json.loads(answer)
         if "reason" in probed:
             return GpuResult(status="not run", reason=probed["reason"])
@@ -198,7 +198,8 @@ def _compared(answer: str, trial: Trial) -> dict[str, Any]:
     except ValidationError as error:
         reason = f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
         raise SmokeError(
-            f"{trial.script} wrote no valid list of comparisons: {reason}", remedy="see docs/howto/gpu.md for its format"
+            f"{trial.script} wrote no valid list of comparisons: {reason}",
+            remedy="write the list in the format that docs/howto/gpu.md describes",
         ) from error
     for comparison in answered.comparisons:
         if comparison.error > comparison.tolerance:

@@ -186,5 +186,5 @@ def run(program: Callable[[], None], *, as_json: bool, extra: str) -> None:
             error.show()
         sys.exit(ExitCode.USAGE)
     except (KeyboardInterrupt, click.Abort):
-        console.event("error", "interrupted; no process was left running; repeat the command to continue from here")
+        console.event("error", "the command was interrupted. No process is still running. To continue, repeat the command")
         sys.exit(ExitCode.INTERRUPTED)

@@ -72,7 +72,7 @@ class HostError(GracefarmError):
 
 
 class FetchError(GracefarmError):
-    """A source could not be fetched: missing, yanked or unreachable."""
+    """A source could not be fetched, because it is missing, yanked or unreachable."""
 
     exit_code = ExitCode.FETCH
 
@@ -90,7 +90,7 @@ class RootError(GracefarmError):
 
 
 class SourceError(GracefarmError):
-    """The source tree could not be prepared: a patch does not apply, a path leaves the tree."""
+    """The source tree could not be prepared, for example because a patch does not apply, or because a path leaves the tree."""
 
     exit_code = ExitCode.SOURCE
 
@@ -114,7 +114,7 @@ class MemoryBoundError(GracefarmError):
 
 
 class DiskFullError(GracefarmError):
-    """No space left on the device."""
+    """The device has no space left."""
 
     exit_code = ExitCode.DISK
 
@@ -132,7 +132,7 @@ class AuditError(GracefarmError):
 
 
 class SmokeError(GracefarmError):
-    """The wheel cannot be imported, or its smoke test fails, in a clean environment."""
+    """In a clean environment, the wheel cannot be imported, or its smoke test fails."""
 
     exit_code = ExitCode.SMOKE
 
@@ -156,25 +156,25 @@ class InstallError(GracefarmError):
 
 
 class SeveralError(GracefarmError):
-    """One or more of several recipes failed; each failure was reported separately."""
+    """At least one of several recipes failed. Each failure was reported separately."""
 
     exit_code = ExitCode.SEVERAL
 
 
 class FarmError(GracefarmError):
-    """The Ray cluster that builds does not answer, has ended, or has no worker for a cell."""
+    """The Ray cluster for builds does not answer, has ended, or has no worker for a cell."""
 
     exit_code = ExitCode.FARM
 
 
 class SshError(GracefarmError):
-    """The ssh connection to a node failed: unreachable, another host key than the pinned one, or a refused key."""
+    """The ssh connection failed: the node is unreachable, has another host key than the pinned one, or refused the key."""
 
     exit_code = ExitCode.SSH
 
 
 class NodeError(GracefarmError):
-    """A command on a node failed, timed out, or its outcome is unknown."""
+    """A command on a node failed or timed out, or its outcome is unknown."""
 
     exit_code = ExitCode.NODE
 

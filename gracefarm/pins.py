@@ -76,7 +76,7 @@ def parse(text: str, place: str, *, remedy: str = REMEDY, options: bool = False)
         try:
             pins.append(_pin(line, number, filename))
         except InvalidRequirement as error:
-            raise ConfigError(f"{place}:{number}: not a pinned wheel: {error}", remedy=remedy) from error
+            raise ConfigError(f"{place}:{number}: the line does not pin a wheel: {error}", remedy=remedy) from error
         filename = ""
     return pins
 
@@ -106,11 +106,11 @@ def _pin(line: str, number: int, filename: str) -> Pin:
     """
     digests = frozenset(_HASH.findall(line))
     if not digests:
-        raise InvalidRequirement("it has no --hash=sha256:…")
+        raise InvalidRequirement("--hash=sha256:… is missing")
     requirement = Requirement(_END_OF_REQUIREMENT.split(line, maxsplit=1)[0])
     version = _ONE_VERSION.fullmatch(str(requirement.specifier))
     if version is None:
-        raise InvalidRequirement("it does not pin a version with ==")
+        raise InvalidRequirement("the version is not pinned with ==")
     return Pin(
         name=str(canonicalize_name(requirement.name)),
         version=version[1],

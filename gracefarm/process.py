@@ -15,16 +15,16 @@ def die_with_us(command: Sequence[str | Path]) -> list[str | Path]:
     return ["setpriv", "--pdeathsig", "KILL", "--", *command] if shutil.which("setpriv") else list(command)
 
 
-def first_line(text: str, otherwise: str = "it gave no reason") -> str:
+def first_line(text: str, otherwise: str = "no reason was given") -> str:
     """The first line of a program's output or of a response; `otherwise` if it is empty."""
     return (text.strip().splitlines() or [otherwise])[0]
 
 
-def last_line(text: str, otherwise: str = "it gave no reason") -> str:
+def last_line(text: str, otherwise: str = "no reason was given") -> str:
     """The last line of a program's output, which usually gives the reason of a failure; `otherwise` if it is empty."""
     return (text.strip().splitlines() or [otherwise])[-1]
 
 
 def tail(text: str) -> str:
     """The end of a program's output, for cases in which one line is not enough."""
-    return text.strip()[-500:] or "it gave no reason"
+    return text.strip()[-500:] or "no reason was given"

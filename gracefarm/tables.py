@@ -142,7 +142,7 @@ def message(details: ErrorDetails) -> str:
 def _remedy(schema: type[Table], details: ErrorDetails, location: tuple[int | str, ...], docs: str) -> str:
     if details["type"] != "extra_forbidden":
         return f"{docs} describes every key"
-    return nearest(str(location[-1]), _known_keys(schema, location[:-1]), "known keys here")
+    return nearest(str(location[-1]), _known_keys(schema, location[:-1]), "known keys of this table")
 
 
 def nearest(name: str, known: Sequence[str], title: str) -> str:

@@ -26,4 +26,4 @@ def explain(output: str) -> tuple[str, str]:
     message = " ".join(" ".join(lines).split()).removeprefix("error: ")
     low = message.lower()
     kind = next((kind for kind, words in _KINDS if any(word in low for word in words)), "other")
-    return kind, message or "it gave no reason"
+    return kind, message or "uv gave no reason"

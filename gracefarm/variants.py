@@ -70,7 +70,7 @@ def parse(raw: bytes | str, label: str) -> Variant:
     try:
         document = json.loads(raw if isinstance(raw, str) else raw.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
-        raise ValueError(f"{MEMBER} is not JSON in UTF-8 without a byte order mark") from None
+        raise ValueError(f"{MEMBER} cannot be read as JSON (UTF-8 without a byte order mark)") from None
     if not isinstance(document, dict) or document.get("$schema") != SCHEMA:
         raise ValueError(f"{MEMBER} does not have the format {SCHEMA}")
     properties = _properties(document.pop("variants", None), label)
@@ -123,14 +123,17 @@ def _refuse_constant(name: str) -> NoReturn:
 def _properties(variants: object, label: str) -> Properties:
     if not isinstance(variants, dict) or list(variants) != [label]:
         names = ", ".join(variants) if isinstance(variants, dict) else ""
-        raise ValueError(f"{MEMBER} describes the variant {names or 'without a name'}, but the file name has {label}")
+        raise ValueError(
+            f"{MEMBER} describes {f'the variant {names}' if names else 'no variant'}, but the file name has the label {label}"
+        )
     properties = variants[label]
     if not (properties == {} or _is_mapping(properties, lambda features: _is_mapping(features, _is_values))):
         raise ValueError(f"{MEMBER} must give the properties of {label} as namespace, feature and a list of values")
     if (label == NULL) == bool(properties):
         raise ValueError(
-            f"{MEMBER} gives the variant {label} {'properties' if properties else 'no properties'};"
-            f" the variant {NULL}, and only this one, has no properties"
+            f"{MEMBER} gives properties to the variant {NULL}, which must not have any"
+            if properties
+            else f"{MEMBER} gives no properties to the variant {label}, but only the variant {NULL} may have none"
         )
     return properties  # type: ignore[no-any-return]  # the structure was checked
 

@@ -86,7 +86,7 @@ def compile_files(
             raise OSError(errno.ENOSPC, process.stderr)
         raise RootError(
             f"the Python files of {inside} cannot be byte-compiled: {tail(process.stderr)}",
-            remedy="repeat the command; if it fails again, correct [root] in stack.toml, which provides this Python",
+            remedy="repeat the command; if it fails again, correct the Python packages in [root] of stack.toml",
         )
 
 

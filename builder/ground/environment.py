@@ -57,7 +57,7 @@ def ensure(
         # The digest does not contain the stack's CUDA: another stack may have assembled the same wheels.
         torch_facts.check(stack, final / "lib" / f"python{stack.python}" / "site-packages")
         return final
-    with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process is assembling this")):
+    with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process is assembling this environment")):
         if not final.is_dir():
             python = bytecode.ROOTS_OWN
             with atomic_directory(final) as folder:
@@ -89,13 +89,13 @@ def ensure_toolchain(stack: LoadedStack, host: Arch, settings: Settings, tick: T
     if not locked and stack.data.toolchain.debian is None:
         raise ConfigError(
             f"stack {stack.data.name} has no CUDA compiler",
-            remedy="list its wheels in `requirements` of [toolchain] in stack.toml",
+            remedy="in stack.toml, list the wheels of the compiler in `requirements` of [toolchain]",
         )
     name = pins.toolchain_digest(stack, host)
     final = settings.home / "toolchains" / name
     if final.is_dir():
         return final
-    with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process is assembling this")):
+    with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process is assembling this CUDA compiler")):
         if not final.is_dir():
             with atomic_directory(final) as folder:
                 if locked:
@@ -103,7 +103,7 @@ def ensure_toolchain(stack: LoadedStack, host: Arch, settings: Settings, tick: T
                 toolkit.unpack(stack, host, folder, settings, tick)
                 if not any(os.access(nvcc, os.X_OK) for nvcc in folder.glob("nvidia/cu*/bin/nvcc")):
                     raise RootError(
-                        "the toolchain's wheels and packages have no nvcc", remedy="correct [toolchain] in stack.toml"
+                        "the wheels and packages of [toolchain] contain no nvcc", remedy="correct [toolchain] in stack.toml"
                     )
                 _date_headers(folder)
                 _make_read_only(folder)
@@ -121,7 +121,9 @@ def ensure_tools(stack: LoadedStack, host: Arch, settings: Settings, tick: Tick 
         return None
     name = pins.digest_of("tools", stack.python, host, locked)
     final = settings.home / "toolchains" / name
-    with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process is assembling this")):
+    with lock(
+        final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process is assembling this folder of build programs")
+    ):
         if not final.is_dir():
             with atomic_directory(final) as folder:
                 wheels.install(locked, place_of(stack, host, folder), stack.data.name, settings, tick)

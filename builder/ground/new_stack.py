@@ -94,7 +94,7 @@ def _version(asked: str, wheels: Sequence[DistributionPackage], index: str) -> s
     except InvalidVersion:
         match = None
     if match is None:
-        remedy = tables.nearest(asked, known[: -NEWEST - 1 : -1], "its newest releases")
+        remedy = tables.nearest(asked, known[: -NEWEST - 1 : -1], "newest releases of torch on this index")
         raise UsageError(f"the index {index} has no torch {asked}", remedy=remedy)
     return match
 
@@ -122,10 +122,10 @@ def _cuda(version: str, probe: LoadedStack, arch: Arch, settings: Settings) -> s
     if RUNTIME in required:
         return ".".join(required[RUNTIME].split(".")[:2])
     other = sorted(name for name in required if name.startswith(RUNTIME))
-    what = f"requires {other[0]}, but there are no wheels of the compiler for this CUDA" if other else "has no CUDA"
+    what = f"requires {other[0]}, but no wheel contains the compiler for this CUDA" if other else "has no CUDA"
     raise ConfigError(
-        f"torch {version} of the Python index for {arch} {what}",
-        remedy="choose a newer torch; or write a stack.toml by hand that takes torch from torch's own index "
+        f"the {arch} wheel of torch {version} on the Python index {what}",
+        remedy="choose a newer release of torch; or write a stack.toml by hand that takes torch from PyTorch's index "
         "(stacks/cu124 is an example)",
     )
 

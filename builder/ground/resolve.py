@@ -95,7 +95,7 @@ def resolution(texts: Sequence[str], stack: LoadedStack, arch: Arch, settings: S
         if filename is None:
             raise ConfigError(
                 f"{name} {version} has no wheel for {arch} with glibc {glibc(stack, arch)}",
-                remedy="require a version that has such a wheel, in stack.toml, recipe.toml or set.toml",
+                remedy="in stack.toml, recipe.toml or set.toml, require a version that has such a wheel",
             )
         yield name, version, filename, wheels[filename]
 
@@ -180,12 +180,12 @@ def _unresolved(message: str, stack: LoadedStack, arch: Arch, excluded: Mapping[
         return ConfigError(
             f"{list(excluded)[-1]} has no wheel for Python {stack.python} on {arch}, and no version with such a wheel meets "
             "the requirements",
-            remedy="require a version that has such a wheel, in stack.toml, recipe.toml or set.toml; or lock a Python with a "
-            f"GIL, such as {stack.python.rstrip('t')}",
+            remedy="in stack.toml, recipe.toml or set.toml, require a version that has such a wheel; or write the lock for a "
+            f"Python with a GIL, such as {stack.python.rstrip('t')}",
         )
     return ConfigError(
         f"the requirements cannot be resolved for {arch}: {message}",
-        remedy="correct the requirements in the file that is locked: stack.toml, recipe.toml or set.toml",
+        remedy="correct the requirements in stack.toml, recipe.toml or set.toml",
     )
 
 

@@ -59,7 +59,7 @@ def ensure(stack: LoadedStack, host: Arch, target: Arch, settings: Settings, tic
         if (program := lost(final, stack, host, target)) is not None:
             raise RootError(
                 f"{program} is missing in the root file system {final}",
-                remedy="remove it with `builder doctor --fix`; the next build assembles the root file system again from "
+                remedy="remove this root file system with `builder doctor --fix`; the next build assembles it again from the "
                 "downloaded packages",
                 repeat="builder doctor --fix",
             )
@@ -167,7 +167,7 @@ def _link_compilers(folder: Path, gcc: int, target: Arch) -> None:
         if not (tools / own).exists():
             raise RootError(
                 f"the root file system of the stack has no /usr/bin/{own}",
-                remedy="correct [root], or gcc of [toolchain], in stack.toml, then run `builder lock STACK`",
+                remedy="in stack.toml, correct [root] or the key gcc of [toolchain]; then run `builder lock STACK`",
             )
         for name in (plain, f"{prefix}{plain}"):
             _link(links / name, f"/usr/bin/{own}")

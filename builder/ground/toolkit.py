@@ -40,5 +40,8 @@ def unpack(stack: LoadedStack, host: Arch, folder: Path, settings: Settings, tic
                 shutil.move(Path(name, source), home / place)
             except FileNotFoundError as error:
                 titles = ", ".join(deb.title for deb in debs)
-                raise RootError(f"{titles} has no /{source}", remedy="correct [toolchain.debian] in stack.toml") from error
+                raise RootError(
+                    f"the Debian packages of the CUDA compiler ({titles}) do not contain /{source}",
+                    remedy="correct [toolchain.debian] in stack.toml",
+                ) from error
     (home / "bin" / "nvcc.profile").write_text(PROFILE)

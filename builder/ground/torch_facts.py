@@ -34,9 +34,10 @@ def check(stack: LoadedStack, site: Path) -> None:
     cuda = read(site).get("cuda")
     if cuda != wanted.cuda:
         raise RootError(
-            f"the locked torch {wanted.version} is built for CUDA {cuda}, but the stack has CUDA {wanted.cuda}",
-            remedy=f"pin a wheel of torch for CUDA {wanted.cuda} in stack.toml; torch/version.py in the wheel has its CUDA"
-            " version",
+            f"the locked torch {wanted.version} is built {built_for(cuda)}, but the stack requires a torch "
+            f"{built_for(wanted.cuda)}",
+            remedy=f"in stack.toml, pin a wheel of torch {built_for(wanted.cuda)}; the file torch/version.py in the wheel "
+            "names its CUDA version",
         )
 
 
@@ -50,3 +51,8 @@ def cxx11_abi(site: Path) -> bool | None:
         return None
     match = re.search(r"_GLIBCXX_USE_CXX11_ABI=([01])", place.read_text())
     return match[1] == "1" if match else None
+
+
+def built_for(cuda: object) -> str:
+    """The CUDA of a torch in words; None: torch has no CUDA."""
+    return f"for CUDA {cuda}" if cuda else "without CUDA"

@@ -28,9 +28,10 @@ def require_digests(stack: LoadedStack, locked: Sequence[LockedWheel]) -> None:
     for wheel in locked:
         if not wheel.sha256:
             raise ConfigError(
-                f"{wheel.name} {wheel.version} of stack {stack.data.name} has no digest yet (index: {shown(wheel.index)})",
-                remedy=f"run `builder lock {stack.data.name} --digests` on a machine that can reach that index; or run it here"
-                f" with a mirror in the environment: GRACEFARM_MIRRORS='{wheel.index}=REPLACEMENT'",
+                f"the digest of {wheel.name} {wheel.version} in stack {stack.data.name} is unknown"
+                f" (index: {shown(wheel.index)})",
+                remedy=f"run `builder lock {stack.data.name} --digests` on a machine that can reach this index; or run it on"
+                f" this machine with the variable GRACEFARM_MIRRORS='{wheel.index}=REPLACEMENT', which names a mirror",
                 repeat=f"builder lock {stack.data.name} --digests",
             )
 

@@ -75,7 +75,7 @@ def _crate(package: Mapping[str, Any], where: str) -> Crate:
         kind = "a git repository" if source.startswith("git+") else "a registry other than crates.io"
         raise SourceError(
             f"{where} takes {title} from {kind}, {source}, but only crates of crates.io are supported",
-            remedy="change Cargo.toml and Cargo.lock with a patch in the recipe: use a release on crates.io, or the path of a "
+            remedy="add a patch to the recipe; in Cargo.toml and Cargo.lock, use a release on crates.io, or the path of a "
             "[[repositories]] entry",
         )
     if "checksum" not in package:

@@ -86,7 +86,7 @@ def require(recipe: LoadedRecipe, stack: LoadedStack, ptx: str | None) -> None:
         if value not in compiles:
             raise ConfigError(
                 f"CUDA {stack.data.cuda} of stack {stack.data.name} does not compile for sm_{value}",
-                remedy=tables.nearest(value, compiles, "architectures"),
+                remedy=tables.nearest(value, compiles, "supported architectures"),
             )
         if stack.data.torch is not None and value in _UNKNOWN_TO_TORCH:
             raise ConfigError(
@@ -96,7 +96,7 @@ def require(recipe: LoadedRecipe, stack: LoadedStack, ptx: str | None) -> None:
         if value.endswith("f") and value[:-1] in stack.sm:
             raise ConfigError(
                 f"sm_{value[:-1]} and sm_{value} cannot be in one wheel: nvcc compiles only one of them",
-                remedy=f"choose sm_{value}, which runs on the whole family, or sm_{value[:-1]}",
+                remedy=f"choose sm_{value}, whose code runs on the whole family, or sm_{value[:-1]}",
             )
     for value in stack.sm if supported else ():
         if value not in supported:

@@ -50,10 +50,10 @@ class DigestFields(Table):
     @model_validator(mode="after")
     def _evidence_is_of_this_digest(self) -> Self:
         if self.sha256 is None and (self.accepted is not None or self.witness):
-            raise ValueError("accepted and witness require sha256")
+            raise ValueError("the keys accepted and witness require the key sha256")
         for witness in self.witness:
             if witness.value != self.sha256:
-                raise ValueError(f"witness {witness.source} has a different digest, {witness.value}")
+                raise ValueError(f"the witness {witness.source} has the digest {witness.value}, which differs from sha256")
         return self
 
     def require_one(self) -> None:
@@ -63,7 +63,7 @@ class DigestFields(Table):
             ValueError: both or neither are given.
         """
         if (self.sha256 is None) == (self.sha256_unknown is None):
-            raise ValueError("give either sha256, or the reason why it is unknown in sha256_unknown")
+            raise ValueError("give either sha256, or sha256_unknown with the reason why the digest is unknown")
 
 
 class PinnedDownload(DigestFields):

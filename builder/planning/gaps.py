@@ -56,7 +56,7 @@ class Evidence:
         if self.witnesses:
             return f"confirmed by {', '.join(witness.source for witness in self.witnesses)}"
         assert self.first_use is not None
-        return f"first use on {self.first_use.date} from {self.first_use.url}, not confirmed"
+        return f"read at first use on {self.first_use.date} from {self.first_use.url}, not confirmed"
 
 
 def evidence(recipe: LoadedRecipe, stack: LoadedStack, target: Arch) -> list[Evidence]:

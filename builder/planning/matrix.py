@@ -227,8 +227,8 @@ def _end(name: str, value: str, plain: Sequence[str], interpreters: Sequence[str
     """The first or last Python of a range."""
     if name not in plain and name in (*interpreters, ROOT):
         raise UsageError(
-            f"a range of Pythons begins and ends with versions, but {value} has {name}",
-            remedy=f"write a range such as {plain[0]}..{plain[-1]}, and add {name} with a comma",
+            f"a range of Pythons must begin and end with a version, but {value} contains {name}",
+            remedy=f"write a range such as {plain[0]}..{plain[-1]}, and append {name} after a comma",
         )
     return _known(name, "python", plain)
 
@@ -282,7 +282,7 @@ def _within(version: str | None, value: str, axis: str) -> bool:
     except InvalidVersion:
         example = "cuda=13.0 or cuda=12.4..13.0" if axis == "cuda" else f"{axis}=2.11.0 or {axis}=2.4..2.11"
         raise UsageError(
-            f"{axis}={value} is not a version or a range", remedy=f"give a version or a range, such as {example}"
+            f"{axis}={value} is neither a version nor a range", remedy=f"give a version or a range, such as {example}"
         ) from None
     _refuse_empty(axis, value, empty=start > end)
     if version is None:

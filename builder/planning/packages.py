@@ -82,7 +82,7 @@ def of_root(stack: LoadedStack, host: Arch, target: Arch) -> tuple[Deb, ...]:
         raise ConfigError(
             f"{stack.root_lock} has no root for target {target} on an {host} host",
             remedy=f"add {target} to {host} in [root.hosts] of stack.toml, then write the lock again with `{again}`; the lock "
-            f"has roots for {', '.join(sorted(locked.roots))} (host-target)",
+            f"has roots for these pairs of host and target: {', '.join(sorted(locked.roots))}",
             repeat=again,
         )
     debs = locked.roots[key].packages
@@ -94,7 +94,7 @@ def of_root(stack: LoadedStack, host: Arch, target: Arch) -> tuple[Deb, ...]:
     for request in wanted:
         if request not in have and request.partition(":")[0] not in have:
             raise ConfigError(
-                f"{stack.root_lock} has no package {request} for {key}, but stack.toml requires it",
+                f"{stack.root_lock} has no package {request} for {key} (host-target), but stack.toml requires it",
                 remedy=f"write the lock again with `{again}`",
                 repeat=again,
             )
@@ -139,8 +139,8 @@ def _rust(stack: LoadedStack) -> RustPackages:
     if stack.root.rust is None:
         raise ConfigError(
             f"the recipe requires Rust, but stack {stack.data.name} has no Rust",
-            remedy="add [root.rust] to the stack.toml that defines the root of this stack, then lock that "
-            f"stack with `{stack.root_lock_command}`",
+            remedy="add [root.rust] to the stack.toml that defines the root of this stack, then run "
+            f"`{stack.root_lock_command}`",
             repeat=stack.root_lock_command,
         )
     return stack.root.rust
@@ -182,7 +182,7 @@ def of_toolkit(stack: LoadedStack, host: Arch) -> tuple[Deb, ...]:
     debs = tables.read(stack.toolchain_lock, ToolchainLock).hosts.get(host, Packages(packages=())).packages
     if sorted(deb.name for deb in debs) != sorted(spec.packages):
         raise ConfigError(
-            f"{stack.toolchain_lock} does not match the Debian packages of stack.toml for an {host} host",
+            f"{stack.toolchain_lock} does not pin the Debian packages that stack.toml requires for an {host} host",
             remedy=f"write the lock again with `builder lock {stack.data.name}`",
             repeat=f"builder lock {stack.data.name}",
         )

@@ -49,14 +49,14 @@ def wheels(stack: LoadedStack, arch: Arch) -> tuple[LockedWheel, ...]:
         if reason := stack.data.no_lock.get(stack.python):
             raise ConfigError(
                 f"stack {stack.data.name} does not support Python {stack.python}: {reason}",
-                remedy="use a different Python or a different stack; if there are such wheels now, write the lock with "
+                remedy="use a different Python or a different stack; if this reason is no longer valid, write the lock with "
                 f"`{stack.lock_command}`",
                 repeat=stack.lock_command,
             )
         raise ConfigError(
             f"stack {stack.data.name} has no lock for Python {stack.python}",
-            remedy=f"write the lock with `{stack.lock_command}`; this requires wheels of torch and its requirements for "
-            "this Python",
+            remedy=f"write the lock with `{stack.lock_command}`; torch and the packages that it requires must have "
+            "wheels for this Python",
             repeat=stack.lock_command,
         )
     locked = _of_lock(stack.requirements_lock, stack, arch, stack.lock_command)

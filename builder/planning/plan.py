@@ -356,12 +356,12 @@ class Plan:
             lock += f" --stack {stack.folder.name}"
         if self.toolchain.gaps(stack, self.target):
             lock += f" --toolchain {self.toolchain.kind}"
-        count = "1 digest is" if len(missing) == 1 else f"{len(missing)} digests are"
+        unknown = "the digest of" if len(missing) == 1 else f"{len(missing)} digests are unknown; the first is the digest of"
         raise ConfigError(
-            f"{recipe.key} on stack {stack.data.name} cannot be built: {count} unknown, "
-            f"{'that' if len(missing) == 1 else 'the first is that'} of {missing[0].url}",
-            remedy=f"run `{lock}` on a machine that can reach {', '.join(prefixes)}; or run it here with mirrors in the "
-            f"environment: GRACEFARM_MIRRORS='{' '.join(f'{prefix}=REPLACEMENT' for prefix in prefixes)}'"
+            f"{recipe.key} on stack {stack.data.name} cannot be built: {unknown} {missing[0].url}"
+            f"{' is unknown' if len(missing) == 1 else ''}",
+            remedy=f"run `{lock}` on a machine that can reach {', '.join(prefixes)}; or run it on this machine with "
+            f"the variable GRACEFARM_MIRRORS='{' '.join(f'{prefix}=REPLACEMENT' for prefix in prefixes)}', which names mirrors"
             if prefixes
             else f"run `{lock}`, which reads the digest from the Python index",
             repeat=lock,

@@ -114,9 +114,13 @@ class Build(Table):
         for name, value in {**self.environment, **self.config_settings, **self.cmake}.items():
             for placeholder in re.findall(r"\{sm(?:_\w*)?\}", value):
                 if placeholder not in PLACEHOLDERS:
-                    raise ValueError(f"{name} has {placeholder}: {tables.nearest(placeholder, PLACEHOLDERS, 'placeholders')}")
+                    near = tables.nearest(placeholder, PLACEHOLDERS, "placeholders")
+                    raise ValueError(f"the value of {name} has the unknown placeholder {placeholder}: {near}")
                 if not self.cuda:
-                    raise ValueError(f"{name} has {placeholder}, but with cuda = false there are no architectures")
+                    raise ValueError(
+                        f"the value of {name} has the placeholder {placeholder}, "
+                        "but a recipe with cuda = false has no architectures"
+                    )
         return self
 
 
@@ -181,7 +185,7 @@ class Wheel(Table):
     def _requires_by_its_own_name(self) -> Self:
         for name, text in self.requires.items():
             if canonicalize_name(_named(text).name) != canonicalize_name(name):
-                raise ValueError(f"requires {name!r} has {text!r}, which is a requirement on a different distribution")
+                raise ValueError(f"the key {name!r} of requires has the value {text!r}, which names a different package")
         return self
 
 
@@ -297,13 +301,18 @@ class Recipe(Table):
     @model_validator(mode="after")
     def _one_product(self) -> Self:
         if (self.smoke is None) == (self.tree is None):
-            raise ValueError("give either [smoke], for a recipe of a wheel, or [tree], for a recipe of a tree")
+            raise ValueError(
+                "give either [smoke] or [tree]: a recipe of a wheel has [smoke], and a recipe of a tree has [tree]"
+            )
         if self.tree is not None and (self.trees or self.build.cuda):
             raise ValueError("a recipe with [tree] must have cuda = false in [build], and no [[trees]]")
         places = {file.path for file in self.files}
         for taken in self.trees:
             if taken.replaces is not None and taken.replaces not in places:
-                msg = f"trees of {taken.recipe} replaces {taken.replaces!r}, but no [[files]] entry has that path"
+                msg = (
+                    f"the [[trees]] entry of recipe {taken.recipe} replaces {taken.replaces!r}, "
+                    "but no [[files]] entry has this path"
+                )
                 raise ValueError(msg)
         return self
 
@@ -317,7 +326,10 @@ class Recipe(Table):
         known = {"source", *(file.origin for file in self.files if file.origin)}
         for bundled in self.wheel.bundled:
             if bundled.origin is not None and bundled.origin not in known:
-                msg = f"wheel.bundled {bundled.path!r} names the origin {bundled.origin!r}, but no [[files]] entry has it"
+                msg = (
+                    f"wheel.bundled {bundled.path!r} names the origin {bundled.origin!r}, "
+                    "but no [[files]] entry has this origin"
+                )
                 raise ValueError(msg)
         return self
 
@@ -406,7 +418,7 @@ class LoadedRecipe:
         for name in names:
             if name not in known:
                 raise UsageError(
-                    f"{self.key} has no tree of {name} that can be built from source",
+                    f"{self.key} uses no tree of {name} that can be built from source",
                     remedy=f"choose {', '.join(known)}" if known else f"remove --{name} source",
                 )
         return replace(self, from_source=names)

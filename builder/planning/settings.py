@@ -30,7 +30,8 @@ def _mirrors(value: object) -> object:
         old, equals, new = pair.partition("=")
         if not (old and equals and new):
             raise ConfigError(
-                f"{PREFIX}MIRRORS: {pair!r} is not OLD=NEW", remedy="give pairs of URL prefixes: OLD=NEW OLD=NEW"
+                f"{PREFIX}MIRRORS: {pair!r} does not have the form OLD=NEW",
+                remedy="give pairs of URL prefixes: OLD=NEW OLD=NEW",
             )
         mirrors[old] = new
     return mirrors
@@ -97,6 +98,6 @@ def load() -> Settings:
     if not (settings.project / "recipes").is_dir():
         raise ConfigError(
             f"setting 'project': {settings.project} has no folder recipes/",
-            remedy=f"correct {PREFIX}PROJECT, or create a project folder: builder init DIR",
+            remedy=f"correct {PREFIX}PROJECT, or create a project folder with `builder init DIR`",
         )
     return settings

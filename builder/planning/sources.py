@@ -146,15 +146,15 @@ class File(DigestFields):
         if [self.url, self.name, self.deb, self.text].count(None) != 3:
             raise ValueError("give exactly one of url, name, deb and text")
         if (self.name is None) != (self.version is None) or (self.deb is None) != (self.suite is None):
-            raise ValueError("name requires version, deb requires suite")
+            raise ValueError("give name and version together, and deb and suite together")
         if self.deb is not None and len(Path(self.deb).name.split("_")) != 3:
-            raise ValueError("deb is a path that ends in NAME_VERSION_ARCH.deb")
+            raise ValueError("deb must be a path that ends in NAME_VERSION_ARCH.deb")
         if self.url is not None:
             self.require_one()
         elif self.text is None and self.sha256 is None:
-            raise ValueError("a file with name or deb requires sha256")
+            raise ValueError("an entry with the key name or deb must have the key sha256")
         elif self.text is not None and (self.sha256 or self.sha256_unknown or self.unpack or self.members):
-            raise ValueError("a text has no digest and cannot be unpacked")
+            raise ValueError("an entry with the key text cannot have sha256, sha256_unknown, unpack or members")
         return self
 
 

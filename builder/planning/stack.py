@@ -420,7 +420,8 @@ def load(stacks: Path, name: str) -> LoadedStack:
     owner = tables.read(stacks / data.root_of / "stack.toml", Stack)
     if owner.root is None:
         raise ConfigError(
-            f"{folder / 'stack.toml'}: stack {data.root_of} has no [root]", remedy=f"write root_of = {owner.root_of!r}"
+            f"{folder / 'stack.toml'}: `root_of` names the stack {data.root_of}, which has no [root]",
+            remedy=f"write root_of = {owner.root_of!r}",
         )
     if (owner.python, owner.toolchain.gcc) != (data.python, data.toolchain.gcc):
         raise ConfigError(

@@ -83,7 +83,7 @@ def report(wheel: Path, result: GpuResult, reader: Path) -> GpuReport:
     if result.status != "passed" or result.sm is None:
         raise VerifyError(
             f"{wheel.name} is not certified: {result.reason}",
-            remedy="run the command on a machine with a GPU that the wheel has code for, and with a torch that finds this GPU",
+            remedy="run the command on a machine with a GPU for which the wheel has code; its torch must find this GPU",
         )
     if not result.comparisons or not result.negative_control:
         raise VerifyError(
@@ -93,7 +93,7 @@ def report(wheel: Path, result: GpuResult, reader: Path) -> GpuReport:
     digests = device_digest.of_wheel(wheel, reader)
     if not _loaded(digests, result.sm):
         raise VerifyError(
-            f"{wheel.name} is not certified: it has only PTX for sm_{result.sm}, no device code",
+            f"{wheel.name} is not certified: it has PTX but no device code for sm_{result.sm}",
             remedy=f"build the wheel with device code for this GPU (--sm {result.sm}), then repeat the command",
         )
     return GpuReport(
@@ -159,7 +159,7 @@ def _confirmed(given: GpuReport, wheels: Mapping[str, Mapping[str, str]]) -> dic
     loaded = _loaded(given.device_digests, given.sm)
     if own is not None and any(own.get(sm) != digest for sm, digest in loaded.items()):
         raise VerifyError(
-            f"the report about {given.wheel.filename} has different device digests than the wheel",
+            f"the device digests in the report about {given.wheel.filename} differ from those of the wheel",
             remedy="do not use this report: test the wheel again with `builder certify` on the machine with the GPU",
         )
     measured = {digest for digests in wheels.values() for digest in digests.values()}
@@ -168,10 +168,10 @@ def _confirmed(given: GpuReport, wheels: Mapping[str, Mapping[str, str]]) -> dic
         theirs = ", ".join(f"sm_{sm} {digest[:16]}" for sm, digest in loaded.items()) or f"none for sm_{given.sm}"
         here = sorted({f"sm_{sm} {digest[:16]}" for digests in wheels.values() for sm, digest in digests.items()})
         raise VerifyError(
-            f"{given.wheel.filename} in the report has different device code ({theirs}) than the wheels of this machine "
-            f"({', '.join(here) or 'none'})",
+            f"no wheel of this machine has the device code that the report about {given.wheel.filename} names. The report "
+            f"names these digests: {theirs}. The wheels of this machine have these digests: {', '.join(here) or 'none'}",
             remedy="on this machine, build the wheel from the same recipe and stack and with the same --sm as the tested "
-            "wheel; build an x86_64 wheel that is tested instead of an aarch64 wheel with --twin",
+            "wheel; if you tested an x86_64 wheel to certify an aarch64 wheel, build the x86_64 wheel with --twin",
         )
     return confirmed
 

@@ -29,7 +29,7 @@ from gracefarm.files import remove_tree
 
 LICENSE_FILES_SINCE = Version("2.4")
 "Version of core metadata (PEP 639)."
-REMEDY = "see the log of the package's build, and fix its metadata with a patch in the recipe"
+REMEDY = "see the log of the package's build, and add a patch to the recipe that fixes the package's metadata"
 
 
 def embed(wheel: Path, plan: Plan, epoch: int, licenses: Path, into: Path, crates: Sequence[Crate] = ()) -> Path:
@@ -49,10 +49,10 @@ def embed(wheel: Path, plan: Plan, epoch: int, licenses: Path, into: Path, crate
         version = measured_version(wheel, plan)
         zip2dir(wheel, tree)
     except UNREADABLE as error:
-        raise WheelError(f"the built {wheel.name} cannot be unpacked: {error}", remedy=REMEDY) from error
+        raise WheelError(f"the built wheel {wheel.name} cannot be unpacked: {error}", remedy=REMEDY) from error
     information = next(tree.glob("*.dist-info"), tree)
     if not (information / "METADATA").is_file():
-        raise WheelError(f"the built {wheel.name} has no .dist-info with METADATA", remedy=REMEDY)
+        raise WheelError(f"the built wheel {wheel.name} has no METADATA in .dist-info", remedy=REMEDY)
     filename = wheel.name
     if version is not None:
         filename, information = _rename(tree, information, filename, version)

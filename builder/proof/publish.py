@@ -47,7 +47,7 @@ def refuse_credentials(url: str, option: str = "--publish") -> None:
 
 
 class TakenError(PublishError):
-    """The index has, or had, other bytes with that name."""
+    """The index has, or once had, a file with the same name and different content."""
 
 
 def upload(wheel: Path, url: str, login: Login | None) -> Publication:

@@ -180,7 +180,7 @@ def read(text: str) -> tuple[str, Besides]:
         )
         return str(document["documentNamespace"]).rpartition(":")[2], besides
     except (KeyError, TypeError, StopIteration, AttributeError) as error:
-        raise ValueError(f"it is not an SBOM that this program wrote: {error!r}") from error
+        raise ValueError(f"gracefarm did not write the SBOM: {error!r}") from error
 
 
 def _crate(package: Mapping[str, Any]) -> Crate:

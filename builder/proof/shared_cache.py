@@ -212,16 +212,18 @@ class SharedCache:
             sha256, writer = str(header["sha256"]), str(header["keyid"])
             signature = base64.b64decode(header["sig"], validate=True)
         except (ValueError, KeyError, TypeError, binascii.Error, RecursionError):
-            return None, "it is damaged"
+            return None, "the entry is damaged"
         public = self.trusted.get(writer)
         if public is None:
-            return None, f"this machine does not trust its writer, key {writer[:16]}"
+            return None, f"this machine does not trust the key {writer[:16]}, which signed the entry"
         try:
             public.verify(signature, self._signed(kind, key, sha256))
         except InvalidSignature:
             return None, f"the signature of key {writer[:16]} is wrong"
         return (
-            (content, "") if hashlib.sha256(content).hexdigest() == sha256 else (None, "its bytes differ from the signed ones")
+            (content, "")
+            if hashlib.sha256(content).hexdigest() == sha256
+            else (None, "the bytes of the entry differ from the signed bytes")
         )
 
 

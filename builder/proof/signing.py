@@ -49,7 +49,7 @@ def create() -> Ed25519PublicKey:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as error:
         raise UsageError(
-            f"this machine already has a signing key, {path}",
+            f"this machine already has a signing key in {path}",
             remedy="keep this key; or save its public key with `builder key show`, move the file away, and repeat the command",
         ) from error
     with os.fdopen(descriptor, "wb") as stream:
@@ -84,7 +84,7 @@ def _parse(text: bytes, where: str) -> Ed25519PrivateKey:
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         # Without the library's message and without a cause, which could contain a part of the key.
-        fault = f"{where} has no ed25519 key in PEM"
+        fault = f"{where} does not contain an ed25519 key in PEM format"
         if where == VARIABLE:
             raise ConfigError(fault, remedy="set the variable to the content of a key file, or unset it") from None
         raise ConfigError(
@@ -106,7 +106,7 @@ def public(path: Path, remedy: str = OF_A_WHEEL) -> Ed25519PublicKey:
     try:
         key = serialization.load_pem_public_key(content)
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise ConfigError(f"{path} is not a public key in PEM: {error}", remedy=remedy) from error
+        raise ConfigError(f"{path} is not a public key in PEM format: {error}", remedy=remedy) from error
     if not isinstance(key, Ed25519PublicKey):
         raise ConfigError(f"{path} is not an ed25519 key", remedy=remedy)
     return key
@@ -158,5 +158,6 @@ def opened(dsse: Mapping[str, Any], kind: str, key: Ed25519PublicKey) -> Any:
         return json.loads(body)
     by = ", ".join(identifier[:16] for identifier, _ in signatures) or "no key"
     raise VerifyError(
-        f"the provenance is not signed by key {key_id(key)[:16]}, or was changed after signing; its signature names {by}"
+        f"the provenance has no valid signature of key {key_id(key)[:16]}: another key signed it, or it was changed "
+        f"after signing. Its signatures name {by}"
     )

@@ -47,7 +47,7 @@ def upload_token(url: str) -> str | None:
             ) from error
         except (httpx.HTTPError, KeyError, ValueError) as error:
             raise PublishError(
-                f"{url} cannot exchange this job's identity token: {error}",
+                f"the index {url} cannot exchange this job's identity token: {error}",
                 remedy="try again, or set TWINE_USERNAME and TWINE_PASSWORD",
             ) from error
 
@@ -61,10 +61,10 @@ def _document(answer: httpx.Response) -> dict[str, Any]:
     """
     document = answer.json()
     if not isinstance(document, dict):
-        raise ValueError(f"{answer.url} is not a JSON object")
+        raise ValueError(f"the answer of {answer.url} is not a JSON object")
     if answer.is_error:
         raise PublishError(
-            f"the index refuses an upload token for this job: {document.get('detail') or answer.reason_phrase}",
+            f"the index does not issue an upload token to this job: {document.get('detail') or answer.reason_phrase}",
             remedy="run `index publisher list` on the machine of the index; it lists the workflows that may upload",
         )
     return document

@@ -38,7 +38,7 @@ class WheelCheck(Table):
 
 
 class UncheckedError(VerifyError):
-    """What a check needs is missing; the remedy says how to get it."""
+    """A check was not possible, because a file or a key is missing. The remedy says how to get it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,14 +129,14 @@ def _build_id(wheel: Path, inside: Inside) -> str:
     """Check that the id is the hash of the inputs, and that the inputs are those of this wheel."""
     if id_of(inside.inputs) != inside.build_id:
         raise VerifyError(
-            f"the inputs in the wheel hash to {id_of(inside.inputs)[:16]}, but its build id is {inside.build_id[:16]}"
+            f"the digest of the inputs in the wheel is {id_of(inside.inputs)[:16]}, but its build id is {inside.build_id[:16]}"
         )
     name, version, _, _ = parse_wheel_filename(split_label(wheel.name)[0])
     recipe, stack = inside.inputs["recipe"], inside.inputs["stack"]
     known = local_version.could_be(version, recipe["version"], stack["cuda"], stack["torch"])
     if canonicalize_name(recipe["name"]) != name or not known:
         raise VerifyError(
-            f"the wheel was built from the inputs of {recipe['name']} {recipe['version']}, which does not match its file name"
+            f"the file name of the wheel does not match its inputs, which are those of {recipe['name']} {recipe['version']}"
         )
     return inside.build_id
 
@@ -152,7 +152,7 @@ def _sbom(inside: Inside) -> str:
     if build_id != inside.build_id:
         raise VerifyError(f"the SBOM belongs to build {build_id[:16]}, but the wheel belongs to build {inside.build_id[:16]}")
     if sbom.render(inside.inputs, besides) != inside.sbom:
-        raise VerifyError("the SBOM lists different sources than the wheel's inputs, or it was changed")
+        raise VerifyError("the SBOM does not list the sources in the wheel's inputs, or it was changed after the build")
     wanted = inside.inputs["stack"]["environment"]
     installed = [
         LockedWheel(name=material.what, version=material.version or "", sha256=material.digest or "")
@@ -161,8 +161,10 @@ def _sbom(inside: Inside) -> str:
     if wanted is not None:
         digest = pins.digest_of("environment", inside.inputs["stack"]["python"], Arch(inside.inputs["target"]), installed)
         if digest != wanted:
-            raise VerifyError("the SBOM's list of the environment does not have the digest in the wheel's inputs")
-    return f"{len(besides.installed)} distributions of the environment, sources as in the inputs"
+            raise VerifyError(
+                "the packages that the SBOM lists have a different digest than the environment in the wheel's inputs"
+            )
+    return f"lists the sources in the inputs, and {len(besides.installed)} packages of the environment"
 
 
 def _provenance(wheel: Path, inside: Inside, place: Path, key: Ed25519PublicKey | None) -> str:
@@ -190,13 +192,15 @@ def _provenance(wheel: Path, inside: Inside, place: Path, key: Ed25519PublicKey 
     name = build_tag.split(wheel.name)[0]  # an index may have added a build tag
     if subjects.get(name) != sha256:
         raise VerifyError(
-            f"the wheel has sha256 {sha256[:16]}, but {str(subjects.get(name))[:16]} was signed"
+            f"the sha256 of the wheel is {sha256[:16]}, but the signed sha256 is {str(subjects.get(name))[:16]}"
             if name in subjects
-            else f"the provenance is about {', '.join(subjects)}, not about {wheel.name}"
+            else f"the provenance is not about {wheel.name}, but about {', '.join(subjects)}"
         )
     inner = signed["predicate"]["buildDefinition"]["internalParameters"]
     if inner["buildId"] != inside.build_id or inner["inputs"] != json.loads(json.dumps(inside.inputs)):
         raise VerifyError(
-            f"the provenance is about build {str(inner['buildId'])[:16]}, but the wheel is of build {inside.build_id[:16]}"
+            f"the provenance is about build {str(inner['buildId'])[:16]}, but the wheel is from build {inside.build_id[:16]}"
+            if inner["buildId"] != inside.build_id
+            else "the inputs in the provenance differ from the inputs in the wheel"
         )
     return f"signed by key {signing.key_id(key)[:16]}, sha256 {sha256[:16]}"

@@ -57,7 +57,8 @@ def build_set(plan: SetPlan, jobs: int | None, settings: Settings, console: Cons
     name, place = plan.set.data.name, set_record.folder(settings, plan.set_id)
     console.step(
         "set",
-        f"{name}: set id {plan.set_id[:16]}, {counted(len(plan.builds), 'own wheel')}, {counted(len(plan.wheels), 'other')}",
+        f"{name}: set id {plan.set_id[:16]}, {counted(len(plan.builds), 'own wheel')}, "
+        f"{counted(len(plan.wheels), 'other wheel')}",
     )
     if set_record.read(settings, plan.set_id) is None:
         # Checked before hours of compiling.
@@ -72,7 +73,7 @@ def build_set(plan: SetPlan, jobs: int | None, settings: Settings, console: Cons
         if tested is None or {wheel.sha256 for wheel in tested.wheels if wheel.own} != ours:
             tested = _tested(plan, records, wheels, place, settings, console)
         else:
-            console.step("together", f"tested already, {tested.finished}")
+            console.step("together", f"already tested at {tested.finished}")
     title = f"Set {name}, id {plan.set_id}: own wheels, and the wheels that they were tested with."
     atomic_write(place / "requirements.lock", locks.requirements(title, tested.wheels))
     built = BuiltSet(plan=plan, record=tested, folder=place, wheels=wheels)
@@ -94,7 +95,8 @@ def _build_all(plan: SetPlan, jobs: int | None, settings: Settings, console: Con
             failed += 1
     if failed:
         raise SeveralError(
-            f"{failed} of {len(plan.builds)} wheels of set {plan.set.data.name} could not be built; each is described above",
+            f"{failed} of {len(plan.builds)} wheels of set {plan.set.data.name} could not be built; "
+            "each failure is described above",
             remedy="fix these errors, then repeat the command; finished builds are kept",
             repeat=f"builder set build {plan.set.words}",
         )
@@ -125,7 +127,9 @@ def _tested(
     place.mkdir(parents=True, exist_ok=True)
     scratch = place / "together"
     scratch.mkdir(exist_ok=True)
-    console.step("together", f"{', '.join(of.data.together.imports)} in one environment; log {scratch / 'log.txt'}")
+    console.step(
+        "together", f"importing {', '.join(of.data.together.imports)} in one environment; the log is {scratch / 'log.txt'}"
+    )
     tested = together.test(plan, wheels, site, base, scratch, pep517.bound(settings))
     console.step("together", f"imported {', '.join(tested.smoke.modules)} in {tested.wall_s:.0f} s")
     for command in tested.commands:
@@ -215,7 +219,8 @@ def _require_same(built: BuiltSet, at: SetAddress, files: Mapping[str, str]) -> 
     )
     if wrong:
         raise PublishError(
-            f"{at.name} at {at.base} has files that were not tested: {', '.join(wrong[:3])}{', …' if len(wrong) > 3 else ''}",
+            f"the set {at.name} at {at.base} has files that were not tested: "
+            f"{', '.join(wrong[:3])}{', …' if len(wrong) > 3 else ''}",
             remedy="stage the set under a different name (--as), because a published set cannot be changed",
             repeat=f"builder set build {built.plan.set.words} --stage {at.base} --as NAME",
         )
@@ -231,7 +236,8 @@ def _incomplete(built: BuiltSet, at: SetAddress, missing: Sequence[str]) -> Inco
     name = built.plan.set.data.name
     shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
     return IncompleteError(
-        f"{at.name} is staged at {at.base}, but not published: it lacks {counted(len(missing), 'wheel')} ({shown})",
-        remedy=f"run these commands on the machine of the index: {'; '.join(commands)}; then repeat the command to publish it",
+        f"the set {at.name} is staged at {at.base}, but not published: it lacks {counted(len(missing), 'wheel')} ({shown})",
+        remedy=f"run these commands on the machine of the index: {'; '.join(commands)}; then repeat the command to publish "
+        "the set",
         repeat=f"builder set build {built.plan.set.words} --stage {at.base}" + (f" --as {at.name}" if at.name != name else ""),
     )

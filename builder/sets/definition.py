@@ -91,7 +91,7 @@ class LoadedSet:
         for name in names:
             if not any(name in recipe.replaceable for recipe in self.recipes):
                 raise UsageError(
-                    f"no recipe of the set {self.data.name} has a tree of {name} that can be built from source",
+                    f"no recipe of the set {self.data.name} uses a tree of {name} that can be built from source",
                     remedy=f"remove --{name} source",
                 )
         recipes = (recipe.with_trees(tuple(name for name in names if name in recipe.replaceable)) for recipe in self.recipes)

@@ -63,12 +63,16 @@ def run_set(plan: SetPlan, jobs: int | None, settings: Settings, console: Consol
         pylock = build.render(built, at, named)
         files, size = _holds(at)
         others = counted(sum(not wheel.own for wheel in built.record.wheels), "other wheel")
-        console.step("mirror", f"{others} in {mirror_s:.0f} s; the set has {counted(files, 'file')}, {size / 1e9:.2f} GB")
+        console.step(
+            "mirror", f"mirrored {others} in {mirror_s:.0f} s; the set has {counted(files, 'file')}, {size / 1e9:.2f} GB"
+        )
         start = time.monotonic()
         with _scratch(built, settings) as home:
             clean, base = _installed(built, _only(at, home, settings), console)
             install_s = time.monotonic() - start
-            console.step("install", f"{len(built.record.wheels)} wheels by hash from {at.simple} in {install_s:.0f} s")
+            console.step(
+                "install", f"installed {len(built.record.wheels)} wheels by hash from {at.simple} in {install_s:.0f} s"
+            )
             _dry_run(plan, pylock, home, console)
             tested = together.tried(plan.set, clean, base, home, pep517.bound(settings))
         console.step("import", f"imported {', '.join(tested.smoke.modules)} in {tested.wall_s:.0f} s")
@@ -98,7 +102,7 @@ def _published(built: BuiltSet, at: SetAddress, settings: Settings, console: Con
         if process.returncode:
             words = first_line(process.stderr)
             raise PublishError(
-                f"the index cannot mirror the lock {own}: {words}",
+                f"the index cannot mirror the wheels of the lock {own}: {words}",
                 remedy="fix this error, then repeat the command",
                 repeat=f"builder set run {built.plan.set.words}",
             )
@@ -168,4 +172,4 @@ def _dry_run(plan: SetPlan, pylock: Path, home: Path, console: Console) -> None:
         )
     lines = process.stderr.splitlines()
     outcome = next((line for line in lines if line.startswith("Would install")), "nothing to install")
-    console.step("pylock", f"{pylock}, read by uv: {outcome.lower()}")
+    console.step("pylock", f"uv can read {pylock}: {outcome.lower()}")

@@ -68,7 +68,7 @@ def tried(of: LoadedSet, clean: Path, root: Path, folder: Path, memory: int) -> 
     )
     if outcome.returncode != 0 or not answers:
         raise SmokeError(
-            f"the wheels of {name} do not work together: {first_error(log)}",
+            f"the wheels of set {name} do not work together: {first_error(log)}",
             remedy=f"see the complete output in {log}",
             repeat=f"builder set build {of.words}",
         )
@@ -83,7 +83,7 @@ def _run(box: Sandbox, command: tuple[str, ...], log: Path, of: LoadedSet) -> Co
     outcome = sandbox.run(box, ("/env/bin/python3", f"/env/bin/{command[0]}", *command[1:]), log=log)
     if outcome.returncode != 0:
         raise SmokeError(
-            f"`{' '.join(command)}` failed in the environment of {of.data.name} ({outcome.returncode}): "
+            f"`{' '.join(command)}` failed with exit code {outcome.returncode} in the environment of set {of.data.name}: "
             + first_error(log, start),
             remedy=f"see the complete output in {log}",
             repeat=f"builder set build {of.words}",

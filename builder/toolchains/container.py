@@ -103,8 +103,8 @@ class ContainerToolchain(SandboxToolchain):
         """
         if plan.stack.interpreter is not None:
             raise ConfigError(
-                f"with --toolchain container, the Python comes from the image; --python {plan.stack.interpreter.name} "
-                "requires the sandbox",
+                f"--python {plan.stack.interpreter.name} requires the sandbox, but --toolchain container uses the Python "
+                "of the image",
                 remedy="omit --python or --toolchain container",
             )
         image = plan.stack.data.container.get(plan.target)
@@ -206,8 +206,8 @@ class ContainerToolchain(SandboxToolchain):
     @property
     def note(self) -> str:
         """See Toolchain."""
-        bound = f"{self.engine} {'limits its memory' if self.bounds_memory else 'cannot limit its memory here'}"
-        return f"container without network; {bound}; CPU and peak are those of cibuildwheel, not of the container"
+        bound = f"{self.engine} {'limits the memory' if self.bounds_memory else 'cannot limit the memory on this machine'}"
+        return f"container without network; {bound}; CPU time and peak memory are those of the program cibuildwheel"
 
     def build_paths(self, folder: Path) -> tuple[str, ...]:
         """See Toolchain."""

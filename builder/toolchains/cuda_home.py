@@ -98,7 +98,7 @@ def _driver_stub(folder: Path, root: Path, packages: Path) -> None:
     process = subprocess.run(box.command(command), capture_output=True, text=True, check=False)
     if process.returncode:
         raise RootError(
-            f"the stub of the driver's library cannot be compiled: {tail(process.stderr)}",
+            f"the stub of NVIDIA's driver library cannot be compiled: {tail(process.stderr)}",
             remedy="run `builder doctor`, which tests the sandbox and the root of the stack, then repeat the command",
         )
     (folder / "stub.c").unlink()

@@ -16,6 +16,7 @@ def unread_headers(arch: Arch, cuda: str, glibc: str) -> str | None:
     """Why the CUDA compiler fails in every unit with the headers of that C library; None: it is not known to fail."""
     if arch is Arch.AARCH64 and Version(cuda) <= _LAST_WITHOUT_VECTORS and Version(glibc) >= _BARE_VECTORS:
         return (
-            f"CUDA {cuda} cannot read the headers of glibc {glibc} on aarch64, only those of releases before {_BARE_VECTORS}"
+            f"CUDA {cuda} cannot read the headers of glibc {glibc} on aarch64; "
+            f"it can read those of releases before {_BARE_VECTORS}"
         )
     return None

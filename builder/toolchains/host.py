@@ -97,7 +97,7 @@ class HostToolchain(Toolchain):
             environment=site,
             packages=packages,
             compiler=self.tools.cuda_home,
-            title=f"no root: this machine's files, with a clean environment in {site}",
+            title=f"no root is used, only this machine's files and the clean environment {site}",
             folders=host_tools.library_folders(self.tools),
             sm=stack.sm,
             interpreter=self.tools.interpreter.real,

@@ -29,7 +29,7 @@ def ensure(tools: HostTools, settings: Settings, tick: Tick = no_tick) -> Path:
         ConfigError, FetchError, DigestError, RootError, DiskFullError: as in `environment.ensure`.
     """
     final = folder(tools, settings)
-    with lock(final.with_name(f"{final.name}.lock"), lambda: tick(0, None, "another process is assembling this")):
+    with lock(final.with_name(f"{final.name}.lock"), lambda: tick(0, None, "another process is assembling this environment")):
         if not (final / _WHOLE).is_file():
             remove_tree(final)
             final.parent.mkdir(parents=True, exist_ok=True)

@@ -115,7 +115,7 @@ class HostTools:
     def differences(self) -> Iterator[str]:
         """Sentences about differences from the stack."""
         data, glibc = self.base.data, self.glibc.replace("_", ".")
-        yield f"compilers are those of this machine, not those of {self.base.root.suite} in the stack's lock"
+        yield f"compilers are those of this machine, not the {self.base.root.suite} packages in the stack's lock"
         if self.interpreter.minor != data.python:
             yield f"Python is {self.interpreter.minor}, but the stack has {data.python}"
         floor = data.glibc.get(self.arch)
@@ -123,9 +123,9 @@ class HostTools:
             allowed = f"at most {floor.replace('_', '.')}" if floor else "no glibc"
             yield f"glibc is {glibc}, but the stack allows {allowed} on {self.arch.value}: the wheel may require {glibc}"
         if not self.locked:
-            yield "packages are those of the named environment, not those of the stack's lock"
+            yield "packages are those of the environment that --environment names, not those of the stack's lock"
         if self.cxx_runtime is not None:
-            yield "g++ links libstdc++ statically by default; it is made to link the shared one, as torch does"
+            yield "g++ links libstdc++ statically by default; the build makes it link the shared libstdc++, which torch uses"
 
     def inputs(self) -> dict[str, object]:
         """Inputs of the build id in addition to the stack's facts; without paths."""
@@ -183,8 +183,8 @@ def _interpreter(base: LoadedStack, wanted: Wanted) -> HostPython:
     if place is None:
         raise HostError(
             f"python{python}, which the lock of stack {base.data.name} requires, is not on PATH",
-            remedy="install this Python; or give its path with --python PATH; or give an environment that has torch with "
-            "--environment PATH",
+            remedy="install this Python; or give its path with --python PATH; or use --environment PATH to give an "
+            "environment that has torch",
         )
     if place.is_dir():
         place = place / "bin" / "python3"
@@ -192,11 +192,12 @@ def _interpreter(base: LoadedStack, wanted: Wanted) -> HostPython:
     if wanted.environment is None and interpreter.minor != python:
         raise HostError(
             f"{place} is Python {interpreter.minor}, but the lock of stack {base.data.name} is for Python {python}",
-            remedy=f"give a Python {python} with --python PATH, or an environment that has torch with --environment PATH",
+            remedy=f"give a Python {python} with --python PATH, or use --environment PATH to give an "
+            "environment that has torch",
         )
     if not interpreter.header.is_file():
         raise HostError(
-            f"{interpreter.header} of {place} is missing",
+            f"the header {interpreter.header} of {place} is missing",
             remedy=f"install the headers of this Python (Debian: python{interpreter.minor}-dev)",
         )
     if wanted.environment is not None:
@@ -250,8 +251,8 @@ def _check_torch(base: LoadedStack, wanted: Wanted, interpreter: HostPython) -> 
     cuda = torch_facts.read(site).get("cuda") if site else None
     if Version(version).public != Version(stack.torch.version).public or cuda != stack.torch.cuda:
         raise HostError(
-            f"the environment of {interpreter.executable} has torch {version} for CUDA {cuda}, but stack {stack.name} has"
-            f" torch {stack.torch.version} for CUDA {stack.torch.cuda}",
+            f"the environment of {interpreter.executable} has torch {version} {torch_facts.built_for(cuda)}, but "
+            f"stack {stack.name} has torch {stack.torch.version} {torch_facts.built_for(stack.torch.cuda)}",
             remedy="give a stack with this version of torch (--stack), or an environment with the stack's version of "
             "torch (--environment)",
         )
@@ -318,13 +319,13 @@ def _toolkit(base: LoadedStack, wanted: Wanted) -> Path:
         have = _release(place)
         if have == release:
             return place
-        seen.append(f"{place} has {have}")
+        seen.append(f"{place} has {have or 'no known release'}")
     if seen:
         raise HostError(
             f"stack {base.data.name} requires CUDA {release}, but {', '.join(seen)}",
             remedy=f"give the folder of CUDA {release} with --cuda PATH, or a stack for this CUDA with --stack",
         )
-    where = str(wanted.cuda) if wanted.cuda else "CUDA_HOME, /usr/local/cuda and the folders of PATH"
+    where = str(wanted.cuda) if wanted.cuda else "CUDA_HOME, /usr/local/cuda or the folders of PATH"
     raise HostError(
         f"no CUDA compiler (nvcc) was found in {where}", remedy=f"install CUDA {release}, or give its folder with --cuda PATH"
     )

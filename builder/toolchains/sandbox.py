@@ -55,7 +55,7 @@ class SandboxToolchain(Toolchain):
                 continue
             if problem := unread_headers(plan.target, stack.data.cuda, version[0]):
                 raise ConfigError(
-                    f"stack {stack.data.name}: {problem}; its root has {package.title}",
+                    f"stack {stack.data.name}: {problem}; the root of this stack has {package.title}",
                     remedy="use an older suite, such as bookworm, in [root] of the stack.toml, and lock the stack again",
                     repeat=f"builder lock {stack.data.name}",
                 )

@@ -143,7 +143,7 @@ def _installed(package: str) -> bool:
 
 
 def _version(package: str, command: list[str], least: Version, why: str) -> HostCheck:
-    remedy = f"run as root: apt-get install {package} ({least} or later: {why})"
+    remedy = f"{package} {least} or later is required, because {why}; run as root: apt-get install {package}"
     if shutil.which(command[0]) is None:
         return HostCheck(package, False, "not installed", remedy, (package,))
     text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
@@ -160,14 +160,17 @@ def _sandbox() -> HostCheck:
         "run `builder doctor --fix` as root; if this machine is a container, allow user namespaces in it (docker: "
         "--privileged, or a seccomp profile)"
     )
-    return HostCheck("sandbox", problem is None, problem or f"starts, as {user}", remedy)
+    return HostCheck("sandbox", problem is None, problem or f"starts as {user}", remedy)
 
 
 def _memory() -> HostCheck:
     have = psutil.virtual_memory().total
     state = f"{have / 2**30:.1f} GiB, {os.cpu_count()} cores"
     return HostCheck(
-        "memory", have >= MEMORY, state, f"use a machine with at least {MEMORY >> 30} GiB: one compile job requires that much"
+        "memory",
+        have >= MEMORY,
+        state,
+        f"use a machine with at least {MEMORY >> 30} GiB, because one compile job requires them",
     )
 
 
@@ -243,7 +246,7 @@ def _ready(loaded: LoadedStack, settings: Settings) -> str:
         has_environment = (settings.home / "environments" / pins.environment_digest(loaded, target)).is_dir()
         parts = (("root", _root_of(loaded, target, settings).is_dir()), ("environment", has_environment))
         missing = " and ".join(name for name, has in parts if not has)
-        words.append(f"{target}: " + (f"the first build makes {missing}" if missing else "root and environment ready"))
+        words.append(f"{target}: " + (f"the first build assembles {missing}" if missing else "root and environment ready"))
     return "; ".join(words) or f"no root for an {host} host"
 
 
@@ -255,7 +258,7 @@ def _binfmt(settings: Settings) -> Iterator[HostCheck]:
         with contextlib.suppress(GracefarmError):  # `builder plan NAME` reports it
             needed += [name] if recipe.load(settings.project / "recipes", name).data.binfmt else []
     who = f"required by {', '.join(needed)}" if needed else "not required by any recipe"
-    remedy = "run `builder doctor --fix` as root, which registers qemu until the next reboot"
+    remedy = "run `builder doctor --fix` as root; this registers qemu until the next reboot"
     for target in Arch:
         if target is not host and host is not Arch.AARCH64:
             state = registration(target)

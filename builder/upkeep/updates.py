@@ -117,7 +117,7 @@ def _pins(settings: Settings) -> Iterator[Upstream]:
             current, releases = loaded.data.version, _of_tags(source.url, settings)
         else:
             continue  # An archive's address does not say where newer ones are.
-        change = f"set version and the pin of [source] in recipes/{key}/recipe.toml to {{version}}"
+        change = f"in recipes/{key}/recipe.toml, set version to {{version}} and update the pin of [source]"
         yield Upstream(kind="recipe", name=key, current=current, releases=releases, change=change)
     stacks = [stack.load(settings.project / "stacks", name).data for name in stack.names(settings.project / "stacks")]
     versions = [entry.torch.version for entry in stacks if entry.torch is not None]
@@ -128,7 +128,7 @@ def _pins(settings: Settings) -> Iterator[Upstream]:
     for name in catalogue.names(folder):
         table = tables.read(folder / name / "interpreter.toml", InterpreterTable)
         if table.source.kind == "archive":
-            change = f"set version, url and sha256 in interpreters/{name}/interpreter.toml to {{version}}"
+            change = f"in interpreters/{name}/interpreter.toml, set version to {{version}} and update url and sha256"
             yield Upstream(kind="python", name=name, current=table.version, releases=_of_uv(table.python), change=change)
 
 

@@ -438,7 +438,7 @@ def test_one_publish_exchanges_one_identity_token(
     assert trusting.client.get("/records/nightly-2").json()["recipe"] == "ours"
 
     publishing.send_failure("nightly-2", url, settings, Console())
-    assert "the record was not published: the index refuses an upload token for this job" in capsys.readouterr().err
+    assert "the record was not published: the index does not issue an upload token to this job" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

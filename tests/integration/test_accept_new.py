@@ -49,7 +49,7 @@ def test_a_digest_of_a_first_use_is_written_down_and_shown_until_a_witness_confi
     known = sha256((tmp_path / "tool.tar.gz").read_bytes())
     written = f'# why it is here\nurl = "{URL}"\nsha256 = "{known}"  # yet\naccepted = {{date = {today}, url = "{URL}"}}\n'
     assert written in place.read_text()
-    sentence = f"first use on {today} from {URL}, not confirmed"
+    sentence = f"read at first use on {today} from {URL}, not confirmed"
     assert f"seed/.triton/nvidia {known[:16]}: {sentence}" in farm.run("plan", "trinity", "--target", NATIVE).out
     assert record_of(farm, "trinity")["unconfirmed"] == [f"seed/.triton/nvidia {known}: {sentence}"]
     assert sentence in farm.run("show", "trinity").out
@@ -68,7 +68,7 @@ def test_a_digest_of_a_first_use_is_written_down_and_shown_until_a_witness_confi
     assert record_of(farm, "trinity")["unconfirmed"] == []
     place.write_text(place.read_text().replace(f'value = "{known}"', f'value = "{"0" * 64}"'))
     wrong = farm.run("plan", "trinity")
-    assert (wrong.code, "has a different digest" in wrong.said, "Value error" in wrong.said) == (3, True, False), wrong.said
+    assert (wrong.code, "differs from sha256" in wrong.said, "Value error" in wrong.said) == (3, True, False), wrong.said
 
 
 def answered(farm: Farm, tmp_path: Path, answer: bytes) -> tuple[int, str]:
@@ -145,7 +145,7 @@ def test_a_wheel_of_the_stack_whose_index_lists_its_digest_is_accepted_and_shown
     assert done.code == 0, done.said
     today = datetime.now(tz=UTC).date()
     assert f'sha256 = "{known}"\naccepted = {{date = {today}, url = "{index}"}}\n' in place.read_text()
-    what, sentence = f"own-thing 1.0 for {NATIVE}", f"first use on {today} from {index}, not confirmed"
+    what, sentence = f"own-thing 1.0 for {NATIVE}", f"read at first use on {today} from {index}, not confirmed"
     assert f"{what} {known[:16]}: {sentence}" in farm.run("plan", "tiny", "--target", NATIVE).out
     assert record_of(farm, "tiny")["unconfirmed"] == [f"{what} {known}: {sentence}"]
     with zipfile.ZipFile(done.out.strip()) as opened:

@@ -104,7 +104,7 @@ def test_a_lock_that_is_a_folder(farm: Farm) -> None:
             ("'files.0.url'", "must not contain white space"),
         ),
         ({"wheel": {"requires": {"triton": "triton => rubbish"}}}, ("'wheel.requires.triton'", "triton => rubbish")),
-        ({"wheel": {"requires": {"triton": "torch==2.4.0"}}}, ("'wheel'", "a requirement on a different distribution")),
+        ({"wheel": {"requires": {"triton": "torch==2.4.0"}}}, ("'wheel'", "which names a different package")),
         ({"wheel": {"sm_extra": {"*.cu": ["90x"]}}}, ("'wheel.sm_extra.*.cu.0'",)),
     ],
 )
@@ -214,7 +214,7 @@ def test_no_wheel(farm: Farm) -> None:
     ("content", "words"),
     [
         ("b'PK no archive'", "cannot be unpacked: File is not a zip file"),
-        ("b'PK\\x05\\x06' + bytes(18)", "no .dist-info with METADATA"),
+        ("b'PK\\x05\\x06' + bytes(18)", "no METADATA in .dist-info"),
     ],
     ids=["no zip", "nothing in it"],
 )
@@ -293,7 +293,11 @@ def test_a_full_disk_is_recognised_in_any_language(farm: Farm, tmp_path: Path) -
     ("name", "value", "words"),
     [
         ("GRACEFARM_MEMORY", "20GB", "'20GB' is not a size such as 3.5GiB"),
-        ("GRACEFARM_MIRRORS", "https://a.example=file:///a https://b.example", "'https://b.example' is not OLD=NEW"),
+        (
+            "GRACEFARM_MIRRORS",
+            "https://a.example=file:///a https://b.example",
+            "'https://b.example' does not have the form OLD=NEW",
+        ),
     ],
 )
 def test_a_setting_that_is_none(farm: Farm, name: str, value: str, words: str) -> None:

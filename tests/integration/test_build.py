@@ -344,4 +344,4 @@ def test_smoke_refuses_modules_that_the_environment_has_and_the_wheel_lacks(farm
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), smoke={"imports": ["setuptools", "packaging.tags"]})
     done = farm.run("build", "tiny", "--target", NATIVE)
     assert done.code == 31
-    assert "none of setuptools, packaging.tags comes from tiny-1.0-py3-none-any.whl" in done.said
+    assert "none of the imported modules (setuptools, packaging.tags) is from tiny-1.0-py3-none-any.whl" in done.said

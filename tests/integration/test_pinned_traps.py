@@ -90,7 +90,7 @@ def test_trap_3_the_cpu_torch_of_the_same_version_is_refused(farm: Farm) -> None
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), stack="cu124-headers", wheel=requires)
     done = farm.run("build", "tiny")
     assert done.code == 12, done.said
-    assert "the locked torch 2.4.0 is built for CUDA None, but the stack has CUDA 12.4" in done.said
+    assert "the locked torch 2.4.0 is built without CUDA, but the stack requires a torch for CUDA 12.4" in done.said
 
 
 def test_trap_4_a_build_requirement_that_the_tutorial_forgets_is_named_before_anything_compiles(farm: Farm) -> None:

@@ -195,17 +195,18 @@ def _other_namespace(value: Any) -> None:
 
 TAMPERING: dict[str, tuple[Callable[[dict[str, bytes]], None], str, str]] = {
     "another file, RECORD corrected": (
-        lambda content: content.update({"tiny_c/__init__.py": b"evil = 1\n"}), "provenance", "the wheel has sha256"),
-    "inputs": (in_json(f"{INFO}/gracefarm.json", _other_source), "build-id", "the inputs in the wheel hash to"),
-    "the SBOM's source": (in_json(f"{INFO}/sboms/{sbom.FILENAME}", _other_package), "sbom", "lists different sources"),
+        lambda content: content.update({"tiny_c/__init__.py": b"evil = 1\n"}), "provenance", "but the signed sha256 is"),
+    "inputs": (in_json(f"{INFO}/gracefarm.json", _other_source), "build-id", "the digest of the inputs in the wheel is"),
+    "the SBOM's source": (in_json(f"{INFO}/sboms/{sbom.FILENAME}", _other_package), "sbom", "does not list the sources"),
     "the SBOM's environment": (
-        in_json(f"{INFO}/sboms/{sbom.FILENAME}", _other_environment), "sbom", "does not have the digest"),
+        in_json(f"{INFO}/sboms/{sbom.FILENAME}", _other_environment), "sbom", "have a different digest than the environment"),
     "the SBOM's build": (in_json(f"{INFO}/sboms/{sbom.FILENAME}", _other_namespace), "sbom", "the SBOM belongs to build 0000"),
     "no SBOM": (lambda content: content.pop(f"{INFO}/sboms/{sbom.FILENAME}"), "sbom", "the wheel has no SBOM"),
     "an SBOM from elsewhere": (
-        lambda content: content.update({f"{INFO}/sboms/{sbom.FILENAME}": b"{}"}), "sbom", "not an SBOM that this"),
+        lambda content: content.update({f"{INFO}/sboms/{sbom.FILENAME}": b"{}"}), "sbom", "gracefarm did not write the SBOM"),
     "inputs that are not inputs": (
-        lambda content: content.update({f"{INFO}/gracefarm.json": b'{"build_id": "1", "inputs": []}'}), "build-id", "hash to"),
+        lambda content: content.update({f"{INFO}/gracefarm.json": b'{"build_id": "1", "inputs": []}'}), "build-id",
+        "the digest of the inputs in the wheel is"),
 }  # fmt: skip
 
 
@@ -235,13 +236,13 @@ def envelope_of(signed: Signed) -> dict[str, Any]:
 def test_another_key_a_changed_statement_and_another_type_are_refused(signed: Signed, tmp_path: Path) -> None:
     other = signing.create()
     (tmp_path / "other.pub").write_text(signing.pem(other))
-    assert "is not signed by key" in checks(signed.wheel, tmp_path / "other.pub")["provenance"].summary
+    assert "no valid signature of key" in checks(signed.wheel, tmp_path / "other.pub")["provenance"].summary
 
     place = tmp_path / "changed.jsonl"
     envelope = envelope_of(signed)
     body = base64.b64decode(envelope["payload"]).replace(b'"recipe":"tiny_c"', b'"recipe":"tiny_d"')
     place.write_text(json.dumps(envelope | {"payload": base64.b64encode(body).decode()}))
-    assert "or was changed" in checks(signed.wheel, signed.key, place)["provenance"].summary
+    assert "or it was changed" in checks(signed.wheel, signed.key, place)["provenance"].summary
 
     place.write_text(json.dumps(envelope | {"payloadType": "text/plain"}))
     assert "has the type text/plain" in checks(signed.wheel, signed.key, place)["provenance"].summary
@@ -329,7 +330,7 @@ def test_the_key_may_come_by_the_environment_and_is_never_printed(
     broken = farm.run("key", "show", **{signing.VARIABLE: secret.replace(body, body[:-4])})
     assert broken.code == 3, broken.said
     assert body[:-4] not in broken.said
-    assert "has no ed25519 key" in broken.said
+    assert "does not contain an ed25519 key" in broken.said
 
 
 def test_builds_from_before_the_key_are_signed_by_name_and_the_index_gets_it(

@@ -148,7 +148,7 @@ def test_a_set_from_recipes_to_what_pip_and_uv_install(farm: Farm, third_party: 
         shown = farm.run("set", "build", "tiny", "--stage", url, **runner)
         assert shown.code == 0, shown.said
         assert "already built" in shown.said
-        assert "tested already" in shown.said
+        assert "already tested" in shown.said
         assert "3 files are visible at" in shown.said
         again = farm.run("set", "build", "tiny", "--stage", url, **credentials)
         assert again.code == 0, again.said

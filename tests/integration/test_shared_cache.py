@@ -142,8 +142,8 @@ def claimed(path: Path, builder: Builder, _: Path) -> bytes:
 @pytest.mark.parametrize(
     ("poison", "words"),
     [
-        (strange, "this machine does not trust its writer, key "),
-        (changed, "its bytes differ from the signed ones"),
+        (strange, "this machine does not trust the key "),
+        (changed, "the bytes of the entry differ from the signed bytes"),
         (moved, "the signature of key"),
         (claimed, "the signature of key"),
     ],

@@ -121,8 +121,8 @@ def damaged(path: Path, builder: Builder) -> bytes:
 @pytest.mark.parametrize(
     ("poison", "words"),
     [
-        (strange, "this machine does not trust its writer, key "),
-        (lambda path, builder: changed(path, builder, path), "its bytes differ from the signed ones"),
+        (strange, "this machine does not trust the key "),
+        (lambda path, builder: changed(path, builder, path), "the bytes of the entry differ from the signed bytes"),
         (damaged, ""),
     ],
 )

@@ -175,12 +175,12 @@ def assert_whole(loaded: LoadedStack) -> None:
     ("arguments", "code", "sentence"),
     [
         (("x", "--torch", "9.1.1"), 2, "has no torch 9.1.1 remedy: did you mean '9.1.0'?"),
-        (("x", "--torch", "newest"), 2, "its newest releases: 9.1.0, 9.0.0, 8.0.0, 7.0.0"),
-        (("x", "--torch", "9.0.0"), 3, "torch 9.0.0 of the Python index for aarch64 has no CUDA"),
+        (("x", "--torch", "newest"), 2, "newest releases of torch on this index: 9.1.0, 9.0.0, 8.0.0, 7.0.0"),
+        (("x", "--torch", "9.0.0"), 3, "the aarch64 wheel of torch 9.0.0 on the Python index has no CUDA"),
         (
             ("x", "--torch", "8.0.0"),
             3,
-            "for aarch64 requires nvidia-cuda-runtime-cu12, but there are no wheels of the compiler",
+            "on the Python index requires nvidia-cuda-runtime-cu12, but no wheel contains the compiler",
         ),
         (("x", "--torch", "7.0.0"), 3, "torch 7.0.0 has no wheels for aarch64 and x86_64 with Python 3.11"),
         (("cu130", "--torch", "9.1.0"), 2, "the stack cu130 already exists"),

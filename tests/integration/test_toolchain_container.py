@@ -250,7 +250,7 @@ def test_a_container_is_held_to_the_bound_where_its_engine_can(
     assert "the build of tiny was killed at its limit of 1.0 GiB of memory (podman)" in done.said
     (compiled,) = [stage for stage in record_of(farm, "tiny")["stages"] if stage["name"] == "compile"]  # type: ignore[attr-defined]
     assert (compiled["memory_bound"], compiled["memory_by"]) == (1 << 30, "podman")
-    assert "podman limits its memory" in compiled["note"]
+    assert "podman limits the memory" in compiled["note"]
     assert depot.podman("ps", "--all", "--quiet").stdout == ""
 
 

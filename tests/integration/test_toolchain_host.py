@@ -50,7 +50,7 @@ def test_a_c_extension_in_a_clean_environment_from_the_stacks_lock(
     tiny_c(farm)
     done = farm.run("build", "tiny_c", "--toolchain", "host", "--python", python311())
     assert done.code == 0, done.said
-    assert "compilers are those of this machine, not those of bookworm in the stack's lock" in done.said
+    assert "compilers are those of this machine, not the bookworm packages in the stack's lock" in done.said
     assert Path(done.out.strip()).name.endswith(f"_{NATIVE}.whl")
     found = record_of(farm, "tiny_c")
     assert found["toolchain"] == "host"
@@ -101,7 +101,7 @@ def test_trap_3_a_clean_environment_that_is_there_already_is_asked_about_its_tor
     (torch := wrappers.site_packages(place, "3.11") / "torch").mkdir(parents=True)
     (torch / "version.py").write_text("cuda = None\n")
     (place / "complete").touch()
-    with pytest.raises(RootError, match=r"built for CUDA None, but the stack has CUDA 13\.0"):
+    with pytest.raises(RootError, match=r"built without CUDA, but the stack requires a torch for CUDA 13\.0"):
         host_environment.ensure(here, farm.settings)
 
 

@@ -130,7 +130,7 @@ def test_a_set_builds_the_trees_of_its_recipes_too(farm: Farm) -> None:
 
     write_set(farm, "none", ["llvm"], ["llvm"])
     refused = farm.run("set", "build", "none", *source)
-    assert (refused.code, "no recipe of the set none has a tree of llvm" in refused.said) == (2, True), refused.said
+    assert (refused.code, "no recipe of the set none uses a tree of llvm" in refused.said) == (2, True), refused.said
 
 
 def test_what_changes_a_tree_changes_the_build_id_of_its_taker_alone_where_it_takes_it(farm: Farm) -> None:

@@ -79,7 +79,7 @@ def test_newer_releases_are_changes_to_review(project: Farm) -> None:
         assert found["torch"] == ("2.15.0", None, "2.16.0")
         assert found["triton"] == ("3.2.0+git755d4164", "3.4.1", None)
         assert (rows["causal_conv1d"]["age_days"], rows["torch_scatter"]["age_days"]) == (30, None)
-        assert rows["causal_conv1d"]["change"].endswith("recipes/causal_conv1d/recipe.toml to 1.8.0")
+        assert rows["causal_conv1d"]["change"].startswith("in recipes/causal_conv1d/recipe.toml, set version to 1.8.0")
         current, newest, _ = found["3.14t"]
         assert (current, newest.split(".")[:2]) == ("3.14.0", ["3", "14"])
         assert rows["3.14t"]["age_days"] >= 7

@@ -189,8 +189,11 @@ def test_the_cells_architectures_reach_packages_that_have_a_variable_of_their_ow
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
-        ({"environment": {"A": "{sm_doted}"}}, "A has {sm_doted}: did you mean '{sm_dotted}'?"),
-        ({"cmake": {"A": "{sm}"}, "cuda": False}, "A has {sm}, but with cuda = false there are no architectures"),
+        (
+            {"environment": {"A": "{sm_doted}"}},
+            "the value of A has the unknown placeholder {sm_doted}: did you mean '{sm_dotted}'?",
+        ),
+        ({"cmake": {"A": "{sm}"}, "cuda": False}, "the placeholder {sm}, but a recipe with cuda = false has no architectures"),
     ],
 )
 def test_a_placeholder_that_means_nothing_is_refused(build: dict[str, object], sentence: str) -> None:

@@ -107,9 +107,9 @@ def test_what_a_build_prints_that_is_no_event_is_passed_over() -> None:
     [
         (exceptions.TaskCancelledError(), "the build was ended"),
         (exceptions.RayTaskError("build_cell", "", ValueError("first\nlast")), "tiny: last"),
-        (exceptions.RayTaskError("build_cell", "", ValueError()), "tiny: it gave no reason"),
+        (exceptions.RayTaskError("build_cell", "", ValueError()), "tiny: no reason was given"),
         (exceptions.RayError("first\nlast"), "tiny: its worker died 4 times: RayError, first"),
-        (exceptions.RayError(), "tiny: its worker died 4 times: RayError, it gave no reason"),
+        (exceptions.RayError(), "tiny: its worker died 4 times: RayError, no reason was given"),
     ],
 )
 def test_a_lost_cell_has_a_cause_even_if_ray_says_nothing(error: Exception, cause: str) -> None:

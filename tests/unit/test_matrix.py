@@ -99,7 +99,7 @@ def test_torch_and_cuda_choose_stacks(text: str, stacks: set[str]) -> None:
         ("target=arm", "unknown target 'arm'"),
         ("recipe=nothing", "unknown recipe 'nothing'"),
         ("sm=90+x", "'x' in '90+x' is not an architecture"),
-        ("cuda=new", "cuda=new is not a version"),
+        ("cuda=new", "cuda=new is neither a version nor a range"),
         ("cuda=11.8", "no stack has cuda 11.8"),
         ("stack=cu124 cuda=13.0", "names no cell"),
     ],
@@ -130,8 +130,8 @@ def test_bad_selectors_are_one_sentence(text: str, words: str) -> None:
         ("torch=2.11,2.12..2.14", "no stack has torch 2.12..2.14", "the stacks have these versions of torch: 2.4.0, 2.11.0"),
         (
             "python=3.10..3.14t",
-            "a range of Pythons begins and ends with versions, but 3.10..3.14t has 3.14t",
-            "write a range such as 3.10..3.14, and add 3.14t with a comma",
+            "a range of Pythons must begin and end with a version, but 3.10..3.14t contains 3.14t",
+            "write a range such as 3.10..3.14, and append 3.14t after a comma",
         ),
     ],
 )

@@ -50,25 +50,27 @@ def test_a_comment_names_the_wheel_of_the_line_below_and_of_no_other() -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("a==1", "it has no --hash=sha256"),
-        (f"a==1 --hash=sha512:{A}{B}", "it has no --hash=sha256"),
-        (f"a==1 --hash=sha256:{A}0", "it has no --hash=sha256"),
-        (f"a>=1 --hash=sha256:{A}", "it does not pin a version with =="),
-        (f"a==1,!=2 --hash=sha256:{A}", "it does not pin a version with =="),
-        (f"a==1.* --hash=sha256:{A}", "it does not pin a version with =="),
-        (f"a===1 --hash=sha256:{A}", "it does not pin a version with =="),
-        (f"a --hash=sha256:{A}", "it does not pin a version with =="),
-        (f"a @ https://host.example/a.whl --hash=sha256:{A}", "it does not pin a version with =="),
-        (f"./a.whl --hash=sha256:{A}", "not a pinned wheel"),
-        (f"a==1 ; machine == 'x' --hash=sha256:{A}", "not a pinned wheel"),
-        ("--index-url https://host.example", "it has no --hash=sha256"),
-        ("-r other.txt", "it has no --hash=sha256"),
+        ("a==1", "--hash=sha256:… is missing"),
+        (f"a==1 --hash=sha512:{A}{B}", "--hash=sha256:… is missing"),
+        (f"a==1 --hash=sha256:{A}0", "--hash=sha256:… is missing"),
+        (f"a>=1 --hash=sha256:{A}", "the version is not pinned with =="),
+        (f"a==1,!=2 --hash=sha256:{A}", "the version is not pinned with =="),
+        (f"a==1.* --hash=sha256:{A}", "the version is not pinned with =="),
+        (f"a===1 --hash=sha256:{A}", "the version is not pinned with =="),
+        (f"a --hash=sha256:{A}", "the version is not pinned with =="),
+        (f"a @ https://host.example/a.whl --hash=sha256:{A}", "the version is not pinned with =="),
+        (f"./a.whl --hash=sha256:{A}", "does not pin a wheel"),
+        (f"a==1 ; machine == 'x' --hash=sha256:{A}", "does not pin a wheel"),
+        ("--index-url https://host.example", "--hash=sha256:… is missing"),
+        ("-r other.txt", "--hash=sha256:… is missing"),
     ],
 )
 def test_what_pins_nothing_is_refused_with_its_line(tmp_path: Path, line: str, reason: str) -> None:
     lock = tmp_path / "requirements.lock"
     lock.write_text(f"# title\nb==1 \\\n    --hash=sha256:{B}\n\n{line}\n")
-    with pytest.raises(ConfigError, match=f"requirements.lock:5: not a pinned wheel: .*{reason}|:5: {reason}") as caught:
+    with pytest.raises(
+        ConfigError, match=f"requirements.lock:5: the line does not pin a wheel: .*{reason}|:5: {reason}"
+    ) as caught:
         pins.read(lock, remedy="fix it", repeat="again")
     assert (caught.value.remedy, caught.value.repeat) == ("fix it", "again")
 

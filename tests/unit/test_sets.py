@@ -108,7 +108,7 @@ def test_the_tutorials_set_needs_no_archive_of_llvm_if_it_is_built_from_source(p
         assert any(gap.url.startswith(archive) for gap in made.gaps()) == needed
         assert [tree.recipe.key for build in made.builds for tree in build.trees] == list(names)
         assert chosen.words == words
-    with pytest.raises(UsageError, match="no recipe of the set gh200-cu130 has a tree of llvm"):
+    with pytest.raises(UsageError, match="no recipe of the set gh200-cu130 uses a tree of llvm"):
         definition.load("gh200-cu130", project).with_trees(("llvm",))
 
 

@@ -27,7 +27,7 @@ def ensure(interpreter: Interpreter, host: Arch, target: Arch, root: Path, setti
     final = _place(interpreter, host, target, settings)
     if final.is_dir():
         return final / "python"
-    with lock(final.with_name(f"{final.name}.lock"), lambda: tick(0, None, "another process is assembling this")):
+    with lock(final.with_name(f"{final.name}.lock"), lambda: tick(0, None, "another process is assembling this interpreter")):
         if not final.is_dir():
             native = None if host is target else ensure(interpreter, host, host, root, settings, tick)
             with atomic_directory(final) as environment:
