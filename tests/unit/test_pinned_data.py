@@ -170,7 +170,7 @@ def test_the_stack_of_the_pinned_builds_takes_torch_for_cuda_12_4_alone(tmp_path
     if right:
         torch_facts.check(loaded, tmp_path)
         return
-    with pytest.raises(RootError, match=r"the stack has CUDA 12\.4"):
+    with pytest.raises(RootError, match=r"the stack requires a torch for CUDA 12\.4"):
         torch_facts.check(loaded, tmp_path)
 
 
