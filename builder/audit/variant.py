@@ -30,7 +30,7 @@ SHARED = {
 
 
 class UnlabelledError(ValueError):
-    """The measured properties cannot be expressed as a variant; has the reason."""
+    """The measured properties of a wheel cannot be expressed as a variant. The message is the reason."""
 
 
 def measure(contents: Contents, policy: Policy) -> Variant:
@@ -75,7 +75,7 @@ def _architectures(contents: Contents, policy: Policy) -> tuple[list[str], list[
     real = {sm for codes, _ in read for sm in codes if _device(sm) in shared}
     virtual = set.intersection(*({*codes} for _, codes in read))
     if not real and not virtual:
-        raise UnlabelledError("no architecture is in all of its objects")
+        raise UnlabelledError("no GPU architecture is in all objects with device code")
     return sorted(real, key=_order), sorted(virtual, key=_order)
 
 

@@ -66,7 +66,7 @@ def open_meter(bound: int, kinds: Sequence[MemoryBy] = KINDS) -> Meter:
         return Watchdog(bound)
     raise HostError(
         f"this machine cannot limit memory by {' or '.join(kinds)}",
-        remedy="give this user permission to write to its cgroup (version 2)",
+        remedy="give this user permission to write to the cgroup (version 2) of the command",
     )
 
 

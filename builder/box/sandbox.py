@@ -455,8 +455,8 @@ def reached_in(line: str) -> str | None:
 
 
 _FORBIDDEN = (
-    ("kernel/apparmor_restrict_unprivileged_userns", "1", "AppArmor forbids it for unprivileged programs"),
-    ("kernel/unprivileged_userns_clone", "0", "the kernel allows it only for root"),
+    ("kernel/apparmor_restrict_unprivileged_userns", "1", "AppArmor forbids unprivileged programs to create them"),
+    ("kernel/unprivileged_userns_clone", "0", "the kernel allows only root to create them"),
     ("user/max_user_namespaces", "0", "their number is limited to zero"),
 )
 
@@ -466,7 +466,8 @@ def _explain(complaint: str) -> str:
     text = complaint.strip().removeprefix("bwrap: ").removeprefix("launcher: ") or "it ended without a message"
     if "source path" in text and text.endswith("Permission denied") and os.getuid() == 0:
         return (
-            f"{text}; in a sandbox, root enters only folders that are open to it: build as their owner or set GRACEFARM_HOME"
+            f"{text}; in a sandbox, root cannot enter a private folder of another user: build as the owner of the folder, or "
+            "set GRACEFARM_HOME to a different folder"
         )
     if not re.search(r"namespace|uid map|RTM_NEWADDR|unshare|clone", text):
         return text

@@ -46,7 +46,7 @@ def accept_new(
             filled = fill.fill([gap], stack, settings, tick, accepted=datetime.now(tz=UTC).date())
         failed += filled.failed
         for _, sha256 in filled.digests:
-            console.warn(f"accepted at first use, not confirmed: {gap.what}: sha256 {sha256} of {gap.url}")
+            console.warn(f"accepted at first use without confirmation: {gap.what}, sha256 {sha256} of {gap.url}")
     if len(failed) == 1:
         raise failed[0]
     for error in failed:

@@ -168,7 +168,9 @@ def build_all(
     failures: list[GracefarmError] = []
     plans, by_id = _all_planned(asked, failures, aim, changed, options.publish, settings, console)
     if changed:
-        console.step("plan", f"changed since the last success: {', '.join(plan.recipe.key for plan in plans) or 'nothing'}")
+        console.step(
+            "plan", f"changed since the last successful build: {', '.join(plan.recipe.key for plan in plans) or 'nothing'}"
+        )
 
     if options.until == "root":
         for plan in plans:
@@ -375,7 +377,7 @@ def _server(plan: Plan, cell: Cell | None, aim: Aim, settings: Settings, console
     built = serving(cell, plan.stack.python, again, settings, record.all_of(settings, cell.recipe))
     if built is None or built.wheel is None:
         return None
-    console.step("done", f"{plan.title}: served by {built.wheel.filename}, whose ABI is stable")
+    console.step("done", f"{plan.title}: {built.wheel.filename} also fits this Python, because its ABI is stable")
     return again(replace(cell, interpreter=built.interpreter))
 
 

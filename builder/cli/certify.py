@@ -103,14 +103,14 @@ def certify_command(
     if loaded.smoke_gpu_script is None:
         remedy = f"write {loaded.folder / 'smoke_gpu.py'}, as docs/howto/gpu.md describes"
         raise ConfigError(f"recipe {recipe_name} has no smoke_gpu.py", remedy=remedy)
-    console.step("certify", f"smoke_gpu.py of {recipe_name} with {wheel.name}")
+    console.step("certify", f"running smoke_gpu.py of recipe {recipe_name} with {wheel.name}")
     written = _tested(wheel, loaded, loaded.smoke_gpu_script, stack_name or loaded.data.stack, on, settings)
     atomic_write(place, written.model_dump_json(indent=2) + "\n")
     codes = ", ".join(f"sm_{name} {digest[:16]}" for name, digest in written.device_digests.items())
     lines = [
         f"{len(written.comparisons)} comparisons passed on {written.gpu}; negative control: {written.negative_control}",
         f"device code {codes}",
-        f"report  {place}; on the machine that built the wheel: builder certify --accept {place.name}",
+        f"report  {place}; then run on the machine that built the wheel: builder certify --accept {place.name}",
     ]
     console.result(written.model_dump(mode="json"), "\n".join(lines))
 

@@ -81,4 +81,4 @@ def _fetch_one(name: str, stack_name: str | None, settings: Settings, console: C
     }
     count = "1 file with an unknown digest was" if len(missing) == 1 else f"{len(missing)} files with unknown digests were"
     left = f"; {count} skipped" if missing else ""
-    console.result(value, f"{loaded.key}: all pinned files were fetched and match{left}")
+    console.result(value, f"{loaded.key}: all pinned files were fetched and match their pins{left}")

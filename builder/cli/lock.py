@@ -148,7 +148,7 @@ def _fill(
         filled = fill.fill([*missing, *KINDS[toolchain].gaps(base)], base, settings, tick)
     for kind in KINDS.values():
         for gap in kind.gaps(base) if kind.kind != toolchain else ():
-            console.step("lock", f"not read: {gap.what}, which only --toolchain {kind.kind} requires")
+            console.step("lock", f"skipped the digest of {gap.what}, which only --toolchain {kind.kind} requires")
     rows = [{"file": str(gap.file), "what": gap.what, "url": gap.url, "sha256": sha256} for gap, sha256 in filled.digests]
     lines = [f"{row['sha256']}  {row['what']}  {row['url']}" for row in rows]
     if rows or not filled.failed:
@@ -190,7 +190,7 @@ def build_lock(loaded: LoadedRecipe, base: LoadedStack, settings: Settings, cons
 def _lock_interpreter(name: str, settings: Settings, console: Console) -> None:
     interpreter = catalogue.load(settings.project / "interpreters", name)
     if not isinstance(interpreter, DebianInterpreter):
-        console.result([], f"{name} is pinned in its interpreter.toml and has no lock")
+        console.result([], f"interpreter {name} needs no lock, because interpreter.toml contains its pins")
         return
     with console.progress("lock") as tick:
         atomic_write(interpreter.lock_file, interpreter.lock(settings, tick))
@@ -223,7 +223,8 @@ def _lock_set(name: str, settings: Settings, console: Console) -> None:
     if not loaded.data.requirements:
         console.result(
             {"written": []},
-            f"{name} runs in the environment of stack {loaded.data.stack}: {place} (`{loaded.stack.lock_command}`)",
+            f"set {name} runs in the environment of stack {loaded.data.stack}. `{loaded.stack.lock_command}` writes its lock: "
+            f"{place}",
         )
         return
     with console.progress("lock") as tick:

@@ -119,7 +119,7 @@ def matrix_command(names: tuple[str, ...], selector: str, part: Part, url: str |
     content = document(name or (selector if "=" not in selector else "selected"), text, reports)
     if url is not None:
         publishing.publish_matrix(content, url)
-        console.step("publish", f"{len(reports)} cells, for the board of {url}")
+        console.step("publish", f"list of {len(reports)} cells to {url}")
     console.result(content, "\n".join(table_of(reports)))
 
 

@@ -125,10 +125,14 @@ def _files(
             findings.read("source.submodules", f"{path}, commit {module.commit}", f"the tree of {title} and its .gitmodules")
     spdx = licence.find(tree, known, findings)
     if texts := licence.vendored(tree):
-        findings.guess("wheel.licenses", ", ".join(texts), "the source carries the code of others, which may be compiled in")
+        findings.guess(
+            "wheel.licenses",
+            ", ".join(texts),
+            "the source contains code of other projects, which may be compiled into the wheel",
+        )
     draft.findings = Findings(values=[*findings.values, *draft.findings.values], warnings=findings.warnings)
     if not licences.redistributable(spdx):
-        findings.warnings.append(f"{spdx} does not allow that the wheel is passed on, so it is not published by default")
+        findings.warnings.append(f"licence {spdx} does not allow redistribution, so the wheel is not published by default")
     if isinstance(pinned, GitSource):
         pinned = _with_licences(pinned, tree)
     summary = known.first("Summary")

@@ -50,7 +50,7 @@ def list_command() -> None:
         wheels = definition.load(name, settings).data
         rows.append({"set": name, "stack": wheels.stack, "recipes": list(wheels.recipes), "summary": wheels.summary})
     lines = [
-        f"{row['set']:16} {row['stack']:8} {', '.join(row['recipes']) or 'no own wheels'}\n{'':16} {row['summary']}"
+        f"{row['set']:16} {row['stack']:8} {', '.join(row['recipes']) or 'builds no wheels'}\n{'':16} {row['summary']}"
         for row in rows
     ]
     console.result(rows, "\n".join(lines) or "no sets")

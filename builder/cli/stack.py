@@ -66,7 +66,7 @@ def new_command(name: str, version: str, like: str | None) -> None:
     base = stack.load(folder, like) if like is not None else _newest(folder)
     pythons = _pythons(settings)
     with console.progress("stack") as tick, lock(settings.home / "locks" / f"stack-{name}"):
-        tick(0, len(pythons) + 1, f"what the index has of torch {version}")
+        tick(0, len(pythons) + 1, f"files of torch {version} on the index")
         release = new_stack.release_of(version, base, list(pythons), settings, datetime.now(UTC).date())
         with atomic_directory(folder / name) as partial:
             text = new_stack.render(name, release, base)

@@ -116,10 +116,10 @@ def _keep(text: str, settings: Settings, console: Console) -> None:
     rows = [{"path": str(entry.path), "size": entry.size} for entry in removed]
     lines = [f"removed {entry.path}, {entry.size / 1e6:.0f} MB" for entry in removed]
     freed = sum(entry.size for entry in removed)
-    lines.append(f"freed {freed / 1e6:.0f} MB; {settings.home} has {left / 1e6:.0f} MB")
+    lines.append(f"freed {freed / 1e6:.0f} MB; {settings.home} now contains {left / 1e6:.0f} MB")
     if left > size:
         console.warn(
-            f"{settings.home} is larger than {text}: the rest are wheels, records and logs, or files of a running build"
+            f"{settings.home} is still larger than {text}: it contains only wheels, records, logs and files of a running build"
         )
     console.result({"removed": rows, "freed": freed, "size": left}, "\n".join(lines))
 
@@ -161,7 +161,8 @@ def shell_command(name: str) -> None:
     plan = plan_of(name, last.stack, str(last.inputs["target"]), settings, on)
     if plan.build_id != last.build_id:
         console.warn(
-            f"inputs have changed since that build (`builder why {name}`): the files are old, tools and variables are current"
+            f"inputs have changed since that build (see `builder why {name}`): the shell has the files of that build, but the "
+            "current tools and variables"
         )
     with lock(
         settings.home / "locks" / f"build-{last.build_id}", lambda: console.step("wait", "waiting for this build to finish")

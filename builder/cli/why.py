@@ -21,6 +21,8 @@ from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, UsageError
 
 _WIDTH = 70
+_STATES = {"rebuilt": "to build again", "judged again": "to check again", "as they are": "unchanged"}
+"The counts of JSON in words."
 
 
 @click.command("why")
@@ -109,7 +111,7 @@ def _tell(
     }
     lines = [f"{before[:16]} > {after[:16]}"]
     if not changes:
-        lines.append("nothing changed: inputs and id are the same")
+        lines.append("nothing changed: the inputs and the build id are the same")
     lines += [f"changed   {change.path}: {_short(change.before)} > {_short(change.after)}" for change in changes]
     if changes:
         lines.append(f"rebuilds  {name}: {_time(took)}")
@@ -136,7 +138,10 @@ def _every(
     counts["as they are"] = len(entries) - sum(counts.values())
     lines = [f"changed   {path}: rebuilds {count} of {len(entries)} cells" for path, count in inputs.most_common()]
     lines += [_line(entry, records) for entry in entries if entry.rebuilt or entry.judged_again or entry.build_id is None]
-    total = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no cell was built on this machine"
+    total = (
+        ", ".join(f"{count} {_STATES.get(state, state)}" for state, count in counts.items() if count)
+        or "no cell was built on this machine"
+    )
     lines.append(
         f"{len(entries)} {'cell' if len(entries) == 1 else 'cells'}: {total}" + (f"; {_time(sum(seconds))}" if rebuilt else "")
     )
@@ -170,7 +175,9 @@ def _line(entry: CellChange, records: Sequence[Record]) -> str:
     if entry.build_id is None:
         return f"blocked   {_title(entry.build)}: {entry.reason}"
     if entry.judged_again:
-        return f"judges    {_title(entry.build)}: gates or smoke tests have changed, the wheel stays"
+        return (
+            f"judges    {_title(entry.build)}: gates or smoke tests have changed; the wheel is checked again, not built again"
+        )
     paths = ", ".join(sorted({change.path for change in entry.changes}))
     return f"rebuilds  {_title(entry.build)}: {paths}; {_time(why.seconds(records, entry.build))}"
 

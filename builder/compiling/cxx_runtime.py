@@ -37,9 +37,9 @@ def warning(plan: Plan, tree: Path) -> str | None:
     stack, gcc = plan.stack.data.name, plan.stack.data.toolchain.gcc
     allowed, first = (".".join(map(str, version)) for version in (level, FIRST_LEVEL))
     return (
-        f"{place.relative_to(tree)} uses std::condition_variable: objects of g++ {gcc} that wait on one require {SYMBOL}. "
-        f"{first} is the first level that allows it, but stack {stack} allows {allowed}: if it is compiled in, the gate "
-        "platform-tag will refuse the wheel"
+        f"{place.relative_to(tree)} uses std::condition_variable. With g++ {gcc}, code that waits on a condition variable "
+        f"requires {SYMBOL}. The first glibc level that allows this version is {first}, but stack {stack} allows only "
+        f"{allowed}. If the file is compiled into the wheel, the gate platform-tag will refuse the wheel"
     )
 
 

@@ -61,22 +61,24 @@ def plan(
     # There are few declared units.
     kinds = [*declared, *[per_job] * (len(declared) + 1)]
     by_memory = _by_units(memory, kinds) if declared else max(1, memory // per_job)
-    apart = " and larger units kept apart" if declared else ""
+    apart = ", without two large units at once," if declared else ""
     memory_text = f"{memory / 2**30:.1f} GiB of memory with {memory_per_job} per job{apart}"
     reason = f"{cores()} cores; {memory_text} allow {_jobs(by_memory)}"
     if peaks:
         # A unit may have grown by a tenth.
         by_memory = _by_units(memory - OTHERS, [peak * 11 // 10 for peak in peaks])
-        reason += f"; the {len(peaks)} translation units of the last build allow {_jobs(by_memory)}"
+        reason += f"; the memory use of {len(peaks)} translation units in the last build allows {_jobs(by_memory)}"
         if past is not None and past.killed_at is not None and memory <= past.killed_at and past.count < by_memory:
             by_memory = past.count
-            reason += f"; a build with more than {_jobs(by_memory)} was killed"
+            reason += f"; a build with more than {_jobs(by_memory)} exceeded this memory"
     elif past is not None:
         seen = _corrected(by_memory, memory, past)
         if seen != by_memory:
             by_memory = seen
             peak = f"{past.peak / 2**30:.1f} GiB"
-            reason += f"; the last build with {_jobs(past.count)} had a peak of {peak}, so the limit is {by_memory}"
+            reason += (
+                f"; the last build used at most {peak} of memory with {_jobs(past.count)}, which allows {_jobs(by_memory)} now"
+            )
     count = min(cores(), by_memory, wanted or cores())
     if wanted is not None:
         reason += f"; the requested limit is {wanted}"

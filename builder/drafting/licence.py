@@ -71,7 +71,7 @@ def find(tree: Path, metadata: SourceMetadata, findings: Findings) -> str:
         return str(expression)
     for place in _files(tree):
         if (spdx := of_text(place)) is not None:
-            findings.read("license", spdx, f"{place.name}, by its words")
+            findings.read("license", spdx, f"the text of {place.name}")
             return spdx
     findings.guess("license", UNKNOWN, "no file names a licence that SPDX lists, so the wheel is not published by default")
     return UNKNOWN

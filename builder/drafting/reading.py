@@ -179,7 +179,8 @@ def _requirements(draft: Draft, metadata: SourceMetadata, script: BuildScript, g
         elif not requirement.specifier.contains(have, prereleases=True):
             draft.substitutions.append(("pyproject.toml", text, requirement.name))
             why = (
-                f"{place} wants {text}, and stack {ground.name} has {requirement.name} {have}; upstream does not promise this"
+                f"{place} requires {text}, but stack {ground.name} has {requirement.name} {have}; upstream does not "
+                "promise that this version works"
             )
             draft.findings.guess("substitutions", f"{text} -> {requirement.name}", why)
     for module, at in script.modules.items():
@@ -188,7 +189,7 @@ def _requirements(draft: Draft, metadata: SourceMetadata, script: BuildScript, g
             draft.requires.append(distribution)
             draft.findings.read("build.requires", distribution, f"{at}, which imports {module}")
         elif distribution is None and not _known(module, tree, ground):
-            draft.findings.warnings.append(f"{at} imports {module}, which neither the stack nor build-system.requires has")
+            draft.findings.warnings.append(f"{at} imports {module}, but neither the stack nor build-system.requires has it")
 
 
 def _rust(draft: Draft, tree: Path, metadata: SourceMetadata) -> None:
@@ -202,7 +203,7 @@ def _rust(draft: Draft, tree: Path, metadata: SourceMetadata) -> None:
     draft.findings.read("build.rust", "true", f"{places[0] if places else 'the build script'}, which requires {tool}")
     if not any(tree.rglob("Cargo.lock")):
         draft.findings.warnings.append(
-            "the source has no Cargo.lock, which pins its crates; write it with `cargo generate-lockfile`, and add a patch"
+            "the source has no Cargo.lock; write this file with `cargo generate-lockfile`, and add it with a patch"
         )
 
 
@@ -222,20 +223,20 @@ def _environment(draft: Draft, tree: Path, metadata: SourceMetadata, script: Bui
         switch = variables.get("FORCE_ONLY_CUDA") or variables.get("FORCE_CUDA")
         for chosen, value, why in _cuda_settings(variables, switch):
             draft.environment[chosen.name] = value
-            draft.findings.guess("build.environment", f"{chosen.name}={value}", f"{chosen.place} reads it; {why}")
+            draft.findings.guess("build.environment", f"{chosen.name}={value}", f"{chosen.place} reads this variable; {why}")
         _cmake_arguments(draft, tree, metadata)
 
 
 def _cuda_settings(variables: Mapping[str, Variable], switch: Variable | None) -> Iterator[tuple[Variable, str, str]]:
     if switch is not None:
-        yield switch, "1", "a build has no GPU by which the script would see that CUDA is wanted"
+        yield switch, "1", "without a GPU in the build, the script requires it to compile CUDA code"
     for variable in variables.values():
         if _ARCHS.search(variable.name) and variable.name != "TORCH_CUDA_ARCH_LIST":
             # As the default is written: 80;90 or 8.0;9.0.
             plain = isinstance(variable.default, str) and re.fullmatch(r"\d+(?:[;, ]\d+)*", variable.default)
-            yield variable, "{sm}" if plain else "{sm_dotted}", "it gets the architectures of the cell"
+            yield variable, "{sm}" if plain else "{sm_dotted}", "it selects the GPU architectures"
         elif _OPS.search(variable.name) and variable.default in (None, "", "0", 0, False, "OFF", "FALSE"):
-            yield variable, "1", "it is off, and its name says that it builds the compiled part"
+            yield variable, "1", "it is off by default, and its name says that it turns on the compiled part"
 
 
 def _cmake_arguments(draft: Draft, tree: Path, metadata: SourceMetadata) -> None:
@@ -261,11 +262,11 @@ def _downloads(draft: Draft, tree: Path, script: BuildScript) -> None:
         if download.switch is not None:
             name, value = download.switch
             if draft.environment.setdefault(name, value) == value:
-                origin = f"{download.place}; without this variable, it downloads with {download.what}"
+                origin = f"{download.place}; without this variable, the script downloads with {download.what}"
                 draft.findings.read("build.environment", f"{name}={value}", origin)
             continue
         others = ", ".join(f"{name}={value}" for name, value in download.avoided_by.items())
-        remedy = f"; these variables would avoid it: {others}" if others else ""
+        remedy = f"; each of these values avoids this: {others}" if others else ""
         draft.findings.warnings.append(f"{download.place} may reach the network: {download.what}{remedy}")
 
 
@@ -286,7 +287,7 @@ def _device_code(draft: Draft, tree: Path, script: BuildScript, files: list[str]
     if folders or scripts:
         draft.sm_extra["*hopper*" if any("opper" in name for name in folders | scripts) else "*sm90*"] = ["90a"]
         example = min(folders | scripts)
-        why = f"{example} is named after Hopper, whose own instructions need 90a"
+        why = f"{example} is named after Hopper, and instructions that only Hopper has require sm_90a"
         draft.findings.guess("wheel.sm_extra", str(draft.sm_extra), why)
 
 
@@ -300,14 +301,14 @@ def _texts(tree: Path, script: BuildScript) -> Iterator[tuple[str, str]]:
 def _memory(draft: Draft, tree: Path, files: list[str]) -> None:
     cutlass = next((str(place.relative_to(tree)) for place in tree.rglob("cutlass.h")), None)
     if draft.cuda and cutlass:
-        draft.memory, why = "6GiB", f"the source has {cutlass}, whose templates need most"
+        draft.memory, why = "6GiB", f"the source has {cutlass}, and CUTLASS templates need the most memory"
     elif draft.cuda:
-        draft.memory, why = "3GiB", "CUDA sources of one architecture rarely need more"
+        draft.memory, why = "3GiB", "CUDA sources rarely need more for one architecture"
     elif any(name.endswith((".cpp", ".cc", ".cxx", ".rs")) for name in files):
-        draft.memory, why = "2GiB", "C++ or Rust without CUDA"
+        draft.memory, why = "2GiB", "the source is C++ or Rust without CUDA"
     else:
-        draft.memory, why = "1GiB", "C without CUDA"
-    draft.findings.guess("build.memory_per_job", draft.memory, f"{why}; a build measures it")
+        draft.memory, why = "1GiB", "the source is C without CUDA"
+    draft.findings.guess("build.memory_per_job", draft.memory, f"{why}; a build measures the real value")
 
 
 def _imports(draft: Draft, tree: Path, metadata: SourceMetadata, script: BuildScript, ground: StackFacts) -> None:
@@ -329,8 +330,8 @@ def _imports(draft: Draft, tree: Path, metadata: SourceMetadata, script: BuildSc
     ]
     if missing:
         draft.findings.warnings.append(
-            f"at run time it wants what stack {ground.name} has not: {', '.join(missing)}; if an import in the smoke test "
-            "needs one of them, list it in [build] requires"
+            f"the package requires distributions that stack {ground.name} does not have: {', '.join(missing)}; if an import "
+            "in the smoke test needs one of them, add it to `requires` of [build]"
         )
 
 
@@ -376,8 +377,10 @@ def _missing(draft: Draft, tree: Path, script: BuildScript) -> None:
             if (key == "path" and not (tree / path).is_dir()) or (key == "path" and not any((tree / path).iterdir())):
                 draft.findings.warnings.append(f"submodule {path} is not in the source (.gitmodules:{number})")
     for text, place in _third_party(tree, script):
-        draft.findings.warnings.append(f"{place} names {text}, which the source lacks")
+        draft.findings.warnings.append(f"{place} names {text}, but the source does not contain it")
     for extension in script.extensions():
         for folder in extension.includes:
             if not (tree / folder).is_dir():
-                draft.findings.warnings.append(f"{extension.place} takes headers from {folder}, which the source lacks")
+                draft.findings.warnings.append(
+                    f"{extension.place} takes headers from {folder}, but the source does not contain this folder"
+                )

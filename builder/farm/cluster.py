@@ -81,7 +81,7 @@ class Cluster:
         fit = [worker for worker in self.workers if worker.arch is plan.host and plan.target in self.hosts]
         if not fit:
             there = ", ".join(sorted({worker.arch.value for worker in self.workers}))
-            why = f"its workers are {there}" if there else "none of its workers names its architecture"
+            why = f"its workers are {there}" if there else "no worker states its architecture"
             raise FarmError(
                 f"no worker of the Ray cluster can build for {plan.target.value}: {why}",
                 remedy=f"start such a worker: ray start --address HEAD:6379 --resources '{{\"{plan.host.value}\": 1}}'",

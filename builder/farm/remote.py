@@ -144,7 +144,7 @@ class Foreman:
             cell.tries += 1
             again = "its worker died; " if cell.tries > 1 else ""
             cpus, memory = cell.job["cpus"], cell.job["memory"] / 2**30
-            cell.say(f"{again}on {machine}, with {cpus} {'CPU' if cpus == 1 else 'CPUs'} and {memory:.1f} GiB")
+            cell.say(f"{again}building on {machine}, with {cpus} {'CPU' if cpus == 1 else 'CPUs'} and {memory:.1f} GiB")
 
     async def lines(self, build_id: str, texts: Sequence[str]) -> None:
         """Output of a build."""

@@ -82,7 +82,9 @@ class _FarmRun:
             project = code.pack(self.settings.project)
             for build_id in self.cluster.call("ask", self.driver, [entry.model_dump(mode="json") for entry in jobs], project):
                 name = job.title(self.waiting[build_id])
-                self.console.event("cell", f"{name}  is being built for another run; this one waits for it", cell=name)
+                self.console.event(
+                    "cell", f"{name}  is already being built for another run; this run waits for that build", cell=name
+                )
 
     def follow(self) -> Iterator[Result]:
         """Print the lines of the cells; yields each that has ended."""
@@ -112,7 +114,7 @@ class _FarmRun:
             try:
                 self.cluster.call("leave", self.driver, left)
             except FarmError as error:
-                self.console.warn(f"{error.cause}; builds that run there continue")
+                self.console.warn(f"{error.cause}; running builds of the cluster continue")
 
     def _print(self, plan: Plan, lines: Sequence[str]) -> None:
         name = job.title(plan)
@@ -167,7 +169,7 @@ def _keep(plan: Plan, files: Mapping[str, bytes], settings: Settings) -> Record 
                 wheel = files.get(f"dist/{sent.wheel.filename}", b"")
                 if hashlib.sha256(wheel).hexdigest() != sent.wheel.sha256 or sent.build_id != plan.build_id:
                     raise VerifyError(
-                        f"{sent.wheel.filename} came back from the Ray cluster with different bytes than its record lists",
+                        f"{sent.wheel.filename} from the Ray cluster does not have the sha256 in its record",
                         remedy="do not use this wheel; check the worker that built it (`ray status`), then repeat the command",
                     )
             for name, content in files.items():

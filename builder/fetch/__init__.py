@@ -83,7 +83,9 @@ def fetch(recipe: Recipe, settings: Settings, tick: Tick = no_tick, say: Say = s
 
 def absent(recipe: Recipe, settings: Settings) -> list[str]:
     """As `absent_sources`, and the registry of crates, since crates are known when the source is unpacked."""
-    crates = [f"{REGISTRY}/: the crates in the source's Cargo.lock that are not here"] if recipe.build.rust else []
+    crates = (
+        [f"{REGISTRY}/: the crates in the source's Cargo.lock that this machine does not have"] if recipe.build.rust else []
+    )
     return absent_sources(recipe, settings) + crates
 
 
@@ -103,5 +105,5 @@ def absent_sources(recipe: Recipe, settings: Settings) -> list[str]:
 
 def _evidence(file: File) -> str:
     if file.unconfirmed is not None:
-        return f" at first use on {file.unconfirmed.date}, not confirmed"
+        return f" at first use on {file.unconfirmed.date}; no other source has confirmed it"
     return f", confirmed by {', '.join(witness.source for witness in file.witness)}" if file.witness else ""

@@ -195,7 +195,7 @@ def _seconds(info: zipfile.ZipInfo) -> int:
 def _member(path: str, mode: int, mtime: int, target: str, content: Callable[[], IO[bytes]], name: str) -> Member:
     place = PurePosixPath(path)
     if place.is_absolute() or ".." in place.parts or "\0" in path:
-        raise _refused(name, path, "leaves the tree")
+        raise _refused(name, path, "leads out of the source tree")
     if mode & _SET_ID and not stat.S_ISDIR(mode):
         raise _refused(name, path, "is set-user-id or set-group-id")
     return Member(path=place, mode=mode, mtime=mtime, target=target, open=content)
@@ -255,7 +255,7 @@ def _check_links(tree: Path, written: set[Path], name: str) -> None:
         if path.is_symlink():
             target = path.readlink()
             if target.is_absolute() or not path.resolve().is_relative_to(root):
-                raise _refused(name, str(path.relative_to(tree)), f"is a link to {str(target)!r}, outside the tree")
+                raise _refused(name, str(path.relative_to(tree)), f"is a link to {str(target)!r}, which is outside the tree")
 
 
 def _refused(name: str, member: str, reason: str) -> SourceError:

@@ -48,7 +48,7 @@ def vendor(
     wanted = [Download(url=crate.url, sha256=crate.sha256, what=f"crate {crate.title}") for crate in pinned.values()]
     places = download(wanted, settings, tick)
     count = "1 crate" if len(pinned) == 1 else f"{len(pinned)} crates"
-    say(f"{count} of crates.io: sha256 as in {' and '.join(str(lock.relative_to(tree)) for lock in locks)}")
+    say(f"{count} of crates.io: each sha256 matches {' and '.join(str(lock.relative_to(tree)) for lock in locks)}")
     remove_tree(into)
     with full_disk(into.parent):
         into.mkdir()

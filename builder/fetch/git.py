@@ -64,7 +64,7 @@ Git = Callable[..., str]
 
 
 class GitError(Exception):
-    """git failed; has its error message."""
+    """git failed. The message is the error message of git."""
 
 
 def repository_path(settings: Settings, commit: str) -> Path:
@@ -93,7 +93,7 @@ def fetch_git(source: GitSource, settings: Settings, tick: Tick = no_tick, say: 
     check_submodules(source, settings)
     if source.submodules:
         for path in sorted(source.submodules):
-            say(f"submodule {path}: the parent's tree has the same commit")
+            say(f"submodule {path}: the tree of its parent repository has the same commit")
     return repository_path(settings, source.commit)
 
 

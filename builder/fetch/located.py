@@ -75,7 +75,7 @@ def _newest(packages: Sequence[DistributionPackage]) -> str:
     for package in packages:
         with suppress(InvalidVersion):
             versions.add(Version(package.version or ""))
-    return ", ".join(map(str, sorted(versions)[-5:])) or "there is none"
+    return ", ".join(map(str, sorted(versions)[-5:])) or "(it lists no valid version)"
 
 
 def _is(text: str | None, version: Version) -> bool:

@@ -32,7 +32,7 @@ TIMEOUT = (15.0, 30.0)
 
 
 class AbsentProjectError(FetchError):
-    """The index answers, but has no such project."""
+    """The index answers, but does not have the project."""
 
 
 def project_page(project: str, index: str, credentials: tuple[str, str] | None) -> ProjectPage:

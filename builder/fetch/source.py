@@ -240,7 +240,7 @@ def substitute(recipe: Recipe, tree: Path, say: Say = silent) -> None:
         except UnicodeDecodeError as error:
             raise SourceError(f"{title}: the file is not UTF-8", remedy="write a patch instead") from error
         if (count := text.count(substitution.find)) != substitution.count:
-            wanted = f"{substitution.find.strip()!r} occurs {count} times, not {substitution.count}"
+            wanted = f"{substitution.find.strip()!r} occurs {count} times, but the recipe states {substitution.count}"
             raise SourceError(f"{title}: {wanted}", remedy=remedy)
         place.write_text(text.replace(substitution.find, substitution.replace))
         say(f"substitution in {substitution.path}: {count} {'occurrence' if count == 1 else 'occurrences'}")

@@ -71,11 +71,11 @@ class Transfer:
 
 
 class CancelledError(Exception):
-    """Another download failed or the user interrupted; the received part is kept for the next run."""
+    """Another download failed, or the user interrupted the command. The received part is kept for the next run."""
 
 
 class TransientError(Exception):
-    """A temporary failure; `delay` is the number of seconds that the server asks to wait."""
+    """A temporary failure. `delay` is the number of seconds that the server asks to wait."""
 
     def __init__(self, reason: str, delay: float = 0.0) -> None:
         super().__init__(reason)

@@ -52,7 +52,7 @@ def build(plan: Plan, options: BuildOptions, settings: Settings, console: Consol
         folder = record.folder(settings, plan.build_id)
         attempt = Attempt(plan=plan, options=options, settings=settings, console=console, folder=folder)
         if built is not None:
-            console.step("done", f"{data.name} {data.version} is already built with this id")
+            console.step("done", f"{data.name} {data.version} is already built with this build id")
             judged = built.tree is not None or built.judged_by == judges.digest(plan)
             built = built if judged else _judged_again(attempt, built)
         else:
@@ -162,7 +162,9 @@ def _judged_again(attempt: Attempt, built: Record) -> Record:
     """
     wheel = record.wheel_path(attempt.settings, built)
     assert wheel is not None
-    attempt.console.step("audit", "the gates or the smoke test changed since this wheel passed them; judging it again")
+    attempt.console.step(
+        "audit", "the gates or the smoke test have changed since this wheel passed them; checking the wheel again"
+    )
     ground = lay_ground(attempt.plan, attempt.settings, attempt.console)
     judge.pass_gates(attempt, wheel, policy.of_plan(attempt.plan, ground, attempt.work))
     judge.pass_smoke(attempt, wheel, ground)
@@ -247,7 +249,7 @@ def _check_binfmt(plan: Plan) -> None:
         raise HostError(
             f"the build of {plan.recipe.key} executes programs for {plan.target.value}, but this kernel cannot run them: "
             f"{problem}",
-            remedy="run `builder doctor --fix` as root, which registers an emulator (qemu) for them",
+            remedy="run `builder doctor --fix` as root, which registers an emulator (qemu) for such programs",
             repeat=plan.repeat,
         )
 

@@ -89,7 +89,7 @@ def _saved(attempt: Attempt) -> Path | None:
     attempt.device_code = noted["device_code"] and DeviceStatistics.model_validate(noted["device_code"])
     attempt.shared_cache = noted.get("shared_cache") and SharedCacheUse.model_validate(noted["shared_cache"])
     attempt.stages.append(Stage.model_validate(noted["stage"]))
-    attempt.console.step("compile", "continuing an interrupted run after its compile")
+    attempt.console.step("compile", "an interrupted run had finished its compile; continuing after it")
     return raw
 
 
@@ -104,7 +104,11 @@ def _with_retry(attempt: Attempt, fetched: Fetched, ground: Ground, epoch: int) 
         if fewer is None:
             raise
         attempt.console.warn(f"{error.cause}; trying again with {fewer} jobs")
-        retry = Jobs(count=fewer, reason=f"after a kill for memory with {count.count} jobs ({count.reason})")
+        retry = Jobs(
+            count=fewer,
+            reason=f"the compile with {count.count} jobs was killed for lack of memory; reason for {count.count} jobs: "
+            f"{count.reason}",
+        )
         attempt.known |= units.costs(units.read(attempt.work), attempt.known)
         _source_tree(attempt, fetched, epoch)
         return _once(attempt, ground, epoch, retry, memory)

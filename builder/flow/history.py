@@ -63,6 +63,6 @@ def time_left(plan: Plan, settings: Settings, tick: Tick) -> Callable[[int, int]
         elapsed = time.monotonic() - start
         expected = before or (elapsed / finished * total if finished else None)
         left = "" if expected is None else f"about {max(0.0, expected - elapsed) / 60:.0f} min left"
-        tick(finished, total, f"translation units, {left} ({'from the last build' if before else 'at the current speed'})")
+        tick(finished, total, f"translation units, {left} ({'as in the last build' if before else 'at the current speed'})")
 
     return progress

@@ -81,7 +81,7 @@ def run_gpu(plan: Plan, trial: Trial, settings: Settings) -> GpuResult:
         toolchain, whole = plan.toolchain.with_torch(), replace(plan.stack, uses_torch=True)
         missing = gaps.of_stack(whole) if toolchain.locked(whole) is not None else []
         if missing:
-            return GpuResult(status="not run", reason=f"the digest of {missing[0].what} is unknown, and the test requires it")
+            return GpuResult(status="not run", reason=f"the test requires {missing[0].what}, but its digest is unknown")
         ground = toolchain.lay(whole, plan.host, plan.target, settings, cuda=False)
         trial = replace(trial, environment=toolchain.trial_environment(ground, emulated=False))
     return smoke.run_gpu(trial, plan.stack.sm, plan.ptx)

@@ -117,7 +117,7 @@ def _send_certificates(
 def _publish_wheel(built: Record, url: str, settings: Settings, console: Console, login: publish.Login | None) -> Record:
     """Upload the record's wheel, unless the record has its publication."""
     if any(publication.url == url for publication in built.published):
-        console.step("publish", f"{url} has it already")
+        console.step("publish", f"{url} already has this wheel")
         return built
     wheel = record.wheel_path(settings, built)
     assert wheel is not None
@@ -155,8 +155,8 @@ def upload_wheel(built: Record, wheel: Path, url: str, settings: Settings, login
         )
         return publication.model_copy(update={"filename": "" if filename == wheel.name else filename, "reason": reason})
     raise PublishError(
-        f"{url} refused {wheel.name} under {MAX_TAGS} names, the last of which was {before}: the index "
-        "has, or had, a different file with each of these names",
+        f"{url} refused {wheel.name} under {MAX_TAGS} names, up to {before}: the index has, or had, a "
+        "different file with each of these names",
         remedy="change the version in the recipe, so that the names are new",
     )
 
@@ -194,7 +194,7 @@ def _why(before: str, built: Record, url: str, settings: Settings, login: publis
     changed = [change.path for change in why.changes(known.inputs, built.inputs)] if known else []
     if known is None or not changed:
         return f"{there})"
-    return f"{there}, from build {known.build_id[:16]}); inputs that changed since then: {', '.join(changed)}"
+    return f"{there}, from build {known.build_id[:16]}); inputs that changed since that build: {', '.join(changed)}"
 
 
 def send_record(build_id: str, url: str, settings: Settings, console: Console, login: publish.Login | None) -> None:

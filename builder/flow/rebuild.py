@@ -59,7 +59,7 @@ class Comparison(Table):
     def sentence(self) -> str:
         """The result in one line."""
         if self.verdict == "identical":
-            return "identical: every byte"
+            return "identical: all bytes are the same"
         places = ", ".join(f"{difference.file} ({difference.where})" for difference in self.differences[:6])
         more = f", and {len(self.differences) - 6} more" if len(self.differences) > 6 else ""
         return f"{self.verdict}: {places}{more}"
@@ -169,7 +169,7 @@ def again(plan: Plan, settings: Settings, console: Console, jobs: int | None = N
     home = record.folder(settings, plan.build_id) / "rebuild"
     with lock(
         settings.home / "locks" / f"rebuild-{plan.build_id}",
-        lambda: console.step("wait", "another process is rebuilding this"),
+        lambda: console.step("wait", "waiting for another process, which is rebuilding this wheel"),
     ):
         remove_tree(home)  # left by a killed run
         try:

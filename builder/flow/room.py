@@ -54,7 +54,7 @@ def require(plans: Sequence[Plan], settings: Settings, *, keep: bool) -> None:
                 f"the build needs at least {_title(size)} on the file system that holds {place}, but only {_title(free)} are "
                 "free",
                 remedy="free space there (`builder clean` removes temporary files, and `builder clean --keep SIZE` also "
-                "environments and caches), build less at a time, or set GRACEFARM_HOME to a folder on a larger disk",
+                "environments and caches), build fewer wheels at a time, or set GRACEFARM_HOME to a folder on a larger disk",
             )
 
 

@@ -155,6 +155,6 @@ def _install_back(plan: Plan, built: Record, index_url: str, settings: Settings,
             remedy=f"remove the old index, then repeat the command: mv {settings.home / 'index'} "
             f"{settings.home / 'index'}.old",
         )
-    proven = "it imports" + (", smoke.py passes" if script else "")
+    proven = "the imports work" + (", smoke.py passes" if script else "")
     console.step("install", f"pip installed {data.name} from {index_url}; {proven} (in {outcome.wall_s:.0f} s)")
     shutil.rmtree(folder / "install")

@@ -15,7 +15,7 @@ _PACKAGES = {"pkg:pypi": "the Python index", "pkg:deb": "the Debian archive"}
 def sentence(plan: Plan, settings: Settings) -> str:
     """The hosts, in one sentence; empty if nothing is missing."""
     hosts = sorted({host for address in _addresses(plan, settings) if (host := _host(settings.redirect(address)))})
-    return f"fetches: {', '.join(hosts)}; not in the store yet" if hosts else ""
+    return f"fetches files from: {', '.join(hosts)}" if hosts else ""
 
 
 def _addresses(plan: Plan, settings: Settings) -> list[str]:

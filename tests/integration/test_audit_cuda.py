@@ -71,7 +71,7 @@ def test_an_extra_sm_counts_when_the_recipe_declares_it_and_must_then_be_there(b
     assert failed(audit.audit(both, policy)) == []
     verdicts = audit.audit(plain, policy)
     assert failed(verdicts) == ["cubins"]
-    assert "no object has it" in by_gate(verdicts)["cubins"].summary
+    assert "but no object has a cubin for it" in by_gate(verdicts)["cubins"].summary
 
 
 def test_a_cuda_recipe_without_device_code_and_a_plain_one_with_it_are_refused(bench: Bench, tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ REFUSED: dict[Callable[[Bench], Draft], tuple[str, str]] = {
     ptx: ("cubins", "has PTX for sm_90"),
     wrong_label: ("variant", "the label is cu130_sm100, but cu130_sm90 was measured"),
     wrong_property: ("variant", "{'nvidia': {'cuda_version_lower_bound': ['13.0'], 'sm_arch': ['90_real']}} was measured"),
-    lost_label: ("variant", "the file name has no label, and .dist-info 1 variant.json"),
+    lost_label: ("variant", "the file name has no label, but .dist-info has 1 file named variant.json"),
     missing_symbol: ("symbols", "undefined symbol nobody_defines_me"),
     too_new_symbol: ("symbols", "needs version FOO_2 of libfoo.so.1; the stack has up to FOO_1"),
     unknown_driver_symbol: ("symbols", "undefined symbol cuReadMind"),

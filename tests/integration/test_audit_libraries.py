@@ -92,7 +92,10 @@ def test_a_module_sees_what_it_needs_and_the_interpreter_but_no_other_module(ben
     lost.files["demo/libhelper.so"] = helper
     noted = audit.audit(lost.pack(tmp_path / "lost"), bench.policy)
     assert failed(noted) == []
-    assert f"{CORE} has no RPATH to libhelper.so: the wheel must load its own copy first" in by_gate(noted)["symbols"].details
+    assert (
+        f"{CORE} has no RPATH to libhelper.so: the wheel must load its copy of libhelper.so first"
+        in by_gate(noted)["symbols"].details
+    )
     found = audit.audit(needing.pack(tmp_path / "needing"), bench.policy)
     assert failed(found) == []
     assert "has no RPATH" not in " ".join(by_gate(found)["symbols"].details)

@@ -131,7 +131,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_record(farm: F
     if moment in ("while auditing", "while smoke-testing", "before the record"):
         # Under load the record may be written before the kill arrives.
         late = moment == "before the record" and "already built" in done.said
-        assert late or "continuing an interrupted run after its compile" in done.said
+        assert late or "an interrupted run had finished its compile; continuing after it" in done.said
     remove_tree(farm.settings.home / "builds")
     assert farm.run("build", "tiny", "--target", NATIVE).code == 0
     whole = record_of(farm, "tiny")
@@ -267,12 +267,12 @@ def test_changed_builds_only_what_has_no_success_yet(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
     assert farm.run("build", "--changed", "--target", NATIVE).code == 0
     done = farm.run("build", "--changed", "--target", NATIVE)
-    assert "changed since the last success: nothing" in done.said
+    assert "changed since the last successful build: nothing" in done.said
     unpublished = farm.run("build", "--changed", "--target", NATIVE, "--publish", "http://127.0.0.1:9/legacy/", **CREDENTIALS)
     assert unpublished.code == 40
-    assert "changed since the last success: tiny" in unpublished.said
+    assert "changed since the last successful build: tiny" in unpublished.said
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), version="2.0")
-    assert "changed since the last success: tiny" in farm.run("build", "--changed", "--target", NATIVE).said
+    assert "changed since the last successful build: tiny" in farm.run("build", "--changed", "--target", NATIVE).said
 
 
 def test_a_broken_recipe_ends_neither_the_night_nor_the_list(farm: Farm) -> None:
@@ -313,7 +313,7 @@ def test_a_wheel_is_judged_again_when_its_judges_change(farm: Farm) -> None:
         assert "another answer" in refused.said
         assert "jobs (" not in refused.said, "nothing was compiled"
     (folder / "smoke.py").write_text("import tiny\nassert tiny.answer == 42\n")
-    assert "judging it again" in farm.run(*command).said
+    assert "checking the wheel again" in farm.run(*command).said
     assert "judged again" not in farm.run(*command).said
     path = folder / "recipe.toml"
     path.write_text(path.read_text() + 'wheel = { max_size = "0.1KiB" }\n')

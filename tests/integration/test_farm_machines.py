@@ -135,7 +135,7 @@ def test_two_drivers_at_once_build_a_cell_once(cluster: Cluster, workers: list[M
     runs = [machine.start(cluster.command("shared")) for machine in (cluster.laptop, other)]
     assert [run.wait(400) for run in runs] == [0, 0], other.output(0)
     texts = [cluster.laptop.output(len(cluster.laptop.started) - 1), other.output(0)]
-    assert sum("is being built for another run" in text for text in texts) == 1, texts
+    assert sum("is already being built for another run" in text for text in texts) == 1, texts
     assert sum(bool(builds_of(machine)) for machine in workers[:2]) == 1
     records = [builds_of(machine)["shared"] for machine in (cluster.laptop, other)]
     assert records[0] == records[1]

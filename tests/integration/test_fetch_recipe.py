@@ -81,7 +81,7 @@ def test_fetch_says_a_line_for_each_part_also_while_a_digest_is_unknown(farm: Fa
     assert lines == [
         f"https://up.example/outer: commit {top}, tree {tree}, as pinned",
         f"submodule csrc/inner: commit {inner}, as pinned",
-        "submodule csrc/inner: the parent's tree has the same commit",
+        "submodule csrc/inner: the tree of its parent repository has the same commit",
         f"repository deps/inner: commit {inner}, as pinned",
         "source of shape 1.0",
         "file seed/llvm from https://gone.example/llvm.zip is left out: its digest is unknown (out of reach)",
@@ -94,7 +94,7 @@ def test_fetch_says_a_line_for_each_part_also_while_a_digest_is_unknown(farm: Fa
     assert [gap["url"] for gap in result["gaps"]] == ["https://gone.example/llvm.zip"]
     assert not list(farm.settings.home.glob("fetched/*")), "the tree was only for reading"
     people = farm.run("fetch", "shape", **mirrors(tmp_path))
-    assert "all pinned files were fetched and match; 1 file with an unknown digest was skipped" in people.out
+    assert "all pinned files were fetched and match their pins; 1 file with an unknown digest was skipped" in people.out
 
 
 def test_fetch_names_what_does_not_fit_and_goes_on_to_the_next_recipe(farm: Farm, tmp_path: Path) -> None:
@@ -102,8 +102,8 @@ def test_fetch_names_what_does_not_fit_and_goes_on_to_the_next_recipe(farm: Farm
     farm.recipe("tiny", {"setup.py": ""})
     done = farm.run("fetch", "shape", "tiny", **mirrors(tmp_path))
     assert done.code == 50, done.said
-    assert "'threads = 3' occurs 0 times, not 1" in done.said
-    assert "tiny: all pinned files were fetched and match" in done.out
+    assert "'threads = 3' occurs 0 times, but the recipe states 1" in done.said
+    assert "tiny: all pinned files were fetched and match their pins" in done.out
     alone = farm.run("fetch", "shape", **mirrors(tmp_path))
     assert alone.code == 13, alone.said
 

@@ -121,7 +121,10 @@ def test_a_rebuild_of_a_published_version_gets_the_next_build_tag_and_says_why(f
         second = rebuilt(farm, f"{url}/legacy/", token, "two")
         assert second["filename"] == "tiny-1.0-1-py3-none-any.whl"
         there = f"tiny-1.0-py3-none-any.whl exists with other bytes (sha256 {before['tiny-1.0-py3-none-any.whl'][:16]}"
-        assert f"{there}, from build {first[:16]}); inputs that changed since then: recipe.source.sha256" in second["reason"]
+        assert (
+            f"{there}, from build {first[:16]}); inputs that changed since that build: recipe.source.sha256"
+            in second["reason"]
+        )
         assert rebuilt(farm, f"{url}/legacy/", token, "three")["filename"] == "tiny-1.0-2-py3-none-any.whl"
         after = digests(url)
         assert {name: after[name] for name in before} == before, "a published file never changes"

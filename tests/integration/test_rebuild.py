@@ -31,7 +31,7 @@ def test_a_c_extension_builds_the_same_again_byte_by_byte(farm: Farm) -> None:
     wheel = built(farm, "tiny_c", "--target", NATIVE)
     done = farm.run("verify", str(wheel), "--rebuild")
     assert done.code == 0, done.said
-    assert done.out.strip() == "identical: every byte"
+    assert done.out.strip() == "identical: all bytes are the same"
     assert not list(farm.settings.home.glob("builds/*/rebuild")), "the second build is gone"
 
 

@@ -94,7 +94,7 @@ def fetched(farm: Farm, lock: str | None, mirror: str) -> projects.Done:
 def test_fetch_brings_the_crates_of_cargo_lock_and_plan_names_their_server(farm: Farm, leaf: Path, tmp_path: Path) -> None:
     done = fetched(farm, LEAF.replace("CHECKSUM", sha256_file(leaf)), (tmp_path / "mirror").as_uri())
     assert done.code == 0, done.said
-    assert "1 crate of crates.io: sha256 as in Cargo.lock" in done.said
+    assert "1 crate of crates.io: each sha256 matches Cargo.lock" in done.said
     stored = farm.settings.home / "store" / "sha256" / sha256_file(leaf)[:2] / sha256_file(leaf)
     assert stored.read_bytes() == leaf.read_bytes()
     planned = farm.run("plan", "thing")

@@ -114,7 +114,7 @@ def test_what_one_build_measured_keeps_large_units_apart_in_the_next_and_starts_
     assert {name for name, unit in first["units"].items() if unit["peak_memory"] > LARGE << 20} == {"a_large.c", "b_large.c"}
     assert first["units"]["z_long.c"]["wall_s"] > 1.6
     found, said = held(farm, "--jobs", "2")
-    assert "the 6 translation units of the last build allow 2" in said
+    assert "the memory use of 6 translation units in the last build allows 2" in said
     assert not any(pairs(found, ("large", "large")))
     assert any(pairs(found, ("large", "small")))
     begun = sorted(found, key=lambda name: found[name][0])

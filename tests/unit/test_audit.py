@@ -337,7 +337,7 @@ def test_a_wheel_needs_its_three_files_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_a_file_that_leaves_the_wheel_is_refused(tmp_path: Path) -> None:
-    assert "../up.py leaves the wheel" in wheel.judge(Draft(files={"../up.py": b""}).pack(tmp_path), POLICY).details
+    assert "../up.py leads out of the wheel" in wheel.judge(Draft(files={"../up.py": b""}).pack(tmp_path), POLICY).details
 
 
 def test_a_file_that_stands_twice_is_refused(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_each_crate_gets_a_folder_with_its_checksum_and_licence(tmp_path: Path, 
     folder = tmp_path / "crates" / "leaf-1.0.0+x"
     assert (folder / "src" / "lib.rs").read_text() == "pub fn one() {}\n"
     assert json.loads((folder / ".cargo-checksum.json").read_text()) == {"files": {}, "package": checksum}
-    assert said[0] == "1 crate of crates.io: sha256 as in Cargo.lock"
+    assert said[0] == "1 crate of crates.io: each sha256 matches Cargo.lock"
 
 
 def test_a_recipe_without_rust_has_no_crates(tmp_path: Path, settings: Settings) -> None:

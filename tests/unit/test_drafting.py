@@ -149,8 +149,8 @@ CLASSIFIER = "Classifier: License :: OSI Approved ::"
     [
         ("License-Expression: MIT", "", "MIT", "PKG-INFO:2"),
         (f"License: UNKNOWN\n{CLASSIFIER} MIT License", "", "MIT", "PKG-INFO:3"),
-        (f"{CLASSIFIER} BSD License", BSD, "BSD-3-Clause", "LICENSE, by its words"),
-        ("License: Apache Software License 2.0", APACHE, "Apache-2.0", "LICENSE, by its words"),
+        (f"{CLASSIFIER} BSD License", BSD, "BSD-3-Clause", "the text of LICENSE"),
+        ("License: Apache Software License 2.0", APACHE, "Apache-2.0", "the text of LICENSE"),
         ("Name: thing", "All rights reserved.", "LicenseRef-unknown", ""),
     ],
 )

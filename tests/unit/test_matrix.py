@@ -250,15 +250,15 @@ def test_a_cell_that_was_not_tried_names_the_hosts_of_what_is_missing(tmp_path: 
         assert found.state == "not tried"
         return found.reason
 
-    assert reason("root") == "fetches: the Python index; not in the store yet"
-    assert reason("3.13") == "fetches: pythons.example, the Python index; not in the store yet"
-    assert reason("3.14t") == "fetches: pythons.example, the Python index; not in the store yet"
-    assert reason("3.13-trixie") == "fetches: the Debian archive, the Python index; not in the store yet"
+    assert reason("root") == "fetches files from: the Python index"
+    assert reason("3.13") == "fetches files from: pythons.example, the Python index"
+    assert reason("3.14t") == "fetches files from: pythons.example, the Python index"
+    assert reason("3.13-trixie") == "fetches files from: the Debian archive, the Python index"
     for path in (REPOSITORY / "interpreters" / "3.13").glob("interpreter.toml"):
         for sha256 in re.findall(r'^sha256 = "(\w+)"', path.read_text(), flags=re.MULTILINE):
             store_path(settings, sha256).parent.mkdir(parents=True)
             store_path(settings, sha256).touch()
-    assert reason("3.13") == "fetches: the Python index; not in the store yet"
+    assert reason("3.13") == "fetches files from: the Python index"
 
 
 def test_a_running_build_is_not_a_failed_one(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_an_empty_url_publishes_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     command = ["build", "--changed", "--matrix", "recipe=causal_conv1d"]
     for words in (command, [*command, "--publish", ""]):
         done = CliRunner().invoke(cli, words, catch_exceptions=False, standalone_mode=False)
-        assert "changed since the last success: nothing" in done.output
+        assert "changed since the last successful build: nothing" in done.output
 
 
 def test_prune_lists_builds_of_old_torches_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

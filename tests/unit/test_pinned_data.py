@@ -118,7 +118,7 @@ def test_a_substitution_that_does_not_find_its_text_as_often_as_it_says_is_an_er
     one = Substitution(path="setup.py", find="b", replace="c")
     assert substituted(tmp_path, "abd", one) == "acd"
     for text in ("ad", "abbd"):
-        with pytest.raises(SourceError, match="times, not 1"):
+        with pytest.raises(SourceError, match="times, but the recipe states 1"):
             substituted(tmp_path, text, one)
     with pytest.raises(SourceError, match="no such file"):
         substituted(tmp_path, "abd", Substitution(path="other.py", find="b", replace="c"))

@@ -223,13 +223,13 @@ def test_known_units_allow_more_jobs_than_a_declaration_for_the_largest_of_them(
     assert jobs.plan(memory=24 * GIB, memory_per_job="9GiB", wanted=None).count == 2
     found = jobs.plan(memory=24 * GIB, memory_per_job="9GiB", wanted=None, peaks=peaks)
     assert found.count == 6
-    assert "the 62 translation units of the last build allow 6" in found.reason
+    assert "the memory use of 62 translation units in the last build allows 6" in found.reason
 
 
 def test_declared_large_units_lower_the_jobs_beside_which_one_of_them_fits() -> None:
     found = jobs.plan(memory=24 * GIB, memory_per_job="4GiB", wanted=None, declared=[9 * GIB, 8 * GIB])
     assert found.count == 4
-    assert "larger units kept apart" in found.reason
+    assert "without two large units at once" in found.reason
     assert jobs.plan(memory=24 * GIB, memory_per_job="4GiB", wanted=None).count == 6
     assert jobs.plan(memory=8 * GIB, memory_per_job="4GiB", wanted=None, declared=[9 * GIB]).count == 1
 

@@ -97,7 +97,7 @@ def test_a_wheel_that_is_built_without_torch_meets_it_on_a_gpu(tmp_path: Path, m
         return judge.run_gpu(plan, replace(trial, environment=environment), load())
 
     assert gpu_result("cu124") == GpuResult(
-        status="not run", reason="the digest of torch 2.4.0 for aarch64 is unknown, and the test requires it"
+        status="not run", reason="the test requires torch 2.4.0 for aarch64, but its digest is unknown"
     )
     assert (ours.asked, tried) == ([], [])
     assert gpu_result("cu130").status == "passed"

@@ -109,10 +109,10 @@ def test_executables_links_and_repeated_members_come_as_they_are(tmp_path: Path)
 
 
 HOSTILE = {
-    "traversal": (tar_of(info(f"thing-1/../../../{OUTSIDE}")), "leaves the tree"),
-    "absolute": (tar_of(info(f"/tmp/{OUTSIDE}")), "leaves the tree"),
-    "zip traversal": (zip_of((f"../../{OUTSIDE}", 0o100644, "")), "leaves the tree"),
-    "zip absolute": (zip_of((f"/tmp/{OUTSIDE}", 0o100644, "")), "leaves the tree"),
+    "traversal": (tar_of(info(f"thing-1/../../../{OUTSIDE}")), "leads out of the source tree"),
+    "absolute": (tar_of(info(f"/tmp/{OUTSIDE}")), "leads out of the source tree"),
+    "zip traversal": (zip_of((f"../../{OUTSIDE}", 0o100644, "")), "leads out of the source tree"),
+    "zip absolute": (zip_of((f"/tmp/{OUTSIDE}", 0o100644, "")), "leads out of the source tree"),
     "link out": (tar_of(info("thing-1/l", tarfile.SYMTYPE, "../../etc")), "outside the tree"),
     "absolute link": (tar_of(info("thing-1/l", tarfile.SYMTYPE, "/etc/passwd")), "outside the tree"),
     "zip link out": (zip_of(("thing-1/l", 0o120777, "../../../etc")), "outside the tree"),

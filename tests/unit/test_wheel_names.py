@@ -128,5 +128,5 @@ def test_the_error_after_the_last_name_has_only_names_that_were_tried(tmp_path: 
     with pytest.raises(PublishError) as error:
         publishing.upload_wheel(built, wheel, "http://index.test/legacy/", load(), None)
     assert tried == [build_tag.tagged(WHEEL, number) for number in range(publishing.MAX_TAGS)]
-    assert f"under {len(tried)} names, the last of which was {tried[-1]}: " in error.value.cause
+    assert f"under {len(tried)} names, up to {tried[-1]}: " in error.value.cause
     assert build_tag.tagged(WHEEL, len(tried)) not in error.value.cause

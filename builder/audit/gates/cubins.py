@@ -52,9 +52,11 @@ def compare(architectures: dict[str, tuple[list[str], list[str]]], policy: Polic
             complaints += [f"{name} has no cubin for sm_{sm}" for sm in sorted(wanted - set(counts))]
         if not extra and len({counts[sm] for sm in wanted & set(counts)}) > 1:
             shown = ", ".join(f"{counts[sm]} for sm_{sm}" for sm in sorted(wanted))
-            complaints.append(f"{name} has {shown}: a source was not compiled for all of them")
+            complaints.append(f"{name} has different numbers of cubins ({shown}): a source was not compiled for all of them")
     everywhere = {sm for cubins, _ptx in architectures.values() for sm in cubins}
-    complaints += [f"the recipe declares sm_{sm} (sm_extra), but no object has it" for sm in sorted(extra - everywhere)]
+    complaints += [
+        f"the recipe declares sm_{sm} (sm_extra), but no object has a cubin for it" for sm in sorted(extra - everywhere)
+    ]
     if len(architectures) > 1 or extra:
         complaints += [f"no object has a cubin for sm_{sm}" for sm in sorted(wanted - everywhere)]
     details = [f"{name}: {_listed(cubins)}" for name, (cubins, _ptx) in architectures.items()]
@@ -74,8 +76,8 @@ def _ptx_complaints(name: str, cubins: Counter[str], ptx: Counter[str], policy: 
         yield f"{name} has no PTX for sm_{policy.ptx}"
     elif ptx[policy.ptx] != max(cubins.values()):
         yield (
-            f"{name} has PTX for sm_{policy.ptx} of {ptx[policy.ptx]} units and cubins of {max(cubins.values())}: "
-            "a source was not compiled for both"
+            f"{name} has PTX for sm_{policy.ptx} from {ptx[policy.ptx]} translation units, but cubins from "
+            f"{max(cubins.values())}: a source was not compiled to both PTX and cubins"
         )
 
 

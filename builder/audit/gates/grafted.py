@@ -52,7 +52,7 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
         details += [f"{name} ({entry.license}, from {entry.origin})" for name in found_names]
     if complaints:
         return refused(GATE, complaints, details)
-    summary = f"{len(details)} declared third-party files and no others" if details else "no third-party files"
+    summary = f"the recipe declares all third-party files ({len(details)})" if details else "no third-party files"
     return passed(GATE, summary, details)
 
 

@@ -15,7 +15,7 @@ GATE = "licence"
 def judge(contents: Contents, policy: Policy) -> Verdict:
     """Find submodules, repositories and downloads without a licence, and texts that are missing in .dist-info/licenses."""
     if not policy.parts and not policy.licenses:
-        return not_applicable(GATE, "the package has no other code than its source")
+        return not_applicable(GATE, "the recipe fetches no code besides the package's source")
     complaints = [
         f"{part} has no declared licence: add `license` to its table in the recipe"
         for part, license_id in policy.parts.items()
@@ -27,4 +27,6 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
     if complaints:
         return refused(GATE, complaints, details)
     texts = "1 text" if len(policy.licenses) == 1 else f"{len(policy.licenses)} texts"
-    return passed(GATE, f"{len(details)} declared licences of other code, {texts} in .dist-info/licenses", details)
+    return passed(
+        GATE, f"the recipe declares a licence for all other code ({len(details)}); {texts} in .dist-info/licenses", details
+    )

@@ -62,10 +62,10 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
     complaints = [*reasons, *_false(claims, measured, policy.target, because)]
     ceiling = _level(policy.glibc)
     if measured is not None and measured > ceiling:
-        complaints.append(f"requires {_name(measured)}{because}, but the stack allows {_name(ceiling)}")
+        complaints.append(f"the wheel requires {_name(measured)}{because}, but the stack allows {_name(ceiling)}")
     claimed = [level for claim in claims if (level := claimed_level(claim, policy.target)) is not None]
     if claimed and min(claimed) > ceiling:
-        complaints.append(f"claims {_name(min(claimed))}, but the stack allows {_name(ceiling)}")
+        complaints.append(f"the tag claims {_name(min(claimed))}, but the stack allows {_name(ceiling)}")
     if complaints:
         return refused(GATE, complaints, forced)
     assert measured is not None
@@ -119,15 +119,15 @@ def _read(report: dict[str, Any], contents: Contents, policy: Policy) -> tuple[t
     reasons = []
     outside = sorted(set(report.get("external_libs", {})) - own_names(contents.objects).keys())
     outside = [name for name in outside if not any(fnmatch(name, pattern) for pattern in excluded(policy))]
-    reasons += [f"requires {name}, which neither a manylinux level nor the stack provides" for name in outside]
+    reasons += [f"the wheel requires {name}, which neither a manylinux level nor the stack provides" for name in outside]
     if report["unsupported_isa"]:
-        reasons.append(f"requires instructions that some {policy.target} CPUs do not have")
+        reasons.append(f"the wheel requires instructions that some {policy.target} CPUs do not have")
     tag = str(report["sym_tag"])
     level = claimed_level(tag, policy.target)
     if level is None:
         reasons.append(f"auditwheel allows only {tag}: a symbol version is newer than every manylinux level")
     reasons += [
-        f"uses symbols of {library} that {tag} forbids: {', '.join(names)}"
+        f"the wheel uses symbols of {library} that {tag} forbids: {', '.join(names)}"
         for library, names in report.get("policy_upgrades", {}).get(tag, {}).get("blacklisted_symbols", {}).items()
     ]
     return (None if reasons and level is None else level), reasons

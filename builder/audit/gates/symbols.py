@@ -66,7 +66,7 @@ def _verdict(findings: _Findings) -> Verdict:
     details += [*findings.notes, *findings.weak]
     if findings.complaints:
         return refused(GATE, list(findings.complaints), details)
-    weak = f"; {len(findings.weak)} weak ones are not" if findings.weak else ""
+    weak = f"; {len(findings.weak)} weak symbols are undefined" if findings.weak else ""
     objects = f"{len(findings.resolved)} object{'' if len(findings.resolved) == 1 else 's'}"
     return passed(GATE, f"{total} undefined symbols of {objects} are defined in the stack{weak}", details)
 
@@ -74,7 +74,9 @@ def _verdict(findings: _Findings) -> Verdict:
 def _python_scope(providers: Providers, policy: Policy, findings: _Findings) -> list[Library]:
     interpreter = providers.interpreter()
     if interpreter is None:
-        findings.notes[f"the root has no python{policy.python} for {policy.target}; its symbols count as undefined"] = None
+        findings.notes[f"the root has no python{policy.python} for {policy.target}; symbols of Python count as undefined"] = (
+            None
+        )
         return []
     return _closure(interpreter, providers, findings)
 
@@ -106,7 +108,7 @@ def _closure(root: Library, providers: Providers, findings: _Findings) -> list[L
                 _report_absent(soname, library, findings)
                 continue
             if provider.place == "wheel" and providers.led_to(soname, library) is None:
-                note = f"{library.name} has no RPATH to {soname}: the wheel must load its own copy first"
+                note = f"{library.name} has no RPATH to {soname}: the wheel must load its copy of {soname} first"
                 findings.notes[note] = None
             if (identity := _identity(provider)) not in known:
                 known.add(identity)
@@ -161,7 +163,7 @@ def _second_runtime(library: Library, scope: list[Library]) -> Iterator[str]:
     if _CXX_THROW in library.binary.exports.symbols and any(other.binary.soname == _CXX_RUNTIME for other in scope):
         yield (
             f"{library.name} has its own C++ runtime and is loaded with {_CXX_RUNTIME}: an exception that "
-            f"crosses between them crashes; link with the shared runtime, without -static-libstdc++"
+            "passes from one runtime to the other ends the process; link with the shared runtime, without -static-libstdc++"
         )
 
 
@@ -173,4 +175,4 @@ def _newest(version: str, defined: list[str]) -> str | None:
     def numbers(name: str) -> list[int]:
         return [int(part) for part in name.rpartition("_")[2].split(".") if part.isdigit()]
 
-    return f"up to {max(same, key=numbers)}" if same else None
+    return f"only versions up to {max(same, key=numbers)}" if same else None

@@ -9,6 +9,7 @@ from builder.audit.contents import Contents
 from builder.audit.policy import Policy
 from builder.audit.verdict import Verdict, not_applicable, passed, refused
 from gracefarm import variants
+from gracefarm.console import counted
 
 GATE = "variant"
 
@@ -17,11 +18,11 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
     """Compare the label with variant.json, and both with cubins, PTX and libraries."""
     members = [name for name in contents.names if name.endswith(f".dist-info/{variants.MEMBER}")]
     if not contents.label and not members:
-        return not_applicable(GATE, "it is a plain wheel")
+        return not_applicable(GATE, "the wheel has no variant label")
     if not contents.label or len(members) != 1:
-        return refused(
-            GATE, [f"the file name has {contents.label or 'no label'}, and .dist-info {len(members)} {variants.MEMBER}"]
-        )
+        label = f"the label {contents.label}" if contents.label else "no label"
+        found = f"{counted(len(members), 'file')} named {variants.MEMBER}"
+        return refused(GATE, [f"the file name has {label}, but .dist-info has {found}"])
     try:
         measured = variant.measure(contents, policy)
         with zipfile.ZipFile(contents.wheel) as archive:

@@ -106,7 +106,11 @@ def _sized(size: int) -> str:
 
 def _size(wheel: Path, policy: Policy) -> list[str]:
     size = wheel.stat().st_size
-    return [f"{_sized(size)} is more than the limit of {_sized(policy.max_size)}"] if size > policy.max_size else []
+    return (
+        [f"the wheel has {_sized(size)}, which is more than the limit of {_sized(policy.max_size)}"]
+        if size > policy.max_size
+        else []
+    )
 
 
 def _promise(name: str, version: Version, policy: Policy, contents: Contents | None) -> list[str]:
@@ -128,14 +132,14 @@ def _local(version: Version, promised: str, measured: Dependence, policy: Policy
     if str(version) == wanted:
         return []
     reasons = "; ".join((*measured.cuda[:1], *measured.torch[:1])) or "it depends on neither CUDA nor torch"
-    return [f"the wheel has version {version}, but its content requires {wanted} ({reasons})"]
+    return [f"the wheel has version {version}, but its content requires version {wanted} ({reasons})"]
 
 
 def _inside(archive: zipfile.ZipFile, name: str, version: Version, tags: frozenset[Tag]) -> list[str]:
     names = [info.filename for info in archive.infolist() if not info.is_dir()]
     folders = sorted({top for top in (entry.partition("/")[0] for entry in names) if top.endswith(".dist-info")})
     complaints = [f"{entry} occurs {count} times in the archive" for entry, count in Counter(names).items() if count > 1]
-    complaints += [f"{entry} leaves the wheel" for entry in names if _leaves(entry)]
+    complaints += [f"{entry} leads out of the wheel" for entry in names if _leaves(entry)]
     if len(folders) != 1:
         return [*complaints, f"{len(folders)} .dist-info folders instead of one"]
     folder = folders[0]
