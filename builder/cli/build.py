@@ -168,9 +168,8 @@ def build_all(
     failures: list[GracefarmError] = []
     plans, by_id = _all_planned(asked, failures, aim, changed, options.publish, settings, console)
     if changed:
-        console.step(
-            "plan", f"changed since the last successful build: {', '.join(plan.recipe.key for plan in plans) or 'nothing'}"
-        )
+        changes = ", ".join(plan.recipe.key for plan in plans) or "nothing"
+        console.step("plan", f"changed since the last successful build: {changes}")
 
     if options.until == "root":
         for plan in plans:
@@ -315,9 +314,7 @@ def _refuse_together(
     if twin and url:
         raise UsageError("--twin and --publish cannot be used together", remedy="omit one of the two options")
     if until is not None and (url or address):
-        raise UsageError(
-            f"--until and --{'publish' if url else 'farm'} cannot be used together", remedy="omit one of the two options"
-        )
+        raise UsageError(f"--until and --{'publish' if url else 'farm'} cannot be used together", remedy="omit one option")
     if accepts and changed:
         raise UsageError("--accept-new and --changed cannot be used together", remedy="replace --changed by names of recipes")
 
@@ -349,9 +346,7 @@ def _cells(names: Sequence[str], selector: str | None, part: Part, aim: Aim, set
     """
     if selector is None:
         if part != Part():
-            raise UsageError(
-                "--only and --shard require --matrix", remedy="add --matrix with a selector, such as --matrix default"
-            )
+            raise UsageError("--only and --shard require --matrix", remedy="add a selector, such as --matrix default")
         return None
     target = click.get_current_context().get_parameter_source("target") is click.core.ParameterSource.COMMANDLINE
     given = {
