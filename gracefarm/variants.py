@@ -133,7 +133,7 @@ def _properties(variants: object, label: str) -> Properties:
         raise ValueError(
             f"{MEMBER} gives properties to the variant {NULL}, which must not have any"
             if properties
-            else f"{MEMBER} gives no properties to the variant {label}, but only the variant {NULL} may have none"
+            else f"{MEMBER} gives no properties to the variant {label}, but only the variant {NULL} may have no properties"
         )
     return properties  # type: ignore[no-any-return]  # the structure was checked
 

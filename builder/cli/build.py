@@ -133,8 +133,6 @@ def build_command(
     # Build a wheel for Python 3.11 and a wheel for Python 3.13. Both wheels
     # support two GPU architectures.
     builder build causal_conv1d --matrix 'python=3.11,3.13 sm=90+100'
-    # Build the changed aarch64 cells of the selector `default`.
-    builder build --changed --matrix default --only target=aarch64
     # Build the changed cells of the selector `default` on a Ray cluster.
     builder build --changed --matrix default --farm ray://head:10001
     """

@@ -186,7 +186,7 @@ def sm80(label: str = "cu130_sm90") -> bytes:
     [
         (metadata("cu124_sm90"), "variant.json describes the variant cu124_sm90, but the file name has the label cu130_sm90"),
         (metadata("cu130_sm90", variants={}), "describes no variant"),
-        (metadata("cu130_sm90", variants={"cu130_sm90": {}}), "but only the variant null may have none"),
+        (metadata("cu130_sm90", variants={"cu130_sm90": {}}), "but only the variant null may have no properties"),
         (metadata("cu130_sm90", variants={"cu130_sm90": {"nvidia": {"sm_arch": "90_real"}}}), "a list of values"),
         (metadata("cu130_sm90", variants={"cu130_sm90": {"nvidia": {"sm_arch": [90]}}}), "a list of values"),
         (metadata("cu130_sm90", variants={"cu130_sm90": {"nvidia": {"sm_arch": []}}}), "a list of values"),

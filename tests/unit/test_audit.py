@@ -227,7 +227,7 @@ def test_ptx_is_exactly_what_was_asked_for_in_each_object_and_of_each_unit() -> 
         == "passed"
     )
     assert "b.so has no PTX for sm_90" in judged({"a.so": (["90"], ["90"]), "b.so": (["90"], [])}, ptx="90").summary
-    assert "of 1 units and cubins of 2" in judged({"a.so": (["90", "90"], ["90"])}, ptx="90").summary
+    assert "from 1 translation units, but cubins from 2" in judged({"a.so": (["90", "90"], ["90"])}, ptx="90").summary
     assert "PTX for sm_80, which was not requested" in judged({"a.so": (["90"], ["80", "90"])}, ptx="90").summary
 
 

@@ -79,7 +79,7 @@ def test_toolchain_digest_knows_compilers_alone(loaded: LoadedStack) -> None:
     ("line", "says"),
     [
         ("six==1.17.0", "--hash=sha256:… is missing"),
-        (f"six>=1.17.0 --hash=sha256:{'0' * 64}", "does not pin a version"),
+        (f"six>=1.17.0 --hash=sha256:{'0' * 64}", "the version is not pinned with =="),
         (f"six --hash=sha256:{'0' * 64}", "does not pin a wheel"),
         (f"six==1.17.0 --hash=sha256:{'0' * 64} --hash=sha256:{'1' * 64}", "has several --hash options"),
         (f"six==1.17.0 ; platform --hash=sha256:{'0' * 64}", "does not pin a wheel"),

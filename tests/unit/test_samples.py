@@ -79,7 +79,7 @@ def test_a_wheel_is_what_its_record_and_its_signed_provenance_say(home: Path) ->
     assert {check["name"]: check["ok"] for check in checks} == dict.fromkeys(
         ("record", "build-id", "sbom", "provenance"), True
     )
-    assert "6 distributions of the environment" in json.dumps(checks)
+    assert "6 packages of the environment" in json.dumps(checks)
 
 
 def test_a_set_is_read(home: Path) -> None:

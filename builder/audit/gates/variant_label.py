@@ -21,8 +21,8 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
         return not_applicable(GATE, "the wheel has no variant label")
     if not contents.label or len(members) != 1:
         label = f"the label {contents.label}" if contents.label else "no label"
-        found = f"{counted(len(members), 'file')} named {variants.MEMBER}"
-        return refused(GATE, [f"the file name has {label}, but .dist-info has {found}"])
+        files = f"{counted(len(members), 'file')} named {variants.MEMBER}"
+        return refused(GATE, [f"the file name has {label}, but .dist-info has {files}"])
     try:
         measured = variant.measure(contents, policy)
         with zipfile.ZipFile(contents.wheel) as archive:
