@@ -104,7 +104,7 @@ def _foreign_policy(wheel: Path, stack_name: str, sm: tuple[str, ...] | None, se
     "--recipe",
     "recipe_name",
     metavar="NAME",
-    help="Import the modules of this recipe (a folder in recipes/), and run the script of the recipe.",
+    help="Import the modules of this recipe (a folder in recipes/), and run its smoke.py. With --gpu, run its smoke_gpu.py.",
 )
 @click.option(
     "--gpu",

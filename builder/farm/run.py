@@ -169,7 +169,7 @@ def _keep(plan: Plan, files: Mapping[str, bytes], settings: Settings) -> Record 
                 wheel = files.get(f"dist/{sent.wheel.filename}", b"")
                 if hashlib.sha256(wheel).hexdigest() != sent.wheel.sha256 or sent.build_id != plan.build_id:
                     raise VerifyError(
-                        f"{sent.wheel.filename} from the Ray cluster does not have the sha256 in its record",
+                        f"the sha256 of {sent.wheel.filename} from the Ray cluster differs from the one in its record",
                         remedy="do not use this wheel; check the worker that built it (`ray status`), then repeat the command",
                     )
             for name, content in files.items():

@@ -25,9 +25,8 @@ def remove(request: Json) -> Json:
     wanted = [Path(path) for path in (*request["paths"], *matching)]
     for folder, mark in request.get("owned", {}).items():
         if (owner := environment.owner(Path(folder))) not in (None, mark):
-            raise WorkerError(
-                "node", f"{folder} belongs to another deployment ({owner})", "run the command in the folder of that deployment"
-            )
+            remedy = "on your machine, run the command in the folder that has the deploy.toml of that deployment"
+            raise WorkerError("node", f"{folder} belongs to another deployment ({owner})", remedy)
     if request.get("cache"):
         wanted += sorted((Path.home() / ".cache" / "gracefarm").glob("uv-*"))
     removed, size = [], 0

@@ -34,7 +34,7 @@ def stop_hint(who: str, otherwise: str) -> str:
     match = re.search(r"\(process \d+ of deployment (\w+)\)", who)
     if match is None:
         return otherwise
-    return f"run `deploy down` in the folder of that deployment (its file .deploy/id contains {match[1]})"
+    return f"run `deploy down` in the folder with the deploy.toml of that deployment (its file .deploy/id contains {match[1]})"
 
 
 def raylet(seen: Json, plan_mark: str | None = None) -> bool:

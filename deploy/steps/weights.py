@@ -235,7 +235,7 @@ class _Run:
         self._done = self.manifest.size - missing
         if missing and state["free"] < missing + min(ROOM, missing):
             raise DiskFullError(
-                f"{assignment.told(missing)} are missing, but the shared folder has only "
+                f"{assignment.told(missing)} of the model must still be downloaded, but the shared folder has only "
                 f"{assignment.told(state['free'])} free",
                 remedy="free space on the shared folder: remove old environments with `deploy env gc`, or models that you "
                 f"do not need from {self.spec.root}/weights",
