@@ -154,9 +154,8 @@ class File(DigestFields):
         elif self.text is None and self.sha256 is None:
             raise ValueError("an entry that has the key 'name' or 'deb' must have the key 'sha256'")
         elif self.text is not None and (self.sha256 or self.sha256_unknown or self.unpack or self.members):
-            raise ValueError(
-                "an entry that has the key 'text' cannot have the keys 'sha256', 'sha256_unknown', 'unpack' or 'members'"
-            )
+            others = "'sha256', 'sha256_unknown', 'unpack' or 'members'"
+            raise ValueError(f"an entry that has the key 'text' cannot have the keys {others}")
         return self
 
 

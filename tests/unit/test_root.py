@@ -80,7 +80,9 @@ def test_a_pair_that_is_not_locked_is_refused(loaded: LoadedStack) -> None:
 def test_a_lock_older_than_stack_toml_is_refused(loaded: LoadedStack) -> None:
     toml = loaded.folder / "stack.toml"
     toml.write_text(toml.read_text().replace('"sed",', '"sed",\n    "gawk",'))
-    with pytest.raises(ConfigError, match=r"no package gawk:amd64 for x86_64-aarch64 \(host-target\), but stack\.toml requires it"):
+    with pytest.raises(
+        ConfigError, match=r"no package gawk:amd64 for x86_64-aarch64 \(host-target\), but stack\.toml requires it"
+    ):
         packages.of_root(stack.load(loaded.folder.parent, "cu130"), *CROSS)
 
 
