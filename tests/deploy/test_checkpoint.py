@@ -165,9 +165,9 @@ DEEP = b'{"a":' * 100_000
     ("change", "words"),
     [
         ({"data_offsets": [0, 10**12]}, f"the header places {GATE} at 0 to 1000000000000; this does not match the shape"),
-        ({"data_offsets": [10**12, 10**12 + 4096]}, "which does not match its shape"),
-        ({"data_offsets": [-4096, 0]}, "which does not match its shape"),
-        ({"shape": [8, 255]}, "which does not match its shape"),
+        ({"data_offsets": [10**12, 10**12 + 4096]}, "this does not match the shape"),
+        ({"data_offsets": [-4096, 0]}, "this does not match the shape"),
+        ({"shape": [8, 255]}, "this does not match the shape"),
         ({"shape": [8, -256]}, "the impossible shape"),
         ({"dtype": "Q4"}, "the unknown type Q4"),
         ({"shape": "8"}, "the impossible shape"),
@@ -228,7 +228,12 @@ def test_an_index_and_files_that_do_not_match(tmp_path: Path) -> None:
     index = json.loads((folder / checkpoint.INDEX).read_text())
     more = {**index["weight_map"], "vision.weight": "model-00002-of-00003.safetensors"}
     (folder / checkpoint.INDEX).write_text(json.dumps({"weight_map": more}))
-    told(tmp_path, 3, "lists vision.weight for it, but it does not contain this tensor", *plan_of(folder))
+    told(
+        tmp_path,
+        3,
+        "lists the tensor vision.weight for this file, but the file does not contain this tensor",
+        *plan_of(folder),
+    )
     other = {name: f"other-{shard}" for name, shard in index["weight_map"].items()}
     (folder / checkpoint.INDEX).write_text(json.dumps({"weight_map": other}))
     told(tmp_path, 3, "3 of 3 files are missing, such as other-model-00001-of-00003.safetensors", *plan_of(folder))

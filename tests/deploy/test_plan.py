@@ -361,7 +361,7 @@ def test_a_node_without_a_gpu_is_left_out_and_named_and_a_head_without_one_is_re
     headless = Facts(nodes=(no_gpu(facts.nodes[0]), *facts.nodes[1:]))
     with pytest.raises(LayoutError, match=r"head has no usable GPU \(cuInit: system not yet initialized \(802\)\)") as error:
         plans.make(deployment, headless, llama())
-    assert "first in [[node]] of deploy.toml" in error.value.remedy
+    assert "in the first place in [[node]] of deploy.toml" in error.value.remedy
 
 
 def test_a_node_that_was_never_asked_is_no_guess() -> None:
@@ -397,7 +397,7 @@ def test_rays_folder_is_short_enough_for_its_sockets() -> None:
     assert len(f"{paths.ray_temp(deployment, node, 'ubuntu')}/{session}") <= 107
     assert len("x" * paths.RAY_TEMP_BYTES + "/" + session) <= 107
     long, _ = supposed(1, local="/home/{user}/some/folder/that/is/long/{node}")
-    with pytest.raises(ConfigError, match="sockets require"):
+    with pytest.raises(ConfigError, match="sockets allow"):
         paths.ray_temp(long, node, "ubuntu")
 
 

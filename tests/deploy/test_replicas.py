@@ -148,7 +148,7 @@ def test_a_part_of_mxfp4_experts_is_padded_after_all_replicas_have_divided_it() 
         (QWEN, 1, 5, False, "tp 1 dp 5: vllm splits evenly, but 1536 columns of an expert are not divisible by 5"),
         ("Qwen/Qwen3-235B-A22B-FP8", 1, 8, False, "tp 1 dp 8: .* the 192 columns of an expert on each rank .* by 128"),
         ("Qwen/Qwen3-235B-A22B-FP8", 2, 4, False, "tp 2 dp 4: .* the 192 columns of an expert on each rank .* by 128"),
-        (MIXTRAL, 1, 16, True, "tp 1 dp 16: with 8 experts, some of the 16 ranks would have no expert, which deploy does not"),
+        (MIXTRAL, 1, 16, True, "tp 1 dp 16: with 8 experts, some of the 16 ranks would have no expert, and deploy does not"),
         (OSS, 1, 3, True, "tp 1 dp 3: vllm requires that the 128 experts are divisible by 3 ranks"),
         (OSS, 1, 7, None, "tp 1 dp 7: vllm splits evenly, but 2880 columns of an expert are not divisible by 7"),
     ],

@@ -248,7 +248,10 @@ def test_our_client_measures_if_it_is_asked_for_and_other_engines(tmp_path: Path
 
     async def refused(made: Stage) -> None:
         await work(made)
-        for more, words in (((), "the engine is aphrodite"), (("--url", "http://127.0.0.1:1"), "--url measures")):
+        for more, words in (
+            ((), "the engine is aphrodite"),
+            (("--url", "http://127.0.0.1:1"), "so it cannot be used with --url"),
+        ):
             _out, err = await made.bench("--client", "vllm", *more, code=2)
             assert words in err
         (made.deployment.folder.path / "plan.json").unlink()

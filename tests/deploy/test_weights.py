@@ -86,7 +86,7 @@ def test_a_full_disk_is_told_and_what_was_verified_stays(homes: Path, hub_python
         pytest.skip("needs the right to mount a tmpfs")
     try:
         with hub.serving(kit.shards(8, 80_000)) as served:
-            with pytest.raises(DiskFullError, match="missing, but the shared folder has only"):
+            with pytest.raises(DiskFullError, match="downloaded, but the shared folder has only"):
                 bring(homes, served, hub_python, count=2)
             room = weights.ROOM
             weights.ROOM = -(1 << 60)  # without the check before, so that the disk fills up while downloading

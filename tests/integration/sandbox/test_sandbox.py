@@ -311,7 +311,7 @@ def test_a_folder_that_root_may_not_enter_is_said(me: User) -> None:
     (closed / "build").mkdir(parents=True)
     closed.chmod(0o700)
     os.chown(closed, 65534, 65534)
-    with pytest.raises(HostError, match="build as their owner or set GRACEFARM_HOME"):
+    with pytest.raises(HostError, match="build as the owner of the folder, or set GRACEFARM_HOME"):
         me.run("/bin/true", box=me.box(mounts=(BindMount(source=closed / "build", target="/build"),)))
 
 
