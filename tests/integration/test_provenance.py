@@ -275,7 +275,7 @@ def _of_another_wheel(statement: Any) -> None:
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(_of_another_build, "the provenance is about build ffff"), (_of_another_wheel, "the provenance is about other-1.0")],
+    [(_of_another_build, "the provenance is about build ffff"), (_of_another_wheel, "but about other-1.0")],
 )
 def test_a_signed_statement_about_something_else_is_refused(
     signed: Signed, tmp_path: Path, change: Callable[[Any], None], words: str
