@@ -128,7 +128,7 @@ def test_a_digest_that_an_environment_of_ones_own_does_not_need_is_no_gap(farm: 
 
 
 def test_an_environment_of_ones_own_is_taken_as_it_is_and_enters_the_build_id(built: Built, own: Path) -> None:
-    assert "packages are those of the named environment" in built.done.said
+    assert "packages are those of the environment that --environment names" in built.done.said
     found = record_of(built.farm, "tiny_c")
     assert found["inputs"]["toolchain"]["distributions"].keys() >= {"build", "setuptools"}  # type: ignore[index]
     assert statuses(found)["symbols"] == "passed"
@@ -296,7 +296,8 @@ def test_another_torch_than_the_stacks_is_refused(
     aim = ("--toolchain", "host", "--environment", str(place), "--cuda", str(toolkit.parent))
     code, cause = called(farm, monkeypatch, "build", "tiny_c", *aim)
     assert code == 4, cause
-    assert f"has torch {version} for CUDA {cuda}, but stack cu130 has torch 2.11.0 for CUDA 13.0" in cause
+    built_for = f"for CUDA {cuda}" if cuda else "without CUDA"
+    assert f"has torch {version} {built_for}, but stack cu130 has torch 2.11.0 for CUDA 13.0" in cause
 
 
 CUT_OFF = """
