@@ -277,7 +277,7 @@ def liar(files: list[dict[str, object]], content: bytes) -> Iterator[tuple[str, 
         ("a/lied-1.0-py3-none-any.whl", {}, 10, "lists a locked file"),
         ("other-1.0-py3-none-any.whl", {}, 10, "of lied 1.0"),
         ("lied-2.0-py3-none-any.whl", {}, 10, "of lied 1.0"),
-        ("lied-1.0-py3-none-any.whl", {"size": 100}, 11, "more than the 100 bytes"),
+        ("lied-1.0-py3-none-any.whl", {"size": 100}, 11, "sends more than 100 bytes"),
     ],
 )
 def test_an_upstream_that_lies_is_caught(
