@@ -333,5 +333,5 @@ def test_a_node_reads_the_headers_of_what_was_brought(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert asyncio.run(ask(tmp_path / "empty")).stored is None  # not safetensors: only config.json
     lie(tmp_path / "m", GATE, shape=[8, 255])
-    with pytest.raises(FetchError, match=f"{GATE} places"):
+    with pytest.raises(FetchError, match=f"the header places {GATE} at"):
         asyncio.run(ask(tmp_path / "m"))
