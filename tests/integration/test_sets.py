@@ -213,7 +213,7 @@ def test_wheels_that_do_not_work_together_make_no_set(farm: Farm) -> None:
     write_set(farm, "tiny", ["one", "two"], ["two", "one"])
     done = farm.run("set", "build", "tiny")
     assert done.code == 31, done.said
-    assert "the wheels of tiny do not work together" in done.said
+    assert "the wheels of set tiny do not work together" in done.said
     assert not list((farm.settings.home / "sets").glob("*/set.json"))
 
 
