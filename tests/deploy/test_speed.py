@@ -174,7 +174,7 @@ def test_throughput_takes_replicas_and_cost_takes_none() -> None:
 
 def test_nodes_that_replicas_could_use_are_not_called_useless() -> None:
     old = planned(4, engine="aphrodite", layout={"objective": "throughput"})
-    assert any("replicas of aphrodite are not planned" in note for note in old.notes) == bool(old.spares)
+    assert any("deploy does not plan replicas of aphrodite" in note for note in old.notes) == bool(old.spares)
 
 
 def test_a_cache_in_eight_bit_holds_twice_as_much() -> None:

@@ -164,7 +164,7 @@ def test_trees_are_refused_where_they_do_not_fit(farm: Farm) -> None:
     source, publish = ("--llvm", "source"), ("--publish", "http://127.0.0.1:9/legacy/")
     for arguments, code, sentence in (
         (("build", "llvm", *publish), 40, "; a tree cannot be published"),
-        (("plan", "llvm", *source), 2, "llvm has no tree of llvm that can be built from source"),
+        (("plan", "llvm", *source), 2, "llvm uses no tree of llvm that can be built from source"),
         (("plan", "taker", "--toolchain", "host", *source), 3, "which differ from those of --toolchain host"),
     ):
         done = farm.run(*arguments, TWINE_USERNAME="a", TWINE_PASSWORD="b")
