@@ -82,10 +82,24 @@ async def forward_local(fleet: Fleet, node: Node, local_port: int, remote_port: 
     try:
         yield int(server.sockets[0].getsockname()[1])
     finally:
-        server.close()
+        await stop_accepting(server)
         for task in list(tasks):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def stop_accepting(server: asyncio.Server | asyncssh.SSHAcceptor) -> None:
+    """Close the listening sockets after every connection that was already accepted has reached its handler.
+
+    `close()` alone loses a connection that asyncio has accepted and not yet attached to the server: its handler never
+    runs, and its socket stays open (https://github.com/python/cpython/issues/109564).
+    """
+    loop = asyncio.get_running_loop()
+    for listening in server.sockets:
+        loop.remove_reader(listening.fileno())
+    for _turn in ("the server attaches the connection", "its protocol starts", "the handler runs"):
+        await asyncio.sleep(0)
+    server.close()
 
 
 async def _pump(source: Any, target: Any) -> None:

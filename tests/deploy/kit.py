@@ -18,6 +18,7 @@ import asyncssh
 from asyncssh.constants import OPEN_ADMINISTRATIVELY_PROHIBITED
 
 from deploy.fleet.calls import RemoteNode
+from deploy.fleet.forwarding import stop_accepting
 from deploy.fleet.hostkeys import entry_name, pin
 from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import Fleet
@@ -140,7 +141,7 @@ class Machine:
 
     async def switch_off(self) -> None:
         """Refuse new connections, and close the open ones. The commands continue."""
-        self.server.close()
+        await stop_accepting(self.server)
         await self.server.wait_closed()
         self.cut()
 
@@ -175,7 +176,7 @@ async def machines(
                     os.killpg(child.pid, signal.SIGKILL)
             while machine.running:  # noqa: ASYNC110 - the handlers of the processes remove them
                 await asyncio.sleep(0.01)
-            machine.server.close()
+            await stop_accepting(machine.server)
             await machine.server.wait_closed()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import shutil
 import socket
@@ -357,6 +358,21 @@ def test_a_tunnel_survives_a_cut_and_closes_what_nobody_answers(tmp_path: Path) 
             await ask(local)
 
     with_fleet(tmp_path, 1, work)
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_tunnel_that_closes_while_a_client_connects_leaves_no_socket_open(tmp_path: Path, turns: int) -> None:
+    async def work(fleet: Fleet, made: list[kit.Machine]) -> None:
+        async with forward_local(fleet, made[0].node, 0, 1) as local:
+            client = socket.create_connection(("127.0.0.1", local))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+        with client, suppress(ConnectionResetError):
+            client.settimeout(5)
+            assert client.recv(1) == b""
+
+    with_fleet(tmp_path, 1, work)
+    gc.collect()  # an open socket that nothing refers to is a ResourceWarning, and pytest fails
 
 
 async def ask(port: int) -> bytes:
