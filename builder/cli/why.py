@@ -51,10 +51,10 @@ def why_command(
     change the wheel, such as sources, patches, options and compilers. The build id is the hash of the inputs. If an input
     has changed, `builder build` builds the wheel again.
 
-    Without ids, the command compares the inputs of the last build of NAME with the current inputs. The stack, the
-    architecture and the toolchain stay the same. With two ids, the command compares the inputs of two builds of NAME. The
-    first characters of a build id are sufficient. The command also lists the other recipes that the changes affect, and the
-    duration of their last builds.
+    Without ids, the command compares the inputs of the last build of NAME with the current inputs. It
+    determines the current inputs for the stack, architecture and toolchain of the last build. With two ids, the command
+    compares the inputs of two builds of NAME. The first characters of a build id are sufficient. The command also lists the
+    other recipes that the changes affect, and the duration of their last builds.
 
     \b
     # Show what has changed since the last build.

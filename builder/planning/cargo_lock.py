@@ -75,8 +75,8 @@ def _crate(package: Mapping[str, Any], where: str) -> Crate:
         kind = "a git repository" if source.startswith("git+") else "a registry other than crates.io"
         raise SourceError(
             f"{where} takes {title} from {kind}, {source}, but only crates of crates.io are supported",
-            remedy="add a patch to the recipe; in Cargo.toml and Cargo.lock, use a release on crates.io, or the path of a "
-            "[[repositories]] entry",
+            remedy=f"add a patch to the recipe that changes Cargo.toml and Cargo.lock: {title} must be a release on "
+            "crates.io, or the path of a [[repositories]] entry",
         )
     if "checksum" not in package:
         raise SourceError(

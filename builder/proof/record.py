@@ -155,8 +155,8 @@ class Record(Table):
     )
     unconfirmed: tuple[str, ...] = ()
     (
-        "Digests that no second source confirms. `--accept-new` read them from a download. Each entry is a text with the "
-        "name of the file, its digest, and the date and URL of the download"
+        "Digests that no second source confirms. With `--accept-new`, the builder computed them from the downloaded files. "
+        "Each entry is a text with the name of the file, its digest, and the date and URL of the download"
     )
     outcome: Literal["built", "failed"]
     "Result of the build. While the build runs, the value is `failed`, and `kind` in `failure` is `interrupted`"
@@ -207,8 +207,8 @@ class Record(Table):
     device_digests: dict[str, str] = Field(default_factory=dict)
     (
         "Digest of the wheel's device code for each sm value. The key is the sm value. A certificate names one of these "
-        "digests, and is valid for each wheel that has it. If the GPU of the test can run code of several sm values, such as "
-        "90 and 90a, it is not known for which of these values code ran"
+        "digests, and is valid for each wheel that has it. The wheel can have code for several sm values that the "
+        "tested GPU can run, such as 90 and 90a. Then it is not known which of this code ran in the test"
     )
     gpu: GpuResult | None = None
     "Result of the recipe's GPU test, the script smoke_gpu.py. null: the recipe has no such script, or the build failed"

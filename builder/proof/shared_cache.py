@@ -60,17 +60,17 @@ class SharedCacheUse(Table):
     hits: int = 0
     "Entries of the compiler cache that the build used"
     misses: int = 0
-    "Entries of the compiler cache that the index did not have, or that were refused"
+    "Entries of the compiler cache that the index did not have, or that the builder refused (see `refused`)"
     written: int = 0
     "Entries of the compiler cache that the build uploaded"
     device_hits: int = 0
     "Entries of the device store that the build used"
     device_misses: int = 0
-    "Entries of the device store that the index did not have, or that were refused"
+    "Entries of the device store that the index did not have, or that the builder refused (see `refused`)"
     device_written: int = 0
     "Entries of the device store that the build uploaded"
     refused: tuple[str, ...] = ()
-    "Names of refused entries, each with the reason. At most 10 are listed"
+    "Names of the entries that the builder refused, each with the reason. At most 10 are listed"
     off: str = ""
     "Error after which the build stopped reading or writing entries. Empty: no such error"
 

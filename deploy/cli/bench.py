@@ -82,7 +82,7 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
     type=click.FloatRange(min=1),
     default=120.0,
     show_default=True,
-    help="With the client own: a request fails if no text arrives for this many seconds.",
+    help="With --client own: a request fails if no text arrives for this many seconds.",
 )
 @click.option(
     "--url",

@@ -49,8 +49,8 @@ def _head(plan: ServePlan) -> str:
     if plan.memory and split.max_model_len:
         full = plan.memory.full_length
         seqs = split.max_num_seqs or 0
-        concurrent = f"{seqs} concurrent" if split.dp == 1 else f"{seqs * split.dp} concurrent ({seqs} per replica)"
-        requests = f"up to {split.max_model_len} tokens each; {concurrent}, {full} at full length"
+        most = f"{seqs}" if split.dp == 1 else f"{seqs * split.dp} ({seqs} per replica)"
+        requests = f"up to {split.max_model_len} tokens each; at most {most} at the same time, or {full} of full length"
     lines = [
         f"[bold]{escape(plan.deployment)}[/]  {escape(plan.model)} at {escape(plan.revision[:12])}, {plan.engine}",
         f"[bold]layout[/]   {split.name} on {len(plan.nodes)} {'node' if len(plan.nodes) == 1 else 'nodes'}"

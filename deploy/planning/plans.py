@@ -43,7 +43,7 @@ LATER: Mapping[str, object] = MappingProxyType({"dp": 1, "expert_parallel": Fals
 
 
 class NodePlan(BaseModel):
-    """The part of one node, and the commands that run there."""
+    """What the plan sets for one node: its addresses, its GPUs, and the commands that run there."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 

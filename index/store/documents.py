@@ -64,7 +64,10 @@ def parse_matrix(raw: bytes, name: str) -> MatrixDocument:
 
     document = _parse(raw, MatrixDocument, "matrix", "send the output of `builder matrix --json`")
     if document.name != name:
-        raise RefusedError(f"the matrix is named {document.name!r}", remedy=f"send the matrix to /matrix/{document.name}")
+        raise RefusedError(
+            f"the matrix is named {document.name!r}, but the address has the name {name!r}",
+            remedy=f"send the matrix to /matrix/{document.name}",
+        )
     return document
 
 
@@ -84,7 +87,7 @@ def parse_certificate(raw: bytes, digest: str) -> DeviceCertificate:
     )
     if document.device_digest != digest:
         raise RefusedError(
-            f"the certificate is for device digest {document.device_digest}",
+            f"the certificate is for device digest {document.device_digest}, but the address has digest {digest}",
             remedy=f"send the certificate to /certificates/{document.device_digest}",
         )
     return document

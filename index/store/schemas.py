@@ -128,8 +128,8 @@ class DeviceCertificate(SentDocument):
     "sm value of the device code, for example `90`."
     other_sm: tuple[SmName, ...] = Field(default=(), max_length=100)
     (
-        "Other sm values of device code in the tested wheel that the GPU can run. If the list is not empty, it is not known "
-        "whether the comparisons ran code for `sm`."
+        "Other sm values for which the tested wheel has device code that this GPU can run. If the list is not empty, it is "
+        "not known whether the comparisons ran code for `sm`."
     )
     gpu: ShortText
     "Name of the GPU, for example `NVIDIA H100 80GB HBM3`."

@@ -384,7 +384,7 @@ def test_the_plan_says_which_numbers_are_of_all_replicas_and_that_the_speed_is_n
     layout = {"tensor_parallel": 1, "pipeline_parallel": 1, "data_parallel": 8, "max_num_seqs": 32}
     found = planned(1, "h200", MIXTRAL, layout=layout)
     said = " ".join(plan_text.text(found, commands=False).split())
-    assert "; 256 concurrent (32 per replica), " in said
+    assert "; at most 256 (32 per replica) at the same time, " in said
     assert "Nodes of the first of 8 replicas. KV cache: " in said
     assert found.prediction
     assert found.prediction.exchange_ms == found.prediction.collectives_ms == 1.1
@@ -392,7 +392,7 @@ def test_the_plan_says_which_numbers_are_of_all_replicas_and_that_the_speed_is_n
     assert "the predicted speed of replicas that share experts is not calibrated" in said
     one = planned(1, "h200", MIXTRAL, layout=layout | {"data_parallel": 1, "tensor_parallel": 8})
     said = " ".join(plan_text.text(one, commands=False).split())
-    assert "; 32 concurrent, " in said
+    assert "; at most 32 at the same time, " in said
     for absent in ("replica", "exchange of tokens", "not calibrated"):
         assert absent not in said
     dense = planned(1, "h200", layout=layout)

@@ -84,7 +84,10 @@ def test_what_was_put_is_served_byte_for_byte(shared: Server) -> None:
         (matrix("bad", cell(cpu_seconds=-1)), "cells.0.cpu_seconds"),
         (matrix("bad", cell(wheel="../../etc/passwd")), "cells.0.wheel"),
         (matrix("bad", made="yesterday"), "made: Input should be a valid datetime"),
-        (matrix("other"), "the matrix is named 'other' (send the matrix to /matrix/other)"),
+        (
+            matrix("other"),
+            "the matrix is named 'other', but the address has the name 'bad' (send the matrix to /matrix/other)",
+        ),
     ],
 )
 def test_what_is_not_of_the_schema_is_refused_with_its_place(shared: Server, document: object, sentence: str) -> None:
