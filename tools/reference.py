@@ -1,4 +1,4 @@
-"""Generate the reference pages of the command lines and of the schemas: python -m tools.reference
+"""Write the JSON schemas, and the reference pages of the command lines and of the schemas: python -m tools.reference
 
 tests/unit/test_reference.py compares the pages in docs/reference with the code.
 """
@@ -11,7 +11,10 @@ from pathlib import Path
 
 import click
 
+from builder.cli.upkeep import schemas as builder_schemas
+from deploy.cli.plan import schemas as deploy_schemas
 from gracefarm.files import atomic_write
+from index.cli.documents import schemas as index_schemas
 from tools.schema_pages import NOTE, SchemaPage
 
 FOLDER = Path(__file__).parent.parent / "docs" / "reference"
@@ -236,7 +239,10 @@ def _walk(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[tuple
 
 
 def main() -> None:
-    """Write the pages."""
+    """Write the schemas and the pages."""
+    for schemas in (builder_schemas(), index_schemas(), deploy_schemas()):
+        for name, text in schemas.items():
+            atomic_write(FOLDER.parent / "schema" / f"{name}.json", text)
     for name, text in pages().items():
         atomic_write(FOLDER / name, text)
 

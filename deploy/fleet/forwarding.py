@@ -91,7 +91,7 @@ async def forward_local(fleet: Fleet, node: Node, local_port: int, remote_port: 
 async def stop_accepting(server: asyncio.Server | asyncssh.SSHAcceptor) -> None:
     """Close the listening sockets after every connection that was already accepted has reached its handler.
 
-    `close()` alone loses a connection that asyncio has accepted and not yet attached to the server: its handler never
+    Without this, `close()` loses a connection that asyncio has accepted and not yet attached to the server: its handler never
     runs, and its socket stays open (https://github.com/python/cpython/issues/109564).
     """
     loop = asyncio.get_running_loop()
