@@ -385,19 +385,20 @@ def check(engine_: Engine, given: Mapping[str, GivenValue], arch: str) -> None:
 
 
 def _check_cache(engine_: Engine, given: Mapping[str, GivenValue], arch: str) -> None:
-    """Refuse options for which Aphrodite requires xformers, since there is no xformers for aarch64."""
+    """Refuse options for which Aphrodite requires xformers, since no set for aarch64 has both."""
     if engine_.name != "aphrodite" or arch != "aarch64":
         return
     options_ = {key.replace("_", "-"): value for key, value in given.items()}
     if str(options_.get("kv-cache-dtype", "auto")).startswith("fp8"):
         raise ConfigError(
-            "[engine_options] kv-cache-dtype: with fp8, this version of aphrodite requires xformers, which does "
-            "not exist for aarch64",
+            "[engine_options] kv-cache-dtype: with fp8, this version of aphrodite requires xformers, but its sets for aarch64 "
+            "do not contain xformers",
             remedy="remove kv-cache-dtype from [engine_options]; the default is auto",
         )
     if int(str(options_.get("block-size", 16))) % 16:
         raise ConfigError(
-            "[engine_options] block-size: a value not divisible by 16 requires xformers, but there is no xformers for aarch64",
+            "[engine_options] block-size: a value not divisible by 16 requires xformers, but the sets for aarch64 do not "
+            "contain xformers",
             remedy="remove block-size from [engine_options]; the default is 16",
         )
 
