@@ -46,7 +46,7 @@ def accept_new(
             filled = fill.fill([gap], stack, settings, tick, accepted=datetime.now(tz=UTC).date())
         failed += filled.failed
         for _, sha256 in filled.digests:
-            console.warn(f"accepted at first use without confirmation: {gap.what}, sha256 {sha256} of {gap.url}")
+            console.warn(f"accepted, but no second source confirms it: {gap.what}, sha256 {sha256} of {gap.url}")
     if len(failed) == 1:
         raise failed[0]
     for error in failed:
@@ -80,7 +80,7 @@ def _ask(missing: Sequence[Gap], settings: Settings, console: Console, *, yes: b
         raise UsageError(
             f"--accept-new asks for confirmation of {counted(len(missing), 'digest')}, but "
             + ("the command cannot ask with --json" if console.as_json else "there is no terminal"),
-            remedy="add --yes to accept the digests without confirmation",
+            remedy="add --yes to accept the digests without a question",
         )
     if not click.confirm("Accept these files as they are now, and store their digests?", err=True):
         raise UsageError(

@@ -20,9 +20,9 @@ class Witness(Table):
 
 
 class FirstUse(Table):
-    """The day on which `--accept-new` read the digest, and the URL from which it was read."""
+    """The day on which `--accept-new` computed the digest, and the URL of the file."""
 
-    date: Annotated[date, Field(description="Day on which the digest was read")]
+    date: Annotated[date, Field(description="Day on which the digest was computed")]
     url: Url
     "URL of the file"
 
@@ -35,11 +35,11 @@ class DigestFields(Table):
     sha256_unknown: str | None = None
     "Reason why the digest is unknown. `builder lock` or `builder build --accept-new` replaces this key with `sha256`"
     accepted: FirstUse | None = None
-    "Date and URL of the download from which `--accept-new` read `sha256`. The builder writes this table"
+    "Date and URL of the download from which `--accept-new` computed `sha256`. The builder writes this table"
     witness: tuple[Witness, ...] = ()
     (
-        "Documents that publish the same digest. If `--accept-new` read the digest and there is no witness, `builder plan` "
-        "and the record list the digest as unconfirmed"
+        "Documents that publish the same digest. If `--accept-new` computed the digest and there is no witness, the digest is "
+        "unconfirmed in the output of `builder plan` and in the record"
     )
 
     @property

@@ -78,8 +78,8 @@ class Torch(Table):
     "Version of torch, for example 2.11.0"
     cuda: str | None = None
     (
-        "CUDA release of torch (torch.version.cuda), for example 12.4. With `--environment`, the builder refuses a torch for "
-        "a different release. Without this key, it expects a torch without CUDA"
+        "CUDA release of torch (torch.version.cuda), for example 12.4. Omit this key if torch has no CUDA. A build that uses "
+        "your environment (`builder build --environment PATH`) fails if the torch in it has a different value"
     )
 
 

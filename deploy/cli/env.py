@@ -142,7 +142,7 @@ def env_gc(context: DeployContext, keep: int) -> None:
     always stay. Environments that are less than an hour old also stay.
 
     \b
-    # Of each kind, keep only one environment and the environments in use.
+    # Keep one environment of each kind: engine, and downloads.
     deploy env gc --keep 1
     """
     root = paths.environment_root(context.deployment)

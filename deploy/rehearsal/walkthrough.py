@@ -283,5 +283,6 @@ def nothing_left(rehearsal: Rehearsal) -> None:
     if running:
         node, others = next(iter(running.items()))
         raise NodeError(
-            f"after `deploy down`, {node} still runs {others[0]} ({sum(map(len, running.values()))} processes in total)"
+            f"after `deploy down`, {sum(map(len, running.values()))} processes are still running, for example {others[0]} on "
+            f"{node}"
         )

@@ -237,8 +237,8 @@ class _Run:
             raise DiskFullError(
                 f"{assignment.told(missing)} of the model must still be downloaded, but the shared folder has only "
                 f"{assignment.told(state['free'])} free",
-                remedy="free space on the shared folder: remove old environments with `deploy env gc`, or models that you "
-                f"do not need from {self.spec.root}/weights",
+                remedy="free space on the shared folder: remove old environments with `deploy env gc`, or remove "
+                f"models that you do not need from the folder {self.spec.root}/weights",
             )
 
     async def _round(self, nodes: Sequence[RemoteNode], shares: Mapping[str, Portion]) -> dict[str, GracefarmError]:

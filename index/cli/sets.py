@@ -146,7 +146,7 @@ def publish(context: IndexContext, name: str) -> None:
 @click.argument("name")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def put_pylock(context: IndexContext, name: str, file: Path) -> None:
-    """Store the pylock.toml of the staged set NAME.
+    """Add a pylock.toml to the staged set NAME.
 
     A set is a group of wheels that become visible together. FILE is a lock file in the format of PEP 751. The index serves
     FILE at /NAME/pylock.toml. `index stage publish` fails if a package in FILE is missing in the set.

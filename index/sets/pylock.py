@@ -32,7 +32,9 @@ def parse(raw: bytes) -> Pylock:
     try:
         lock = Pylock.from_dict(tomllib.loads(raw.decode()))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise RefusedError(f"the {FILENAME} is not TOML: {error}", remedy="send the unmodified file") from None
+        raise RefusedError(
+            f"the {FILENAME} is not TOML: {error}", remedy="write the file again with uv or pip, and send it unmodified"
+        ) from None
     except (PylockValidationError, PylockUnsupportedVersionError) as error:
         raise RefusedError(
             f"the {FILENAME} does not conform to PEP 751: {error}", remedy="write the file with a tool that supports PEP 751"

@@ -211,7 +211,10 @@ def allow(token: Token, *, project: str | None = None, set_name: str | None = No
     """
     if token.projects is not None and project not in token.projects:
         names = ", ".join(sorted(token.projects)) or "no project"
-        raise ForbiddenError(f"the token {token.name!r} is only for {names}", remedy="use a token for this project")
+        raise ForbiddenError(
+            f"the token {token.name!r} is only for {names}" + (f", not for {project}" if project else ""),
+            remedy=f"use a token for {project or 'all projects'}",
+        )
     allow_set(token, set_name)
 
 

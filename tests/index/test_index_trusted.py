@@ -78,7 +78,7 @@ def test_discovery_leads_to_a_token_for_the_project_alone(trusting: Server, issu
     other = trusting.upload(*wheel("theirs", "1.0"), token=secret)
     assert (other.status_code, other.text) == (
         403,
-        f"the token 'github:{issuer.repository}/nightly.yml' is only for ours (use a token for this project)\n",
+        f"the token 'github:{issuer.repository}/nightly.yml' is only for ours, not for theirs (use a token for theirs)\n",
     )
     record = trusting.client.put("/records/one", json={"recipe": "theirs"}, auth=("__token__", secret))
     assert record.status_code == 403

@@ -111,7 +111,7 @@ def test_one_question_for_the_digests_that_cells_or_a_set_lack(farm: Farm, tmp_p
         assert "asks for confirmation of 1 digest, but there is no terminal" in alone.said
         done = farm.run(*command, "--accept-new", "--yes", **mirrors(tmp_path))
         assert "'no such text' occurs 0 times" in done.said
-        assert done.said.count("accepted at first use without confirmation: ") == 1
+        assert done.said.count("accepted, but no second source confirms it: ") == 1
         assert "accepted =" in place.read_text()
 
 
