@@ -43,6 +43,9 @@ DATA = Path(__file__).parent.parent / "data" / "sandbox"
 "Files that replace those of the root in /etc, if they exist there."
 
 _NOT_FROM_ROOT = frozenset({"proc", "sys", "dev", "tmp", "run", "home", "root", "boot", "media", "mnt", "srv", "lost+found"})
+_FOR_QEMU = {"G_SLICE": "always-malloc"}
+"""Keeps qemu-user from hanging in a forked child. Until qemu 8.0, it allocates with GLib's slices, whose lock another thread
+may hold at the fork (https://gitlab.com/qemu-project/qemu/-/issues/285). Other programs ignore this variable."""
 _FIRST_TICK, _TICK = 0.02, 0.2
 "Seconds between two measurements; short at first, for short commands."
 _PATIENCE = 30.0
@@ -177,6 +180,7 @@ def check() -> str | None:
 
 
 def _options(sandbox: Sandbox) -> list[str]:
+    environment = _FOR_QEMU | dict(sandbox.environment)
     return [
         *("--unshare-all", "--unshare-user", "--die-with-parent", "--hostname", HOSTNAME),
         *(("--share-net",) if sandbox.network else ()),
@@ -184,7 +188,7 @@ def _options(sandbox: Sandbox) -> list[str]:
         *("--uid", str(UID), "--gid", str(GID), "--cap-drop", "ALL"),
         *_file_system(sandbox),
         "--clearenv",
-        *(word for key in sorted(sandbox.environment) for word in ("--setenv", key, sandbox.environment[key])),
+        *(word for key in sorted(environment) for word in ("--setenv", key, environment[key])),
         *("--chdir", sandbox.workdir),
     ]
 

@@ -21,22 +21,61 @@ Run = Callable[..., Outcome]
 
 
 @pytest.fixture
-def python(farm: Farm, tmp_path: Path) -> Run:
-    """Runs a script with the target's own Python in the project's own root; the log is tmp_path/log."""
+def program(farm: Farm, tmp_path: Path) -> Run:
+    """Runs a command in the project's own root for aarch64; the log is tmp_path/log."""
     tree = root.ensure(stack.load(farm.settings.project / "stacks", "cu130"), host_arch(), Arch.AARCH64, farm.settings)
     (tmp_path / "build").mkdir()
 
-    def run(script: str, memory: int = 1024 * MIB) -> Outcome:
+    def run(command: list[str], memory: int = 1024 * MIB) -> Outcome:
         box = Sandbox(
             root=tree,
             mounts=(BindMount(source=tmp_path / "build", target="/build", writable=True),),
-            environment={"PATH": "/usr/bin:/bin", "HOME": sandbox.HOME, "LANG": "C.UTF-8"},
+            environment={"PATH": "/opt/gracefarm/bin:/usr/bin:/bin", "HOME": sandbox.HOME, "LANG": "C.UTF-8"},
             workdir="/build",
             memory=memory,
         )
-        return sandbox.run(box, ["/usr/bin/python3", "-c", textwrap.dedent(script)], log=tmp_path / "log")
+        return sandbox.run(box, command, log=tmp_path / "log")
 
     return run
+
+
+@pytest.fixture
+def python(program: Run) -> Run:
+    """Runs a script with the target's own Python."""
+
+    def run(script: str, memory: int = 1024 * MIB) -> Outcome:
+        return program(["/usr/bin/python3", "-c", textwrap.dedent(script)], memory)
+
+    return run
+
+
+FORKS = """
+#include <cstdio>
+#include <cstdlib>
+#include <sys/wait.h>
+#include <thread>
+#include <unistd.h>
+
+static void threads(unsigned depth) {
+    if (depth == 0) return;
+    std::thread one(threads, depth - 1), other(threads, depth - 1);
+    const pid_t pid = fork();
+    if (pid == 0) exit(0);
+    waitpid(pid, nullptr, 0);
+    one.join();
+    other.join();
+}
+
+int main() { threads(9); puts("ended"); }
+"""
+
+
+def test_no_forked_child_of_a_program_with_threads_hangs(program: Run, tmp_path: Path) -> None:
+    (tmp_path / "build/forks.cpp").write_text(FORKS)
+    emulator = "" if host_arch() is Arch.AARCH64 else "/usr/bin/qemu-aarch64-static"
+    outcome = program(["sh", "-ec", f"cd /build; g++ -static -pthread forks.cpp -o forks; timeout 120 {emulator} ./forks"])
+    assert (tmp_path / "log").read_text() == "ended\n"
+    assert outcome.returncode == 0
 
 
 def test_it_is_the_targets_python_with_our_user_and_host_name(python: Run, tmp_path: Path) -> None:
