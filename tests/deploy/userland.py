@@ -41,7 +41,8 @@ def arm64(home: Path) -> NodeSpec:
         # F: the kernel opens qemu at registration, since the node's root does not have it.
         "RIG_BINFMT": f":rig-aarch64:M::{MAGIC}:{MASK}:/run/rig-qemu:F",
     }
-    return NodeSpec(variables=variables, change=_chroot)
+    # Debian's qemu must not hang in forked children, see builder.box.sandbox.
+    return NodeSpec(env={"G_SLICE": "always-malloc"}, variables=variables, change=_chroot)
 
 
 def _chroot(node: RigNode) -> None:
