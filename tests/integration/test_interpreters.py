@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+import uv
 
+from builder.box import sandbox
+from builder.box.sandbox import BindMount, Sandbox
+from builder.cli.options import plan_of, wanted
+from builder.flow import run
 from builder.ground import root
-from builder.planning import stack
+from builder.planning import matrix, stack
+from builder.planning.ground import Ground
 from builder.planning.stack import Arch, host_arch
+from builder.toolchains.sandbox import SandboxToolchain
 from gracefarm.files import sha256_file
 from tests import projects
 from tests.conftest import Farm
@@ -139,3 +148,51 @@ def test_bad_names(farm: Farm) -> None:
     done = farm.run("plan", "tiny_c", "--python", "3.13-trixie", "--toolchain", "container")
     assert done.code != 0
     assert "Traceback" not in done.said
+
+
+@pytest.mark.slow
+@HOST_ONLY
+def test_pip_and_uv_install_the_wheel_of_their_python_and_architecture(farm: Farm, tmp_path: Path) -> None:
+    """The index has four wheels of one version. Each one installs with both clients, and its interpreter imports it."""
+    farm.recipe("tiny_c", projects.tree("tiny_c"), name="tiny-c", smoke={"imports": ["tiny_c", "tiny_c._core"]})
+    with run.local_index(farm.settings) as (url, token):
+        cells = f"stack=bare python=root,{TRIXIE} target=aarch64,x86_64"
+        login = {"TWINE_USERNAME": "__token__", "TWINE_PASSWORD": token}
+        done = farm.run("build", "tiny_c", "--matrix", cells, "--publish", f"{url}/legacy/", **login)
+        assert done.code == 0, done.said
+        for python in (matrix.ROOT, TRIXIE):
+            plan = plan_of("tiny_c", "bare", Arch.AARCH64, farm.settings, wanted("sandbox", None, python, None))
+            for target in Arch:
+                ground = SandboxToolchain().lay(plan.stack, host_arch(), target, farm.settings, cuda=False)
+                for command in (pip_command(plan.stack.python, target), uv_command(plan.stack.python, target)):
+                    folder = tmp_path / f"{plan.stack.python}-{target}-{Path(command[0]).name}"
+                    subprocess.run([*command, "--index-url", f"{url}/simple/", "--target", folder, "tiny-c"], check=True)
+                    assert imported(ground, folder) == f"{plan.stack.python} {target} 5\n"
+
+
+def pip_command(python: str, target: Arch) -> list[str]:
+    """pip for a machine of that architecture with Debian 12's C library."""
+    options = ["--isolated", "install", "--quiet", "--no-cache-dir", "--only-binary=:all:", f"--python-version={python}"]
+    return [sys.executable, "-m", "pip", *options, *(f"--platform=manylinux_2_{minor}_{target}" for minor in range(5, 37))]
+
+
+def uv_command(python: str, target: Arch) -> list[str]:
+    """uv for the same machine."""
+    options = ["--quiet", "--no-config", "--no-cache", f"--python-version={python}", "--only-binary=:all:"]
+    return [uv.find_uv_bin(), "pip", "install", *options, f"--python-platform={target}-manylinux_2_36"]
+
+
+def imported(ground: Ground, folder: Path) -> str:
+    """What the ground's Python prints after importing tiny_c from the folder."""
+    box = Sandbox(
+        root=ground.root,
+        mounts=(BindMount(source=ground.environment, target="/env"), BindMount(source=folder, target="/installed")),
+        environment={"PATH": "/env/bin:/usr/bin", "PYTHONPATH": "/installed", "PYTHONDONTWRITEBYTECODE": "1"},
+        workdir="/",
+        memory=1 << 30,
+    )
+    script = "import platform, sys, tiny_c; print('%d.%d' % sys.version_info[:2], platform.machine(), tiny_c.add(2, 3))"
+    outcome = sandbox.run(box, ["/env/bin/python3", "-c", script], log=folder / "log")
+    said = (folder / "log").read_text()
+    assert outcome.returncode == 0, said
+    return said
