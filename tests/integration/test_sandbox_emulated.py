@@ -49,6 +49,13 @@ def python(program: Run) -> Run:
     return run
 
 
+@pytest.mark.skipif(host_arch() is Arch.AARCH64, reason="nothing is emulated")
+def test_no_program_signs_return_addresses(python: Run, tmp_path: Path) -> None:
+    """qemu computes the signatures slowly. PACA is bit 30 of AT_HWCAP (16)."""
+    python("import ctypes; print(ctypes.CDLL(None).getauxval(16) >> 30 & 1)")
+    assert (tmp_path / "log").read_text() == "0\n"
+
+
 FORKS = """
 #include <cstdio>
 #include <cstdlib>
