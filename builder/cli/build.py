@@ -57,8 +57,8 @@ from gracefarm.errors import ConfigError, DiskFullError, GracefarmError, Several
 )
 @publish_option(
     help="Upload each wheel to the index with this upload address, such as http://HOST:8080/legacy/. The environment "
-    "variables TWINE_USERNAME and TWINE_PASSWORD, or the program keyring, give the user name and the password. An empty URL "
-    "has no effect.",
+    "variables TWINE_USERNAME and TWINE_PASSWORD, or the program keyring, give the user name and the password. If URL is "
+    "empty, the wheels are not uploaded.",
 )
 @click.option("--keep", is_flag=True, help="Do not delete the working folder after a successful build.")
 @click.option("--no-compiler-cache", is_flag=True, help="Do not use the compiler cache (ccache).")
@@ -113,9 +113,9 @@ def build_command(
     command does not build it again.
 
     With --matrix, the command can build several wheels from one recipe, for example one wheel for each Python. Each of these
-    wheels is a cell. A selector is a list of AXIS=VALUES that names the cells. The axes are recipe, stack, torch, cuda,
-    python, target (processor architecture) and sm (GPU architectures). A comma separates values. A + joins GPU architectures
-    that one wheel supports.
+    wheels is a cell. The value of --matrix is a selector: a list of AXIS=VALUES that names the cells. The axes are recipe,
+    stack, torch, cuda, python, target (processor architecture) and sm (GPU architectures). A comma separates values. A +
+    joins GPU architectures that one wheel supports.
 
     \b
     # Build the wheel of one recipe.
@@ -480,9 +480,10 @@ def build_one(plan: Plan, options: BuildOptions, settings: Settings, console: Co
 def run_command(name: str, stack_name: str | None, target: str) -> None:
     """Build one wheel, publish it on this machine, install it with pip, and import it.
 
-    NAME is a recipe (a folder in recipes/). A recipe describes how to build one package. The default is causal_conv1d. The
-    command starts an index on this machine, uploads the wheel to this index, and installs the wheel from the index into a
-    new environment. At the end it stops the index, and prints the paths of the wheel, the record and the log.
+    NAME is a recipe (a folder in recipes/). A recipe describes how to build one package. The default of NAME is
+    causal_conv1d. The command starts an index on this machine, uploads the wheel to this index, and installs the wheel from
+    the index into a new environment. At the end it stops the index, and prints the paths of the wheel, the record and the
+    log.
 
     \b
     # Run all these steps for causal_conv1d and aarch64.

@@ -53,7 +53,7 @@ def audit_command(
 ) -> None:
     """Check the files in a wheel against a stack, without running the wheel.
 
-    WHEEL is the path of a .whl file. Any program may have built the wheel. A stack (a folder in stacks/) pins torch, CUDA,
+    WHEEL is the path of a .whl file. The wheel can be from any build program. A stack (a folder in stacks/) pins torch, CUDA,
     Python and compilers. Each check is called a gate. Each line of the output shows one gate and its result: passed, failed
     or not applicable. The exit code is 30 if a gate failed.
 

@@ -20,8 +20,8 @@ from gracefarm.files import lock, remove_tree
     "--stack",
     "stack_name",
     metavar="NAME",
-    help="Stack to build against (a folder in stacks/). A recipe can contain changes to the sources that apply only to "
-    "some stacks. Default: the stack that the recipe names.",
+    help="Check the sources as a build for this stack (a folder in stacks/) uses them. A recipe can contain changes to the "
+    "sources that apply only to some stacks. Default: the stack that the recipe names.",
 )
 @json_option
 def fetch_command(names: tuple[str, ...], stack_name: str | None) -> None:

@@ -69,7 +69,8 @@ def lock_command(name: str, python: str | None, digests: bool, stack_name: str |
         Write the lock of the packages that the set installs. Files that were
         uploaded after the date resolved_before in set.toml are ignored.
     INTERPRETER (a folder in interpreters/)
-        Write the lock of the Debian packages, if this Python is from Debian.
+        Write the lock of the Debian packages. Only a Python from Debian needs
+        this lock.
 
     If the name exists in several folders, add the folder, such as sets/NAME.
 

@@ -24,8 +24,8 @@ def list_command() -> None:
     """List the recipes, and the result of each recipe's last build.
 
     A recipe (a folder in recipes/) describes how to build one package. Each line shows the recipe, the version of the
-    package, the stack, the result of the last build on this machine, and a summary. A stack pins the versions of torch,
-    CUDA, Python and the compilers. The sign - means that this machine has no build of the recipe.
+    package, the stack, the result of the last build on this machine, and the summary in recipe.toml. A stack pins the
+    versions of torch, CUDA, Python and the compilers. The sign - means that this machine has no build of the recipe.
 
     \b
     builder list

@@ -82,12 +82,12 @@ def matrix_command(names: tuple[str, ...], selector: str, part: Part, url: str |
     """List the wheels that could be built (the cells), and the state of each.
 
     A cell is one wheel. A recipe, a stack, a Python, a processor architecture (target) and GPU architectures (sm) determine
-    this wheel. A recipe describes how to build one package. A stack pins torch, CUDA, Python and compilers. NAMES are
-    recipes (folders in recipes/). Without NAMES, the command uses the recipes that the selector names. If the selector names
-    no recipes, the command uses all recipes.
+    this wheel. A recipe describes how to build one package. A stack pins torch, CUDA, Python and compilers.
 
-    A selector is a list of AXIS=VALUES that names the cells. The axes are recipe, stack, torch, cuda, python, target and sm.
-    A comma separates values, and 3.11..3.14 is a range. A + joins GPU architectures that one wheel supports.
+    The value of --matrix is a selector: a list of AXIS=VALUES that names the cells. The axes are recipe, stack, torch, cuda,
+    python, target and sm. A comma separates values, and 3.11..3.14 is a range. A + joins GPU architectures that one wheel
+    supports. NAMES are recipes (folders in recipes/). Without NAMES, the command uses the recipes that the selector names.
+    If the selector names no recipes, the command uses all recipes.
 
     Each line shows the state of a cell, and the CPU seconds and the disk space of its build. If a cell is not built yet, the
     command estimates both values from another build of the recipe. The states are:

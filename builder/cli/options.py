@@ -96,8 +96,8 @@ def _device_code(sm: str, ptx: str) -> tuple[Function, Function]:
 _DEVICE_CODE = _device_code(
     "GPU architectures to compile for, joined with +, such as 90 or 90a+100f. 90 stands for compute capability 9.0. Default: "
     "the architectures in the stack.",
-    "Also include PTX (portable GPU code) for this GPU architecture, such as 90. Newer GPUs can run PTX. none: include no "
-    "PTX. Default: the value in the recipe, else the value in the stack.",
+    "Also include PTX (portable GPU code) for this GPU architecture, such as 90. GPUs of this and of newer architectures can "
+    "run this PTX. none: include no PTX. Default: the value in the recipe, else the value in the stack.",
 )
 _AUDITED_DEVICE_CODE = _device_code(
     "GPU architectures that the wheel must have code for, joined with +, such as 90 or 90a+100f. 90 stands for compute "
@@ -115,8 +115,8 @@ _TWIN = click.option(
     "--twin",
     is_flag=True,
     help="Build the x86_64 twin of an aarch64 wheel. If the twin passes a test on a GPU, the certificate also applies to "
-    "the aarch64 wheel (see `builder certify`). In the GPU code of the twin, the type char is unsigned, as on aarch64. A "
-    "twin cannot be published.",
+    "the aarch64 wheel (see `builder certify`). GPU code depends on whether the type char is signed, so the twin's GPU "
+    "code is compiled with an unsigned char, as on aarch64. A twin cannot be published.",
 )
 _TOOLCHAIN = (
     toolchain_option(

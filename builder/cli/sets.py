@@ -222,8 +222,9 @@ def run_command(name: str, from_source: tuple[str, ...], jobs: int | None) -> No
     """Run all steps of a set on this machine: build, test, publish, install and import.
 
     NAME is a set (a folder in sets/). A set lists wheels that are built, tested and published together. The command starts
-    an index on this machine, uploads the built wheels, and copies the other wheels from the Python index. Then it installs
-    the set from the new index into a new environment, checks the hash of each wheel, and imports the modules.
+    an index on this machine and uploads the built wheels to it. It copies the other wheels from the Python index into the
+    new index. Then it installs the set from the new index into a new environment, checks the hash of each wheel, and imports
+    the modules.
 
     \b
     # Run all steps of the set gh200-cu130.

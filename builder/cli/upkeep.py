@@ -75,9 +75,10 @@ def doctor_command(fix: bool) -> None:
 def clean_command(everything: bool, keep: str | None) -> None:
     """Remove temporary files of builds on this machine.
 
-    These are the working folders of builds, such as /build in `builder shell`. Wheels, records, logs and caches stay, unless
-    --all is given. If a build is running, the command waits until the build ends. With --keep, the command does not wait. It
-    then keeps the files that a running build uses. Later builds download or create the removed files again.
+    These are the working folders of builds, such as /build in `builder shell`. Wheels, records and logs stay, unless
+    --all is given. Caches stay, unless --all or --keep is given. If a build is running, the command waits until the build
+    ends. With --keep, the command does not wait, and does not remove files that a running build uses. Later builds download
+    or create the removed files again.
 
     \b
     # Remove the temporary files.

@@ -59,9 +59,9 @@ def verify_command(what: str, key_file: Path | None, envelope: Path | None, agai
     record      the file RECORD in the wheel has the correct digest of each file
     build-id    the wheel lists the inputs of its build (such as sources, options
                 and compilers), and the wheel's build id is the hash of this list
-    sbom        the list of components in the wheel matches the inputs
-    provenance  the signed statement about the origin names this wheel, and the
-                signature is from the machine that built the wheel
+    sbom        the wheel's list of components (SBOM) matches the inputs
+    provenance  the signed statement about the wheel's origin is for this wheel,
+                and the signature is from the machine that built the wheel
 
     With --rebuild, the result is `identical`, `device code only` (only the GPU code differs), or `differs`. If the result is
     `differs`, the command also lists the files that differ. The exit code is 32 if a check fails or is not possible, or if

@@ -33,7 +33,7 @@ _STATES = {"rebuilt": "to build again", "judged again": "to check again", "as th
     "every",
     is_flag=True,
     help="For each wheel that this machine has built, compare the inputs of its build with the current inputs. With NAME: "
-    "compare only for the wheels of this recipe.",
+    "do this only for the wheels of this recipe.",
 )
 @compared
 @json_option
