@@ -162,7 +162,7 @@ These words occur in several tables:
 - *Node*: a machine with GPUs that runs a part of the model.
 - *Engine*: the program that runs the model, which is vLLM or Aphrodite.
 - *Head*: the first node of deploy.toml. The main process of the engine and its HTTP server run there.
-- *Set*: a list of wheels that are installed together, with the engine and everything that it requires.
+- *Set*: a list of wheels that are installed together: the engine, and everything that the engine requires.
 - *Shared folder*: a folder on a file system that all nodes have mounted.
 - *Ray*: a program that connects nodes and starts processes on them.
 - *Planner*: the part of `deploy` that decides how the GPUs share the model (`deploy plan`).

@@ -114,7 +114,7 @@ class NodesConfig(Access):
 
 
 class GroupConfig(Access):
-    """Nodes with other settings than those of `[nodes]`. A missing key has the value of `[nodes]`."""
+    """Nodes with other settings than those of `[nodes]`. If a setting is absent here, the value in `[nodes]` applies."""
 
     name: Name
     "Name of the group. The option `-k GROUP` selects the nodes of the group."
@@ -123,7 +123,7 @@ class GroupConfig(Access):
 
 
 class NodeConfig(Access):
-    """One node with other settings than those of `[nodes]`. A missing key has the value of `[nodes]`."""
+    """One node with other settings than those of `[nodes]`. If a setting is absent here, the value in `[nodes]` applies."""
 
     address: Address
     "Address for SSH."
@@ -194,13 +194,13 @@ class LayoutConfig(Table):
 
     objective: Objective = "speed"
     (
-        "Value that the planner maximises. `speed`: tokens/s of one request. `throughput`: tokens/s of all requests together. "
+        "What the planner maximises. `speed`: tokens/s of one request. `throughput`: tokens/s of all requests together. "
         "`cost`: tokens/s of all requests per dollar."
     )
     trust: bool = False
     (
-        "`true`: serve a model that the planner does not know. There are no predictions. Requires `tensor_parallel` and "
-        "`pipeline_parallel`."
+        "`true`: serve a model that the planner does not know, without predictions. This requires the keys `tensor_parallel` "
+        "and `pipeline_parallel`."
     )
     tensor_parallel: PositiveInt | None = None
     "Number of GPUs that share every layer."
@@ -225,7 +225,7 @@ class LayoutConfig(Table):
     max_num_seqs: PositiveInt | None = None
     "Maximum number of concurrent requests of a replica."
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.90
-    "Share of each GPU's memory that the engine uses, from 0 to 1."
+    "Fraction of each GPU's memory that the engine uses. It is greater than 0 and at most 1."
 
 
 class OptionsConfig(Table):
@@ -268,12 +268,12 @@ class Config(Table):
     (
         "Path of the lock, relative to deploy.toml. The lock lists each wheel of the set with version and sha256. Default: "
         "SET.lock beside deploy.toml, where SET is the value of `set`. If SET.lock is missing, `deploy` creates it. With "
-        "`index`, it downloads the lock from the index. Without `index`, it copies the lock that belongs to gracefarm."
+        "`index`, it downloads the lock from the index. Without `index`, it copies the lock of this set from gracefarm."
     )
     python: Literal["managed", "system", "conda"] = "managed"
     (
         "Source of the Python for the environments. `managed`: uv installs a pinned Python in the shared folder. `system`: "
-        "all nodes must already have this Python. `conda`: conda installs Python in the shared folder."
+        "all nodes must already have the Python of `python_version`. `conda`: conda installs Python in the shared folder."
     )
     python_version: Annotated[str, StringConstraints(pattern=r"^3\.[0-9]+$")] = "3.11"
     "Version of the Python for the environments. The wheels in the lock must be for this version. `managed` requires 3.11."
@@ -282,8 +282,8 @@ class Config(Table):
     launcher: Launcher = "ray"
     (
         "Program that connects several nodes. `ray`: Ray connects the nodes, and starts the engine's processes on them. "
-        "`native`: `deploy` starts vLLM on each node with the option --nnodes, and vLLM connects the nodes itself. All nodes "
-        "must then use the same number of GPUs, and replicas must be on one node."
+        "`native`: `deploy` starts vLLM on each node with the option --nnodes, and vLLM connects the nodes itself. On several "
+        "nodes, `native` requires the same number of GPUs on each node, and allows only one replica."
     )
     share: RemotePath | None = None
     "Shared folder for environments and weights. It must have the same path on all nodes."
@@ -307,6 +307,6 @@ class Config(Table):
     options: OptionsConfig = OptionsConfig()
     "Options of `deploy`, for example timeouts."
     engine_options: dict[str, str | int | float | bool | list[str]] = Field(default_factory=dict)
-    "Further options of the engine, without leading dashes, for example `max-log-len = 0`."
+    "Further options of the engine. The names have no leading dashes, for example `max-log-len = 0`."
     env: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(default_factory=dict)
     "Further environment variables of Ray and of the engine on every node."
