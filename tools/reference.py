@@ -72,7 +72,7 @@ DOCUMENTS = {
         "record.json of a build",
         "record.json",
         (
-            "`builder build` writes this record for every build, also if the build fails. Its path is "
+            "`builder build` writes this record for every build, even if the build fails. Its path is "
             "`GRACEFARM_HOME/builds/BUILD_ID/record.json`."
         ),
     ),
@@ -125,8 +125,8 @@ and the file matrix.toml. A checkout of gracefarm is a project, and `builder ini
 
 Each file has a section. The first table of a section lists the top-level keys of the file. Each further heading names one
 TOML table, for example `[build]`. A name in double brackets, such as `[[files]]`, is a table that may occur several times.
-`KEY` in a heading, such as `[container.KEY]`, stands for one of several names. The row `container` of an earlier table says
-which names are possible.
+`KEY` in a heading stands for one of several names. For example, the row `container` of an earlier table says which names are
+possible in `[container.KEY]`.
 
 {COLUMNS} If the default depends on other values, the column *meaning* describes it.
 

@@ -152,7 +152,8 @@ class Wheel(Table):
     appends: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$")] | None = None
     (
         "Text that the package's build appends to the local version (the part of the version after `+`), for example "
-        "`d20261129`. The builder removes this text. It always removes text for CUDA and torch, such as `cu130`"
+        "`d20261129`. The builder removes this text. Do not list text for CUDA and torch, such as `cu12torch2.6`: the builder "
+        "always removes it"
     )
     sm_extra: dict[str, tuple[Sm, ...]] = Field(default_factory=dict)
     "Additional sm values for some source files. The key is a pattern for files or folders, for example `*hopper*`"
@@ -193,7 +194,7 @@ class StackDifference(Table):
     """Changes of the recipe for certain CUDA releases."""
 
     cuda: Specifiers
-    "CUDA releases of the stack for which the changes apply, for example `>=13`"
+    "Condition for the CUDA release of the stack, for example `>=13`. If the release meets the condition, the changes apply"
     substitutions: tuple[Substitution, ...] = ()
     "Additional substitutions. They are applied after the substitutions of the recipe"
     requires: dict[str, StackRequirement] | None = None
@@ -208,10 +209,14 @@ class Smoke(Table):
 
 
 class KnownBad(Table):
-    """A combination that is refused because its wheel does not work. A build is refused if it matches all given keys."""
+    """A combination whose wheel does not work. A build is refused if it matches each of the keys `sm`, `cuda` and `torch`
+    that is given."""
 
     sm: tuple[Sm, ...] = ()
-    "sm values. Letters are ignored, so `90` also matches 90a. Default: all"
+    (
+        "sm values. A build matches if it is for at least one of them. Letters are ignored, so `90` also matches 90a. "
+        "Default: all"
+    )
     cuda: Specifiers = ""
     "CUDA releases, for example `<13.1`. Default: all"
     torch: Specifiers = ""

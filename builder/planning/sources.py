@@ -130,7 +130,7 @@ class File(DigestFields):
     "SPDX expression of the licence. Without this key, the gate `licence` refuses the wheel"
     binfmt: bool = False
     (
-        "`true`: the build runs programs of this file that are compiled for the target. If the host has a different "
+        "`true`: the build runs programs from this file that are compiled for the target. If the host has a different "
         "architecture, it must emulate them, as for `binfmt` in `[build]`"
     )
     host: Arch | None = None

@@ -133,7 +133,10 @@ class Compilers(Table):
     debian: DebianToolkit | None = None
     "Debian packages of the CUDA compiler"
     path: tuple[InsidePath, ...] = ()
-    "Folders in these wheels or packages. The builder puts them first into PATH, for example `cmake/data/bin`"
+    (
+        "Folders in the packages of `requirements` and `debian`, for example `cmake/data/bin`. The builder puts these folders "
+        "first into PATH"
+    )
     gcc: int
     "Major version of gcc in the root"
 

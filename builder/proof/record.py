@@ -133,8 +133,8 @@ class Record(Table):
     )
     from_source: tuple[str, ...] = ()
     (
-        "Recipes whose built files the build used instead of a download. With the option `--llvm source`, the value is "
-        '`["llvm"]`. Empty: there are no such recipes'
+        "Recipes that were built to produce files that this build otherwise downloads. With the option `--llvm source`, the "
+        'value is `["llvm"]`. Empty: there are no such recipes'
     )
     asked_variant: bool = False
     "`true`: the option `--variant` was given. The wheel's file name then has a variant label"
@@ -201,14 +201,17 @@ class Record(Table):
     verdicts: tuple[Verdict, ...] = ()
     "Results of the gates. Empty: the build produced no wheel to check"
     judged_by: str = ""
-    "Digest of the code of all gates and smoke tests. If it changes, `builder build` tests the finished wheel again"
+    (
+        "Digest of the checks: the code of all gates and smoke tests, and the recipe's requirements on the wheel. If the "
+        "digest of the current checks differs, `builder build` checks the finished wheel again"
+    )
     smoke: SmokeResult | None = None
     "Result of the smoke test. null: the test did not run, or it failed"
     device_digests: dict[str, str] = Field(default_factory=dict)
     (
         "Digest of the wheel's device code for each sm value. The key is the sm value. A certificate names one of these "
-        "digests, and is valid for each wheel that has it. The wheel can have code for several sm values that the "
-        "tested GPU can run, such as 90 and 90a. Then it is not known which of this code ran in the test"
+        "digests, and is valid for each wheel with this digest. If the wheel has code for several sm values that one GPU "
+        "can run, such as 90 and 90a, a test on this GPU does not show which of this code ran"
     )
     gpu: GpuResult | None = None
     "Result of the recipe's GPU test, the script smoke_gpu.py. null: the recipe has no such script, or the build failed"

@@ -33,14 +33,14 @@ class Locked(Table):
 
 
 class Command(Table):
-    """A command of the test. All commands succeeded."""
+    """A command of the test. Each command succeeded: if one fails, `builder set build` writes no record."""
 
     command: tuple[str, ...]
     "The command"
     wall_s: float
     "Duration in seconds"
     output: str
-    "Last part of the output"
+    "Output of the command. The record has at most the first 1 MiB"
 
 
 class Tested(Table):

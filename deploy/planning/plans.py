@@ -121,7 +121,7 @@ class ServePlan(BaseModel):
     serve: tuple[str, ...]
     "Command that starts the engine on the head. The engine listens on 127.0.0.1."
     serve_env: Mapping[str, str]
-    "Environment variables for the command in `serve`. The variables of the SSH session are set too."
+    "Environment variables for the command in `serve`. The command also has the variables of the SSH session."
     secret_env: tuple[str, ...]
     (
         "Names of environment variables with secrets. The plan does not have their values. `deploy serve` sends them to the "

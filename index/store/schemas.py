@@ -49,7 +49,7 @@ class MatrixCell(SentDocument):
     interpreter: InterpreterName = ""
     (
         "Name of the interpreter on the build machine, for example 3.13-trixie. `root`: the Python of the stack. Empty: "
-        "unknown. The page `/board/` then shows `python`."
+        "unknown. The page `/board/` then shows the value of `python` instead."
     )
     target: CellTarget
     "Architecture of the wheel."
@@ -78,7 +78,7 @@ class MatrixCell(SentDocument):
     estimate: ShortText = ""
     (
         "Source of the estimates in `cpu_seconds` and `disk_bytes`, for example `estimated from a build for target x86_64`. "
-        "The text names only the differences between this other build and the cell. Empty: no value is estimated."
+        "The text names only the properties in which the other build differs from the cell. Empty: no value is estimated."
     )
 
 
