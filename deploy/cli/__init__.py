@@ -24,7 +24,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "serve": ("deploy.cli.serve:serve", "Start the engine, and wait until it answers."),
         "run": ("deploy.cli.nodes:run", "Run a command on all or some nodes in parallel."),
         "ssh": ("deploy.cli.nodes:ssh", "Open an ssh session on a node."),
-        "env": ("deploy.cli.env:env", "Build, list, switch and remove Python environments with the engine."),
+        "env": ("deploy.cli.env:env", "Build, list, switch and remove the engine's Python environments."),
         "weights": ("deploy.cli.weights:weights_group", "Check the model's files."),
         "status": ("deploy.cli.watch:status", "Show the state of the nodes and of the engine."),
         "top": ("deploy.cli.watch:top", "Show the state live, with tokens/s and cost."),

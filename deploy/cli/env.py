@@ -138,11 +138,11 @@ def env_gc(context: DeployContext, keep: int) -> None:
     """Remove old environments that no process on any node uses.
 
     Environments are Python environments in the folder that all nodes share. They contain the engine (the program that serves
-    the model) or the program that downloads models. `deploy serve` uses the active environments. The active environments
-    always stay. Environments that are less than an hour old also stay.
+    the model) or the program that downloads models. One environment with the engine is active, and one with the download
+    program. These two environments always stay. Environments that are less than an hour old also stay.
 
     \b
-    # Keep one environment of each kind: engine, and downloads.
+    # Keep one environment with the engine, and one with the download program.
     deploy env gc --keep 1
     """
     root = paths.environment_root(context.deployment)

@@ -43,9 +43,9 @@ COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 def run(context: DeployContext, words: tuple[str, ...], timeout: float | None, command: tuple[str, ...]) -> None:
     """Run a command on all or some nodes in parallel.
 
-    Nodes are the machines in deploy.toml. If COMMAND is one word, the shell of each node runs it. If COMMAND has several
-    words, the nodes run it without a shell. Write -- before COMMAND. Each line of the output starts with the name of the
-    node. The exit code is 0 if the command returned 0 on all nodes.
+    Nodes are the machines in deploy.toml. Without -k, COMMAND runs on all nodes. If COMMAND is one word, the shell of each
+    node runs it. If COMMAND has several words, the nodes run it without a shell. Write -- before COMMAND. Each line of the
+    output starts with the name of the node. The exit code is 0 if COMMAND returned 0 on all chosen nodes.
 
     \b
     # List the GPUs of all nodes.

@@ -20,7 +20,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "serve": ("index.cli.serve:serve", "Run the index server until Ctrl-C."),
         "token": ("index.cli.tokens:token", "Create, list and revoke upload tokens."),
         "publisher": ("index.cli.publishers:publisher", "Allow CI workflows to upload without a stored token."),
-        "host": ("index.cli.projects:host", "Allow uploads for projects, or list these projects."),
+        "host": ("index.cli.projects:host", "Allow uploads for projects, or list the projects that accept uploads."),
         "status": ("index.cli.projects:status", "Set the status of a project, such as deprecated."),
         "yank": ("index.cli.projects:yank", "Mark a release as yanked: installers no longer choose it."),
         "unyank": ("index.cli.projects:unyank", "Undo `index yank` for a release."),

@@ -19,7 +19,7 @@ from index.web.export import export_tree
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option(
     "--url",
-    help="Address at which the folder will be served. The web pages show it.",
+    help="Address at which the folder will be served. The web pages show this address.",
 )
 def export(context: IndexContext, folder: Path, url: str | None) -> None:
     """Write the index as static files.

@@ -25,8 +25,8 @@ from index.sets import machines, mirroring, staged
 @click.option(
     "--link",
     is_flag=True,
-    help="Do not store the files. The set then links to the files on the Python index. Each file is downloaded once, to check "
-    "it.",
+    help="Do not store the files, but link to them on the Python index. The command still downloads each file once, to check "
+    "the file.",
 )
 @click.option(
     "--platform",

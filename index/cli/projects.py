@@ -15,7 +15,7 @@ from index.store import projects
 @click.argument("names", nargs=-1)
 @click.option("--remove", is_flag=True, help="Refuse uploads for these projects from now on. Existing files stay.")
 def host(context: IndexContext, names: tuple[str, ...], remove: bool) -> None:
-    """Allow uploads for projects, or list these projects.
+    """Allow uploads for projects, or list the projects that accept uploads.
 
     NAMES are names of projects (packages). Without NAMES, the command lists the projects that accept uploads.
 

@@ -128,10 +128,11 @@ def add(context: IndexContext, name: str, filenames: tuple[str, ...]) -> None:
 def publish(context: IndexContext, name: str) -> None:
     """Make all wheels of the set NAME visible at /NAME/simple/.
 
-    A set is a group of wheels that become visible together. The wheels that were uploaded to this index also become visible
-    at /simple/ and on the web pages. If the set was created with --nightly, these wheels become visible at /nightly/simple/
-    instead of /simple/. The command fails if an expected wheel is missing in the set, or if a package that the wheels
-    require is missing. A published set cannot be changed.
+    A set is a group of wheels that become visible together. Wheels that were uploaded to this index also become visible at
+    /simple/ and on the web pages. Mirrored wheels (see `index mirror`) do not become visible at /simple/. If the set was
+    created with --nightly, the uploaded wheels become visible at /nightly/simple/ instead of /simple/. The command fails if
+    an expected wheel is missing in the set, or if a package that the wheels require is missing. A published set cannot be
+    changed.
 
     \b
     # Publish the set spring.
@@ -152,7 +153,7 @@ def put_pylock(context: IndexContext, name: str, file: Path) -> None:
     FILE at /NAME/pylock.toml. `index stage publish` fails if a package in FILE is missing in the set.
 
     \b
-    # Store pylock.toml of the set spring.
+    # Add pylock.toml to the set spring.
     index stage pylock spring pylock.toml
     """
     staged.put_pylock(context.catalogue(), context.actor, name, file.read_bytes())
