@@ -105,7 +105,7 @@ def builds_of(machine: Machine) -> dict[str, dict[str, object]]:
     return found
 
 
-def test_a_worker_that_is_switched_off_in_mid_build_loses_nothing_but_its_units(
+def test_the_cell_of_a_worker_that_is_switched_off_in_mid_build_is_built_on_another(
     cluster: Cluster, workers: list[Machine]
 ) -> None:
     cluster.recipe("long", 12)
