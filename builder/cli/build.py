@@ -15,7 +15,7 @@ from builder.cli.options import Aim, aimed, aimed_at_sandbox, jobs_option, plan_
 from builder.farm.cluster import Cluster, connected
 from builder.flow import history, room
 from builder.flow.attempt import BuildOptions, Until
-from builder.flow.matrix import serving
+from builder.flow.matrix import served_by, serving
 from builder.planning import matrix, recipe, stack
 from builder.planning.gaps import Gap
 from builder.planning.matrix import Cell
@@ -250,19 +250,16 @@ def _results(
     console: Console,
 ) -> Iterator[Record | GracefarmError]:
     """The result of each plan, or of the plan that serves it, as it ends. Without a cluster they are built in turn."""
-    chosen: list[Plan] = []
-    for plan in plans:
-        try:
-            if cluster is None:
-                yield build_one(served(plan), options, settings, console)
-            else:
-                chosen.append(served(plan))
-        except GracefarmError as error:
-            yield error
     if cluster is not None:
         from builder.farm import run
 
-        yield from run.build(chosen, options, cluster, settings, console)
+        yield from run.build(plans, served, options, cluster, settings, console)
+        return
+    for plan in plans:
+        try:
+            yield build_one(served(plan), options, settings, console)
+        except GracefarmError as error:
+            yield error
 
 
 def _asked(
@@ -368,9 +365,9 @@ def _server(plan: Plan, cell: Cell | None, aim: Aim, settings: Settings, console
         return None
     again = functools.partial(plan_cell, settings=settings, on=aim.on)
     built = serving(cell, plan.stack.python, again, settings, record.all_of(settings, cell.recipe))
-    if built is None or built.wheel is None:
+    if built is None:
         return None
-    console.step("done", f"{plan.title}: {built.wheel.filename} also fits this Python, because its ABI is stable")
+    console.step("done", served_by(built, plan))
     return again(replace(cell, interpreter=built.interpreter))
 
 

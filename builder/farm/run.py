@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from builder.farm import code, job
 from builder.farm.cluster import Cluster
+from builder.flow import history
 from builder.flow.attempt import BuildOptions
+from builder.flow.matrix import fits, served_by
 from builder.flow.publishing import publish_build, refuse_objects, send_failure
 from builder.planning.plan import Plan
 from builder.planning.settings import Settings
@@ -28,41 +31,70 @@ Result = Record | GracefarmError
 
 
 def build(
-    plans: Sequence[Plan], options: BuildOptions, cluster: Cluster, settings: Settings, console: Console
+    plans: Sequence[Plan],
+    served: Callable[[Plan], Plan],
+    options: BuildOptions,
+    cluster: Cluster,
+    settings: Settings,
+    console: Console,
 ) -> Iterator[Result]:
-    """Each plan's record or error, as they come. Ctrl-C ends what no other run waits for.
+    """Each plan's record or error, or that of the plan that serves it, as they come. Ctrl-C ends what no other run waits for.
 
     Raises:
         FarmError: the cluster has ended.
     """
-    run = _FarmRun(options=options, cluster=cluster, settings=settings, console=console)
-    yield from run.ask(plans)
+    run = _FarmRun(served=served, options=options, cluster=cluster, settings=settings, console=console)
     try:
-        yield from run.follow()
+        yield from run.follow(plans)
     finally:
         run.leave()
 
 
 class _FarmRun:
-    """The cells that this process waits for."""
+    """The cells that this process waits for.
 
-    def __init__(self, *, options: BuildOptions, cluster: Cluster, settings: Settings, console: Console) -> None:
+    Of plans that differ only in Python, one is sent at a time until a wheel shows that the recipe's ABI is not stable.
+    """
+
+    def __init__(
+        self,
+        *,
+        served: Callable[[Plan], Plan],
+        options: BuildOptions,
+        cluster: Cluster,
+        settings: Settings,
+        console: Console,
+    ) -> None:
+        self.served = served
         self.options = options
         self.cluster = cluster
         self.settings = settings
         self.console = console
+        self.digest, self.title = code.digest(), code.title()
         self.driver = uuid.uuid4().hex
         self.waiting: dict[str, Plan] = {}
         self.heard: dict[str, int] = {}
         "Lines by build id."
 
-    def ask(self, plans: Sequence[Plan]) -> Iterator[Result]:
-        """Send the cells. Yields those that are built already, and those that cannot be sent."""
-        jobs: list[job.Job] = []
-        digest, title = code.digest(), code.title()
-        for plan in plans:
-            here = record.settled(plan, self.settings)
+    @cached_property
+    def project(self) -> bytes:
+        """The archive that every cell of this run is built from."""
+        return code.pack(self.settings.project)
+
+    def _ask(self, plans: Sequence[Plan]) -> Generator[Result, None, list[Plan]]:
+        """Send the cells. Yields those that are built already, and those that cannot be sent; returns those held back."""
+        records = record.all_of(self.settings)
+        new: dict[str, tuple[Plan, job.Job]] = {}
+        under_way = {history.but_python(plan) for plan in self.waiting.values()}
+        held: list[Plan] = []
+        for planned in plans:
+            alike = history.but_python(planned)
+            if alike in under_way and history.stable(planned.recipe.key, records) is not False:
+                held.append(planned)
+                continue
             try:
+                plan = self.served(planned)
+                here = record.settled(plan, self.settings)
                 if self.options.publish:
                     refuse_objects(plan.stack.data)
                 if here is not None:
@@ -74,23 +106,37 @@ class _FarmRun:
             except GracefarmError as error:
                 yield error
                 continue
+            under_way.add(alike)
             if plan.build_id not in self.waiting:
-                jobs.append(job.of_plan(plan, self.options, share, code=digest, gracefarm=title))
-            self.waiting[plan.build_id] = plan
-        if jobs:
-            self.console.step("farm", f"cells: {len(jobs)}; workers: {len(self.cluster.workers)}, at {self.cluster.address}")
-            project = code.pack(self.settings.project)
-            for build_id in self.cluster.call("ask", self.driver, [entry.model_dump(mode="json") for entry in jobs], project):
-                name = job.title(self.waiting[build_id])
-                self.console.event(
-                    "cell", f"{name}  is already being built for another run; this run waits for that build", cell=name
+                new[plan.build_id] = plan, job.of_plan(plan, self.options, share, code=self.digest, gracefarm=self.title)
+        if new:
+            self._send(new)
+            if held:
+                self.console.step(
+                    "farm", f"cells that wait, because an abi3 wheel of another cell may serve them: {len(held)}"
                 )
+        return held
 
-    def follow(self) -> Iterator[Result]:
-        """Print the lines of the cells; yields each that has ended."""
+    def _send(self, new: Mapping[str, tuple[Plan, job.Job]]) -> None:
+        self.console.step("farm", f"cells: {len(new)}; workers: {len(self.cluster.workers)}, at {self.cluster.address}")
+        jobs = [entry.model_dump(mode="json") for _, entry in new.values()]
+        project = self.project
+        self.waiting |= {build_id: plan for build_id, (plan, _) in new.items()}
+        for build_id in self.cluster.call("ask", self.driver, jobs, project):
+            name = job.title(self.waiting[build_id])
+            self.console.event(
+                "cell", f"{name}  is already being built for another run; this run waits for that build", cell=name
+            )
+
+    def follow(self, plans: Sequence[Plan]) -> Iterator[Result]:
+        """Send the cells and print their lines; yields each that has ended."""
+        held = yield from self._ask(plans)
         while self.waiting:
+            ended = False
             news: Mapping[str, dict[str, Any]] = self.cluster.call("news", self.driver, self.heard)
             for build_id, plan in tuple(self.waiting.items()):
+                if build_id not in self.waiting:
+                    continue  # the wheel of a cell before it serves it
                 if build_id not in news:
                     raise FarmError(
                         f"the Ray cluster at {self.cluster.address} was restarted and has lost {job.title(plan)}",
@@ -100,11 +146,29 @@ class _FarmRun:
                 outcome = news[build_id]["outcome"]
                 if outcome is not None:
                     result = self._result(plan, outcome)
-                    del self.waiting[build_id]
-                    self.cluster.call("leave", self.driver, [build_id])
+                    self._end(build_id)
+                    ended = True
                     yield result
+                    yield from self._end_served(plan)
+            if ended and held:
+                held = yield from self._ask(held)
             if self.waiting:
                 time.sleep(LOOK)
+
+    def _end(self, build_id: str) -> None:
+        del self.waiting[build_id]
+        self.cluster.call("leave", self.driver, [build_id])
+
+    def _end_served(self, plan: Plan) -> Iterator[Result]:
+        """End the cells that the wheel of a finished cell serves; all were sent if the wheel before had no stable ABI."""
+        for build_id, other in tuple(self.waiting.items()):
+            built = record.settled(plan, self.settings)
+            if built is None or not fits(built, other.stack.python):
+                continue
+            if history.but_python(other) == history.but_python(plan):
+                self._end(build_id)
+                self.console.step("done", served_by(built, other))
+                yield self._published(built)
 
     def leave(self) -> None:
         """Wait for nothing more, whatever was the end."""

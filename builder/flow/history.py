@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from builder.compiling.jobs import Learned
 from builder.compiling.units import Unit
@@ -25,6 +25,17 @@ def measured(plan: Plan, settings: Settings) -> list[Record]:
 def like(plan: Plan) -> Likeness:
     """The properties of a record that must match those of the plan, so that the builds have similar costs."""
     return record.likeness(plan.stack.data.name, plan.inputs)
+
+
+def but_python(plan: Plan) -> tuple[object, ...]:
+    """Equal for plans that differ only in Python."""
+    return plan.recipe.key, plan.stack.folder, plan.target, plan.stack.asked_sm, plan.stack.asked_ptx
+
+
+def stable(recipe: str, records: Sequence[Record]) -> bool | None:
+    """Whether the newest wheel of a recipe has the stable ABI; None: there is no wheel. `records` newest first."""
+    names = (build.wheel.filename for build in records if build.recipe == recipe and build.wheel is not None)
+    return next(("-abi3" in name for name in names), None)
 
 
 def learned_jobs(records: Iterable[Record], like: Likeness) -> Learned | None:

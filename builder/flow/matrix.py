@@ -99,7 +99,7 @@ def serving(
     """
     for build in records:
         alike = (build.recipe, build.stack, build.inputs.get("target")) == (cell.recipe, cell.stack, cell.target.value)
-        if alike and build.interpreter != cell.interpreter and build.wheel and _stable(build.wheel.filename, python):
+        if alike and build.interpreter != cell.interpreter and fits(build, python):
             with suppress(ConfigError, HostError):
                 plan = make(replace(cell, interpreter=build.interpreter))
                 if plan.build_id == build.build_id and record.wheel_path(settings, build) is not None:
@@ -107,10 +107,18 @@ def serving(
     return None
 
 
-def _stable(filename: str, python: str) -> bool:
-    """Whether it is a wheel with the stable ABI for this Python."""
-    tags = parse_wheel_filename(split_label(filename)[0])[3]
+def fits(build: Record, python: str) -> bool:
+    """Whether a build's wheel has the stable ABI, and so serves this Python."""
+    if build.wheel is None:
+        return False
+    tags = parse_wheel_filename(split_label(build.wheel.filename)[0])[3]
     return any(tag.abi.startswith("abi3") and serves(tag, python) for tag in tags)
+
+
+def served_by(build: Record, plan: Plan) -> str:
+    """A sentence about a plan whose cell the wheel of a build serves."""
+    name = build.wheel.filename if build.wheel is not None else ""
+    return f"{plan.title}: {name} also fits this Python, because its ABI is stable"
 
 
 def document(name: str, selector: str, reports: Sequence[CellReport]) -> dict[str, object]:

@@ -71,9 +71,8 @@ def _waiting(plans: Iterable[Plan], records: Sequence[Record], settings: Setting
     for plan in plans:
         if record.existing(plan, settings) is not None:
             continue
-        last = next((build for build in records if build.recipe == plan.recipe.key and build.wheel is not None), None)
-        if last is not None and last.wheel is not None and "-abi3-" in last.wheel.filename:
-            alike = (plan.recipe.key, plan.stack.folder, plan.target, plan.stack.asked_sm, plan.stack.asked_ptx)
+        if history.stable(plan.recipe.key, records):
+            alike = history.but_python(plan)
             if alike in stable:
                 continue
             stable.add(alike)
