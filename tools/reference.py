@@ -11,10 +11,10 @@ from pathlib import Path
 
 import click
 
-from builder.cli.upkeep import schemas as builder_schemas
-from deploy.cli.plan import schemas as deploy_schemas
+from builder.cli import upkeep
+from deploy.cli import plan
 from gracefarm.files import atomic_write
-from index.cli.documents import schemas as index_schemas
+from index.cli import documents
 from tools.schema_pages import NOTE, SchemaPage
 
 FOLDER = Path(__file__).parent.parent / "docs" / "reference"
@@ -240,7 +240,7 @@ def _walk(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[tuple
 
 def main() -> None:
     """Write the schemas and the pages."""
-    for schemas in (builder_schemas(), index_schemas(), deploy_schemas()):
+    for schemas in (upkeep.schemas(), documents.schemas(), plan.schemas()):
         for name, text in schemas.items():
             atomic_write(FOLDER.parent / "schema" / f"{name}.json", text)
     for name, text in pages().items():
