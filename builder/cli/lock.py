@@ -59,7 +59,9 @@ def lock_command(name: str, python: str | None, digests: bool, stack_name: str |
 
     \b
     RECIPE (a folder in recipes/)
-        Write the lock of the packages that the build requires. Also download
+        Write the lock of the packages that the build requires. If there is no
+        wheel for a Python, the command prints a warning, and the lock leaves
+        out this Python. Also download
         each file whose digest is unknown, and write its digest into the recipe
         or its stack. Compare these digests with another source before you
         commit them.
@@ -175,7 +177,7 @@ def _lock_build(loaded: LoadedRecipe, base: LoadedStack, settings: Settings, con
 
 
 def build_lock(loaded: LoadedRecipe, base: LoadedStack, settings: Settings, console: Console) -> str:
-    """The lock of a recipe's build requirements, for each Python with a lock in its stack.
+    """The lock of a recipe's build requirements, for each Python with a lock in its stack. Warn of Pythons that it leaves out.
 
     Raises:
         ConfigError, FetchError: see `resolve.build_lock`.
@@ -185,7 +187,12 @@ def build_lock(loaded: LoadedRecipe, base: LoadedStack, settings: Settings, cons
     names = [None, *catalogue.names(settings.project / "interpreters")]
     stacks = [stack_of(base.folder.name, name, settings) for name in names]
     with console.progress("lock") as tick:
-        return resolve.build_lock(loaded, [entry for entry in stacks if entry.requirements_lock.is_file()], settings, tick)
+        text, left_out = resolve.build_lock(
+            loaded, [entry for entry in stacks if entry.requirements_lock.is_file()], settings, tick
+        )
+    for (python, arch), reason in left_out.items():
+        console.warn(f"left out Python {python} on {arch}: {reason}")
+    return text
 
 
 def _lock_interpreter(name: str, settings: Settings, console: Console) -> None:

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from builder.ground import debian, index_wheels, uv
 from builder.planning import packages
-from builder.planning.pins import requirements
+from builder.planning.pins import LeftOut, requirements, scope
 from builder.planning.recipe import LoadedRecipe
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
@@ -57,25 +57,40 @@ def requirements_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_ti
     return "\n".join(lines) + "\n"
 
 
-def build_lock(recipe: LoadedRecipe, stacks: Sequence[LoadedStack], settings: Settings, tick: Tick = no_tick) -> str:
+def build_lock(
+    recipe: LoadedRecipe, stacks: Sequence[LoadedStack], settings: Settings, tick: Tick = no_tick
+) -> tuple[str, LeftOut]:
     """The text of a new requirements.lock of a recipe: its build requirements for each stack's Python and targets.
 
+    Also the Pythons that the lock leaves out, because the requirements cannot be resolved for them.
+
     Raises:
-        ConfigError: the requirements are in conflict, or a distribution has no wheel that fits.
+        ConfigError: the requirements are in conflict, or a distribution has no wheel that fits, for all Pythons and targets.
         FetchError: the index cannot be reached.
     """
     places: dict[LockedRow, list[str]] = {}
+    errors: dict[tuple[str, Arch], ConfigError] = {}
     cells = {(stack.python, arch): stack for stack in stacks for arch in sorted(stack.data.glibc)}
     for number, ((python, arch), stack) in enumerate(cells.items()):
         tick(number, len(cells), f"wheels for Python {python} on {arch}")
-        for row in resolution(recipe.data.build.requires, stack, arch, settings):
+        try:
+            rows = list(resolution(recipe.data.build.requires, stack, arch, settings))
+        except ConfigError as error:
+            errors[python, arch] = error
+            continue
+        for row in rows:
             places.setdefault(row, []).append(f'python_version == "{python}" and platform_machine == "{arch}"')
     tick(len(cells), len(cells), "")
+    if errors and len(errors) == len(cells):
+        first = next(iter(errors.values()))
+        raise ConfigError(first.cause, remedy="correct `requires` of [build] in recipe.toml") from first
+    left_out = {cell: " ".join(error.cause.split()) for cell, error in errors.items()}
     lines = [f"# What {recipe.key} needs to build beside a stack's environment.", "# Written by `builder lock`, not by hand."]
+    lines += scope([python for python, _ in cells], left_out)
     for (name, version, filename, sha256), markers in sorted(places.items()):
-        marker = "" if len(markers) == len(cells) else " ; " + " or ".join(markers)
+        marker = "" if len(markers) == len(cells) - len(errors) else " ; " + " or ".join(markers)
         lines += [f"# {filename}", f"{name}=={version}{marker} --hash=sha256:{sha256}"]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n", left_out
 
 
 def resolution(texts: Sequence[str], stack: LoadedStack, arch: Arch, settings: Settings) -> Iterator[LockedRow]:

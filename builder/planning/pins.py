@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,11 +13,16 @@ from packaging.tags import Tag
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from builder.planning import packages
-from builder.planning.stack import Arch, LoadedStack
+from builder.planning.stack import Arch, BuildRequirements, LoadedStack
 from builder.planning.tags import tags
+from gracefarm import tables
 from gracefarm.errors import ConfigError
 from gracefarm.pins import read
 
+LeftOut = Mapping[tuple[str, Arch], str]
+"Pythons and architectures that a recipe's requirements.lock leaves out, each with the reason."
+_PYTHONS, _LEFT_OUT = "# Pythons: ", "# Left out: "
+"Comments of a recipe's requirements.lock."
 LAYOUT = 1
 "Raised when the layout changes for the same wheels; enters the digests."
 
@@ -77,7 +82,9 @@ def wheels(stack: LoadedStack, arch: Arch) -> tuple[LockedWheel, ...]:
                     f"the recipe requires {text} to build, but stack {stack.data.name} has {present.name} {present.version}",
                     remedy="build against a different stack, or change the requirement with a patch",
                 )
-        locked = _of_lock(build.lock, stack, arch, build.lock_command) | locked
+        added = _of_lock(build.lock, stack, arch, build.lock_command)
+        _require_in_scope(build, stack.python, arch)
+        locked = added | locked
         _require_all(build.texts, build.lock, "recipe.toml", build.lock_command, locked)
     return tuple(sorted(wheel for wheel in locked.values() if stack.takes(wheel.name)))
 
@@ -99,6 +106,33 @@ def _of_lock(lock: Path, stack: LoadedStack, arch: Arch, command: str) -> dict[s
             if locked.setdefault(wheel.name, wheel) != wheel:
                 raise ConfigError(f"{lock}:{pin.number}: {wheel.name} is pinned twice", remedy="remove one of the two lines")
     return locked
+
+
+def scope(pythons: Iterable[str], left_out: LeftOut) -> list[str]:
+    """Comments of a recipe's requirements.lock: the Pythons that it was written for, and those that it leaves out."""
+    by_version = sorted(set(pythons), key=lambda python: (len(python.rstrip("t")), python))
+    lines = [_PYTHONS + ", ".join(by_version)]
+    return lines + [f"{_LEFT_OUT}Python {python} on {arch}: {reason}" for (python, arch), reason in left_out.items()]
+
+
+def _require_in_scope(build: BuildRequirements, python: str, arch: Arch) -> None:
+    """Require that the lock of a recipe was written for this Python, and does not leave it out; see `scope`."""
+    recipe, where = build.lock.parent.name, f"Python {python} on {arch}"
+    for line in tables.read_text(build.lock).splitlines():
+        if line.startswith(_PYTHONS) and python not in line.removeprefix(_PYTHONS).split(", "):
+            raise ConfigError(
+                f"{build.lock} was written before Python {python} was added",
+                remedy=f"write the lock again with `{build.lock_command}`",
+                repeat=build.lock_command,
+            )
+        start = f"{_LEFT_OUT}{where}: "
+        if line.startswith(start):
+            raise ConfigError(
+                f"{recipe} cannot be built for {where}: {line.removeprefix(start)}",
+                remedy="use a different Python; if this reason is no longer valid, write the lock again with "
+                f"`{build.lock_command}`",
+                repeat=build.lock_command,
+            )
 
 
 def _check_fresh(stack: LoadedStack, arch: Arch, locked: Mapping[str, LockedWheel]) -> None:

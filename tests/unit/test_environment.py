@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from packaging.tags import Tag
 
 from builder.planning import pins, stack, tags
-from builder.planning.stack import Arch, LoadedStack
+from builder.planning.stack import Arch, BuildRequirements, LoadedStack
 from gracefarm.errors import ConfigError
 
 STACKS = Path(__file__).parent.parent.parent / "stacks"
@@ -103,6 +104,26 @@ def test_a_lock_older_than_stack_toml_is_refused(loaded: LoadedStack, old: str, 
     with pytest.raises(ConfigError, match=r"numpy>=99|no scipy") as caught:
         pins.wheels(stack.load(loaded.folder.parent, "cu130"), Arch.AARCH64)
     assert caught.value.repeat == "builder lock cu130"
+
+
+def test_the_lock_of_a_recipe_names_the_pythons_that_it_leaves_out(loaded: LoadedStack, tmp_path: Path) -> None:
+    lock = tmp_path / "thing" / "requirements.lock"
+    lock.parent.mkdir()
+    build = BuildRequirements(texts=("pure",), lock=lock, lock_command="builder lock thing")
+    pin = f"pure==1.0 --hash=sha256:{'0' * 64}"
+
+    def names(*comments: str) -> set[str]:
+        lock.write_text("\n".join([*comments, pin]) + "\n")
+        return {wheel.name for wheel in pins.wheels(replace(loaded, build_requirements=build), Arch.AARCH64)}
+
+    assert "pure" in names()
+    assert "pure" in names(*pins.scope(["3.12", "3.11", "3.9"], {("3.11", Arch.X86_64): "x", ("3.12", Arch.AARCH64): "y"}))
+    assert lock.read_text().splitlines()[0] == "# Pythons: 3.9, 3.11, 3.12"
+    with pytest.raises(ConfigError, match=r"^thing cannot be built for Python 3\.11 on aarch64: no wheel: none$") as left_out:
+        names(*pins.scope(["3.11", "3.12"], {("3.11", Arch.AARCH64): "no wheel: none"}))
+    with pytest.raises(ConfigError, match=r"requirements\.lock was written before Python 3\.11 was added$") as older:
+        names(*pins.scope(["3.12", "3.13"], {}))
+    assert left_out.value.repeat == older.value.repeat == "builder lock thing"
 
 
 def test_an_absent_lock_is_refused(loaded: LoadedStack) -> None:
