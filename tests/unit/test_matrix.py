@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from builder.cli import cli
-from builder.cli.matrix import plan_cell, reports_of, table_of
+from builder.cli.matrix import Part, cells_of, plan_cell, reports_of, table_of
 from builder.compiling.units import DeviceStatistics
 from builder.fetch import store_path
 from builder.flow.build import CUT_OFF
@@ -157,6 +157,18 @@ def test_selectors_by_name(tmp_path: Path) -> None:
 def test_the_projects_own_selectors_are_understood() -> None:
     for selector in matrix.read(REPOSITORY).selectors.values():
         assert all(parse(part) for part in parts(selector))
+
+
+def test_the_default_cells_have_a_target_and_build_requirements_and_omit_no_recipe(tmp_path: Path) -> None:
+    settings = load().model_copy(update={"home": tmp_path, "project": REPOSITORY})
+    targets = {name: stack.load(REPOSITORY / "stacks", name).data.glibc for name in stack.names(REPOSITORY / "stacks")}
+    cells = cells_of(matrix.named("default", REPOSITORY), (), settings, Part())
+    assert [cell for cell in cells if cell.target not in targets[cell.stack]] == []
+    for cell in cells:
+        lock = REPOSITORY / "recipes" / cell.recipe / "requirements.lock"
+        assert not lock.is_file() or f"Python {cell.interpreter} on {cell.target}:" not in lock.read_text(), cell
+    own = cells_of("target=aarch64,x86_64", (), settings, Part())
+    assert {cell for cell in own if cell.target in targets[cell.stack]} <= set(cells)
 
 
 def test_a_blocked_cell_keeps_what_is_known_of_it(tmp_path: Path) -> None:
