@@ -178,7 +178,7 @@ class _FarmRun:
             try:
                 self.cluster.call("leave", self.driver, left)
             except FarmError as error:
-                self.console.warn(f"{error.cause}; running builds of the cluster continue")
+                self.console.warn(f"{error.cause}; the cluster continues the builds that are running")
 
     def _print(self, plan: Plan, lines: Sequence[str]) -> None:
         name = job.title(plan)

@@ -302,7 +302,8 @@ def _shared_cxx_runtime(interpreter: HostPython) -> Path:
     library = next((line.split()[-1] for line in process.stdout.splitlines() if "/libstdc++.so.6" in line), None)
     if library is None:
         raise HostError(
-            "g++ links libstdc++ statically, and a shared libstdc++ is not installed",
+            f"{interpreter.executable} cannot load libstdc++.so.6. The wheel must use it, because g++ links "
+            "libstdc++ statically by default",
             remedy="install libstdc++ (Debian: libstdc++6)",
         )
     return Path(library)

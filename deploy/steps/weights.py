@@ -203,8 +203,8 @@ class _Run:
             nodes = self._without(nodes, await self._round(nodes, shares))
         raise DigestError(
             f"{', '.join(sorted(set(self.corrupt))[:3]) or 'some files'}: corrupt in each of {ROUNDS} downloads",
-            remedy="set the environment variable HF_ENDPOINT to a different server, or revision in [model] of "
-            "deploy.toml to a later commit",
+            remedy="download from a different server (environment variable HF_ENDPOINT), or set a later commit as `revision` "
+            "in [model] of deploy.toml",
         )
 
     @property

@@ -111,7 +111,7 @@ def _name_our_compilers(data: Path) -> None:
         (build,) = (ast.literal_eval(node.value) for node in statements if isinstance(node, ast.Assign))
     except (ValueError, SyntaxError) as error:
         raise RootError(
-            f"{data.name} in the interpreter's archive must contain only one assignment of constants: {error}",
+            f"{data.name} in the interpreter's archive must be a single assignment of literals: {error}",
             remedy="pin a different archive in interpreter.toml",
         ) from error
     for name, value in build.items():
