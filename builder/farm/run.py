@@ -161,11 +161,11 @@ class _FarmRun:
 
     def _end_served(self, plan: Plan) -> Iterator[Result]:
         """End the cells that the wheel of a finished cell serves; all were sent if the wheel before had no stable ABI."""
+        built = record.settled(plan, self.settings)
+        if built is None:
+            return
         for build_id, other in tuple(self.waiting.items()):
-            built = record.settled(plan, self.settings)
-            if built is None or not fits(built, other.stack.python):
-                continue
-            if history.but_python(other) == history.but_python(plan):
+            if fits(built, other.stack.python) and history.but_python(other) == history.but_python(plan):
                 self._end(build_id)
                 self.console.step("done", served_by(built, other))
                 yield self._published(built)
